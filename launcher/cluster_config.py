@@ -1,0 +1,39 @@
+"""On which machines does a run start, and through which launcher?"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparse_zero.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How ``sparse-zero launch`` starts the worker on every rank."""
+
+    # local and pdsh go through DeepSpeed's launcher, torchrun through torch's.
+    launcher: Literal["local", "pdsh", "torchrun"] = "local"
+    # Nodes; above 1 the hostfile names them (pdsh) or every node runs the command (torchrun).
+    num_nodes: int = 1
+    # Ranks on each node; None: every GPU of the node, or 2 ranks on a machine without GPUs.
+    ranks_per_node: int | None = None
+    # DeepSpeed hostfile ("name slots=8" a line); needed by pdsh.
+    hostfile: str | None = None
+    # Address and port of rank 0's rendezvous; the address is needed by torchrun on several nodes.
+    master_address: str | None = None
+    master_port: int = 29500
+
+    def __post_init__(self) -> None:
+        if self.num_nodes < 1:
+            raise InputError(f"cluster.num_nodes is {self.num_nodes}: it must be at least 1")
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise InputError(f"cluster.ranks_per_node is {self.ranks_per_node}: a world needs at least one rank")
+        if not 1 <= self.master_port <= 65535:
+            raise InputError(f"cluster.master_port is {self.master_port}: it must lie in 1 to 65535")
+        if self.launcher == "pdsh" and self.hostfile is None:
+            raise InputError("cluster.hostfile is missing: the pdsh launcher reads the nodes from it")
+        if self.launcher == "local" and self.num_nodes > 1:
+            raise InputError(
+                f"cluster.num_nodes is {self.num_nodes} with cluster.launcher local: use pdsh or torchrun for several nodes"
+            )
+        if self.launcher == "torchrun" and self.num_nodes > 1 and self.master_address is None:
+            raise InputError("cluster.master_address is missing: torchrun on several nodes needs rank 0's address")

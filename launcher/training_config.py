@@ -1,0 +1,114 @@
+"""How long, how fast and in which batches is trained, and what is kept of it?"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sparse_zero.errors import InputError
+
+
+def _check_at_least(section: str, minimum: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not (value >= minimum and math.isfinite(value)):
+            raise InputError(f"{section}.{name} is {value}: it must be at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Schedule, batches and optimizer of one run."""
+
+    # Passes over the training data; may be fractional. Exactly one of epochs and steps is set.
+    epochs: float | None = None
+    # Optimizer steps. Exactly one of epochs and steps is set.
+    steps: int | None = None
+    # Samples between two optimizer steps, over all ranks. Accumulation follows from it and the world size.
+    global_batch_size: int = 16
+    # Samples in one forward pass of one rank; bounds the activations' memory, never the result.
+    micro_batch_size: int = 4
+    # Peak learning rate. SMT uses 1e-5 to 1e-4 at 7B, RoCoFT 1e-3; small models want more.
+    learning_rate: float = 1e-4
+    # Shape of the learning rate after the warm-up: held, or falling to final_fraction of the peak.
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    # Share of all steps during which the learning rate rises linearly from zero.
+    warmup_fraction: float = 0.05
+    # Learning rate at the last step, as a share of the peak.
+    final_fraction: float = 0.0
+    # AdamW's decoupled decay, on trained entries only. Under delta it pulls towards the base.
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    # Global L2 norm of the values' gradient above which it is scaled down; None: never.
+    max_gradient_norm: float | None = 1.0
+    # Recompute activations in backward: less memory, one more forward pass.
+    gradient_checkpointing: bool = False
+    # Computation dtype of the engine. fp32 is the choice on CPUs; bf16 on GPUs.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops.
+    max_nonfinite_steps: int = 5
+    # Steps between validations (needs data.validation); None: only after the last step.
+    validation_every: int | None = None
+    # Seed of the data order and of dropout.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise InputError(f"training has epochs={self.epochs} and steps={self.steps}: set exactly one of them")
+        _check_at_least("training", 1, steps=self.steps, global_batch_size=self.global_batch_size)
+        _check_at_least("training", 1, micro_batch_size=self.micro_batch_size, validation_every=self.validation_every)
+        _check_at_least("training", 1, max_nonfinite_steps=self.max_nonfinite_steps)
+        _check_at_least("training", 0, weight_decay=self.weight_decay, seed=self.seed)
+        for name in ("epochs", "learning_rate", "epsilon", "max_gradient_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"training.{name} is {value}: it must be a positive number")
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"training.{name} is {getattr(self, name)}: it must lie in [0, 1]")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"training.{name} is {getattr(self, name)}: it must lie in [0, 1)")
+        if self.micro_batch_size > self.global_batch_size:
+            raise InputError(
+                f"training.micro_batch_size is {self.micro_batch_size}, more than training.global_batch_size "
+                f"{self.global_batch_size}: lower it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which one a start continues from."""
+
+    # Steps between two checkpoints; None: only when interrupted and at the end.
+    every: int | None = None
+    # Newest checkpoints kept; older ones are deleted after a new one is complete.
+    keep: int = 2
+    # auto: continue from the newest complete checkpoint of the run folder if there is one; never: refuse to
+    # overwrite a run that has some; a path: continue from that checkpoint.
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_at_least("checkpoint", 1, every=self.every, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run writes, and where."""
+
+    # The run folder; created. Relative paths start at the current directory.
+    folder: str
+    # Save the adapter (values and selection) at the end.
+    adapter: bool = True
+    # Save the merged model, a plain Hugging Face folder, at the end.
+    merged: bool = False
+    # Evaluate data.test before and after training.
+    evaluate: bool = False
+    # Also write the metrics for TensorBoard.
+    tensorboard: bool = True
+    # Steps between two rows of metrics.
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.folder.strip():
+            raise InputError("output.folder is empty: name the folder that the run writes to")
+        _check_at_least("output", 1, log_every=self.log_every)

@@ -1,0 +1,133 @@
+"""What is kept so that training continues with the step that would have been, at any world size and stage?
+
+Format 1, a folder: ``checkpoint.json`` (format, version, step counter, placement, fingerprints of the base, what the
+caller adds), ``selection.safetensors``, ``masters.safetensors`` and ``moments.safetensors`` (whole 1-D fp32 tensors),
+``manifest.json``. Nothing in it depends on the number of ranks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparse_zero.checkpoint.conversion import check_base, convert_values, model_fingerprints, originals_by_name
+from sparse_zero.checkpoint.folders import check_folder, new_folder
+from sparse_zero.checkpoint.identity import BaseIdentity
+from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
+from sparse_zero.layers.sparsify import placement_of, selection_of
+from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.config import Placement
+from sparse_zero.zero.state import TrainingState, read_training_state, write_training_state
+
+FORMAT = "sparse_zero.checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint read from disk; tensors on the host."""
+
+    selection: Selection
+    placement: Placement
+    state: TrainingState
+    # What the caller of save_checkpoint added: JSON values, such as the step of the data order.
+    extra: dict[str, Any]
+    base: BaseIdentity | None
+    base_fingerprints: dict[str, dict[str, str]]
+
+
+def save_checkpoint(
+    engine: Any, folder: str | Path, *, extra: dict[str, Any] | None = None, base: BaseIdentity | None = None
+) -> None:
+    """Write the canonical training state of ``engine`` to ``folder``. Collective.
+
+    Args:
+        engine: from :func:`sparse_zero.initialize`, between two steps.
+        folder: of this one checkpoint; replaced atomically by rank 0, if it exists.
+        extra: JSON values to be found again in :attr:`Checkpoint.extra`.
+        base: identity of the base's files.
+    """
+    folder = Path(folder)
+    state = read_training_state(engine)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with new_folder(folder) as temporary:
+            selection_of(engine.module).save(temporary / "selection.safetensors")
+            write_safetensors(temporary / "masters.safetensors", state.masters, {"format": FORMAT})
+            moments = {f"{key}/{name}": m for key, group in state.moments.items() for name, m in group.items()}
+            write_safetensors(temporary / "moments.safetensors", moments, {"format": FORMAT})
+            header = {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "optimizer_step": state.step,
+                "placement": placement_of(engine.module),
+                "base": None if base is None else {"name": base.name, "sha256": base.sha256},
+                "base_fingerprints": model_fingerprints(engine.module),
+                "extra": extra or {},
+            }
+            atomic_write_json(temporary / "checkpoint.json", header)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint. Not collective; its selection is needed before :func:`sparsify`.
+
+    Raises:
+        InputError: not a checkpoint, incomplete, damaged, or of a newer version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no checkpoint folder {folder}: check the path")
+    check_folder(folder, "checkpoint")
+    header = read_json(folder / "checkpoint.json")
+    if header.get("format") != FORMAT or header.get("version", 0) > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has checkpoint format {header.get('format')!r} version {header.get('version')}, "
+            f"not {FORMAT!r} up to {FORMAT_VERSION}: update sparse-zero"
+        )
+    masters, _ = read_safetensors(folder / "masters.safetensors", FORMAT)
+    flat, _ = read_safetensors(folder / "moments.safetensors", FORMAT)
+    moments: dict[str, dict[str, Any]] = {}
+    for key, tensor in flat.items():
+        moment, _, name = key.partition("/")
+        moments.setdefault(moment, {})[name] = tensor
+    base = header["base"]
+    return Checkpoint(
+        selection=Selection.load(folder / "selection.safetensors"),
+        placement=header["placement"],
+        state=TrainingState(masters=masters, moments=moments, step=header["optimizer_step"]),
+        extra=header["extra"],
+        base=None if base is None else BaseIdentity(name=base["name"], sha256=base["sha256"]),
+        base_fingerprints=header["base_fingerprints"],
+    )
+
+
+def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
+    """Continue ``engine`` from a checkpoint of the same selection and base. Collective.
+
+    The stored placement is converted when the engine has the other one; masters then differ by one rounding.
+
+    Raises:
+        InputError: see :func:`read_checkpoint`; also another selection or base, or the other placement with
+            weight decay (it pulls towards zero inplace, towards the base under delta).
+    """
+    checkpoint = read_checkpoint(folder)
+    model = engine.module
+    if checkpoint.selection != selection_of(model):
+        raise InputError(
+            f"{folder} has another selection than the model: sparsify with read_checkpoint(folder).selection"
+        )
+    check_base(checkpoint.base_fingerprints, model_fingerprints(model), folder)
+    placement = placement_of(model)
+    decays = any(group.get("weight_decay", 0.0) for group in engine.optimizer.param_groups)
+    if checkpoint.placement != placement and decays:
+        raise InputError(
+            f"{folder} was trained with placement {checkpoint.placement!r}, the engine has {placement!r}, and weight "
+            "decay means something else there: keep the placement, or set training.weight_decay to 0"
+        )
+    state = checkpoint.state
+    masters = convert_values(state.masters, originals_by_name(model), checkpoint.placement, placement)
+    write_training_state(engine, TrainingState(masters=masters, moments=state.moments, step=state.step))
+    return checkpoint

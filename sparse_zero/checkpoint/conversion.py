@@ -1,0 +1,58 @@
+"""What do values mean under the other placement, and do they belong to this base?"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparse_zero.errors import InputError
+from sparse_zero.layers.sparsify import sparse_linears
+from sparse_zero.selection.config import Kind
+from sparse_zero.zero.config import Placement
+
+
+def originals_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The base's entries under the values, on the host, by the values' names."""
+    return {
+        f"{name}.values_{kind}": layer.originals[kind]
+        for name, layer in sparse_linears(model)
+        for kind in layer.values()
+    }
+
+
+def convert_values(
+    values: Mapping[str, Tensor], originals: Mapping[str, Tensor], stored: Placement, wanted: Placement
+) -> dict[str, Tensor]:
+    """Values of one placement in the form of the other, in fp32: delta = inplace - base entry."""
+    if stored == wanted:
+        return dict(values)
+    sign = 1.0 if wanted == "inplace" else -1.0
+    return {name: value.float() + sign * originals[name].float() for name, value in values.items()}
+
+
+def fingerprints(originals: Mapping[Kind, Tensor]) -> dict[str, str]:
+    """SHA-256 of the base's entries of one weight, per kind; wider floats hash alike if they hold equal numbers."""
+    return {
+        kind: hashlib.sha256(entries.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+        for kind, entries in originals.items()
+    }
+
+
+def model_fingerprints(model: nn.Module) -> dict[str, dict[str, str]]:
+    """For each weight, the fingerprints of the base's entries that the selection covers."""
+    return {f"{name}.weight": fingerprints(layer.originals) for name, layer in sparse_linears(model)}
+
+
+def check_base(stored: Mapping[str, Mapping[str, str]], found: Mapping[str, Mapping[str, str]], source: object) -> None:
+    """Raise unless the base under the model is the one that ``source`` was trained on.
+
+    Raises:
+        InputError: names the first weight whose entries differ.
+    """
+    different = [name for name in stored if dict(stored[name]) != dict(found.get(name, {}))]
+    if different:
+        raise InputError(
+            f"{source} was trained on another base: the selected entries of {different[0]} differ "
+            f"({len(different)} of {len(stored)} weights do); load the base it was trained on, in a dtype as wide"
+        )

@@ -1,0 +1,51 @@
+"""How are the selected entries of a dense weight read and written, in the order of the flat values?"""
+
+import torch
+from torch import Tensor
+
+from sparse_zero.selection.config import Kind
+from sparse_zero.selection.regions import WeightSelection
+
+
+def _is_plain(selection: WeightSelection, kind: Kind) -> bool:
+    """Whether the kind owns its regions whole, so that strided views reach them without an index per entry."""
+    if kind == "block" and any(extent % selection.block_size for extent in selection.shape):
+        return False
+    return selection.owned_mask(kind) is None
+
+
+def _block_view(weight: Tensor, selection: WeightSelection) -> Tensor:
+    """[grid rows, S, grid columns, S] view of a weight that the block size divides."""
+    size = selection.block_size
+    return weight.view(weight.shape[0] // size, size, weight.shape[1] // size, size)
+
+
+@torch.no_grad()
+def gather_entries(weight: Tensor, selection: WeightSelection, kind: Kind) -> Tensor:
+    """Copy of the entries of ``weight`` [out, in] that ``kind`` owns: 1-D, in the order of the values."""
+    device = weight.device
+    if not _is_plain(selection, kind):
+        return weight.reshape(-1).index_select(0, selection.flat_indices(kind).to(device))
+    if kind == "row":
+        return weight.index_select(0, selection.rows.to(device)).reshape(-1)
+    if kind == "column":
+        return weight.index_select(1, selection.columns.to(device)).T.reshape(-1)
+    rows, columns = selection.blocks.to(device).unbind(1)
+    return _block_view(weight, selection)[rows, :, columns, :].reshape(-1)
+
+
+@torch.no_grad()
+def scatter_entries(weight: Tensor, selection: WeightSelection, kind: Kind, values: Tensor) -> None:
+    """Overwrite the entries of contiguous ``weight`` [out, in] that ``kind`` owns with 1-D ``values``."""
+    device = weight.device
+    values = values.detach().to(device=device, dtype=weight.dtype)
+    if not _is_plain(selection, kind):
+        weight.view(-1).index_copy_(0, selection.flat_indices(kind).to(device), values)
+    elif kind == "row":
+        weight.index_copy_(0, selection.rows.to(device), values.view(-1, weight.shape[1]))
+    elif kind == "column":
+        weight.index_copy_(1, selection.columns.to(device), values.view(-1, weight.shape[0]).T)
+    else:
+        rows, columns = selection.blocks.to(device).unbind(1)
+        size = selection.block_size
+        _block_view(weight, selection)[rows, :, columns, :] = values.view(-1, size, size)

@@ -1,0 +1,223 @@
+"""The linear whose backward forms gradients of the selected entries only.
+
+``Y[T, O] = X[T, I] @ W.T`` has ``dW = dY.T @ X``. Of it only these are formed:
+
+    blocks (i, j) of size S   dY[:, strip i].T @ X[:, strip j]      one batched product
+    rows R                    dY[:, R].T @ X
+    columns C                 X[:, C].T @ dY                        (one row of values per column of W)
+
+and ``dX = dY @ W``, with ``+ dY @ S(values)`` under the delta placement. What backward needs of ``X`` is kept:
+the whole of it, or only the column strips and columns that are read, as the plan says.
+
+Legend: T = tokens, O = out features, I = in features, N = regions of a kind, S = block size, U = distinct
+column strips of the blocks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_zero.selection.config import KINDS, Kind
+
+
+class Plan(NamedTuple):
+    """Where the values of one linear lie; index tensors are int64 on the linear's device, None where absent."""
+
+    block_size: int
+    # [N] grid row of each block; [U] distinct grid columns; [N] which of those each block reads.
+    block_rows: Tensor | None
+    strips: Tensor | None
+    strip_of_block: Tensor | None
+    rows: Tensor | None  # [N]
+    columns: Tensor | None  # [N]
+    # Per kind: positions of the owned entries in the dense regions; None where the kind owns them all.
+    owned: tuple[Tensor | None, Tensor | None, Tensor | None]
+    # Whether backward keeps X whole (it is shared with siblings, or smaller than its slices).
+    keep_input: bool
+    # Whether the values are added to the product (delta) or already stand in W (inplace).
+    is_delta: bool
+
+
+def take_strips(x_TF: Tensor, strips: Tensor, size: int) -> Tensor:
+    """[N, T, S]: the strips of ``size`` columns with the given numbers; zeros beyond a ragged edge."""
+    num_tokens, features = x_TF.shape
+    remainder = -features % size
+    if remainder and bool((strips == features // size).any()):
+        x_TF = torch.nn.functional.pad(x_TF, (0, remainder))
+    elif remainder:
+        x_TF = x_TF[:, : features - features % size]
+    return x_TF.reshape(num_tokens, -1, size).transpose(0, 1).index_select(0, strips)
+
+
+def pack_values(dense: Tensor, owned: Tensor | None) -> Tensor:
+    """Flat values from dense regions: [N, S, S], [N, I] or [N, O] to 1-D."""
+    flat = dense.reshape(-1)
+    return flat if owned is None else flat.index_select(0, owned)
+
+
+def unpack_values(values: Tensor, owned: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Dense regions from flat values, zero where another kind owns the entry."""
+    if owned is None:
+        return values.view(shape)
+    dense = values.new_zeros(shape)
+    dense.view(-1).index_copy_(0, owned, values)
+    return dense
+
+
+def _add_strips(target_TF: Tensor, strips_NTS: Tensor, numbers: Tensor) -> None:
+    """Add [N, T, S] strips into the columns of ``target_TF`` that they came from; cut at a ragged edge."""
+    size = strips_NTS.shape[2]
+    features = target_TF.shape[1]
+    columns = (numbers.unsqueeze(1) * size + torch.arange(size, device=numbers.device)).reshape(-1)
+    flat = strips_NTS.permute(1, 0, 2).reshape(target_TF.shape[0], -1)
+    if features % size:
+        inside = columns < features
+        columns, flat = columns[inside], flat[:, inside]
+    target_TF.index_add_(1, columns, flat)
+
+
+def _add_delta(y_TO: Tensor, x_TI: Tensor, values: tuple[Tensor | None, ...], plan: Plan) -> None:
+    """``y += x @ S(values).T`` in place."""
+    block, row, column = values
+    out_features, in_features = y_TO.shape[1], x_TI.shape[1]
+    if block is not None:
+        assert plan.block_rows is not None and plan.strips is not None and plan.strip_of_block is not None
+        dense = unpack_values(block.to(y_TO.dtype), plan.owned[0], (len(plan.block_rows), plan.block_size, plan.block_size))
+        x_NTS = take_strips(x_TI, plan.strips, plan.block_size).index_select(0, plan.strip_of_block)
+        _add_strips(y_TO, torch.bmm(x_NTS, dense.transpose(1, 2)), plan.block_rows)
+    if row is not None:
+        assert plan.rows is not None
+        dense = unpack_values(row.to(y_TO.dtype), plan.owned[1], (len(plan.rows), in_features))
+        y_TO.index_add_(1, plan.rows, x_TI @ dense.T)
+    if column is not None:
+        assert plan.columns is not None
+        dense = unpack_values(column.to(y_TO.dtype), plan.owned[2], (len(plan.columns), out_features))
+        y_TO.addmm_(x_TI.index_select(1, plan.columns), dense)
+
+
+def _add_delta_input_gradient(dx_TI: Tensor, dy_TO: Tensor, values: tuple[Tensor | None, ...], plan: Plan) -> None:
+    """``dx += dy @ S(values)`` in place."""
+    block, row, column = values
+    out_features, in_features = dy_TO.shape[1], dx_TI.shape[1]
+    if block is not None:
+        assert plan.block_rows is not None and plan.strips is not None and plan.strip_of_block is not None
+        dense = unpack_values(block.to(dx_TI.dtype), plan.owned[0], (len(plan.block_rows), plan.block_size, plan.block_size))
+        dy_NTS = take_strips(dy_TO, plan.block_rows, plan.block_size)
+        _add_strips(dx_TI, torch.bmm(dy_NTS, dense), plan.strips.index_select(0, plan.strip_of_block))
+    if row is not None:
+        assert plan.rows is not None
+        dense = unpack_values(row.to(dx_TI.dtype), plan.owned[1], (len(plan.rows), in_features))
+        dx_TI.addmm_(dy_TO.index_select(1, plan.rows), dense)
+    if column is not None:
+        assert plan.columns is not None
+        dense = unpack_values(column.to(dx_TI.dtype), plan.owned[2], (len(plan.columns), out_features))
+        dx_TI.index_add_(1, plan.columns, dy_TO @ dense.T)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """Forward of a linear; backward to its input and to the values, never to the dense weight."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        block: Tensor | None,
+        row: Tensor | None,
+        column: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
+        device_type = x.device.type
+        ctx.input_dtype = x.dtype
+        compute_dtype = x.dtype
+        if torch.is_autocast_enabled(device_type):
+            compute_dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            x = x.to(compute_dtype)
+            y = torch.nn.functional.linear(
+                x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
+            )
+            x_TI = x.reshape(-1, x.shape[-1])
+            if plan.is_delta:
+                _add_delta(y.view(-1, y.shape[-1]), x_TI, (block, row, column), plan)
+        trained = [values is not None and values.requires_grad for values in (block, row, column)]
+        kept: list[Tensor | None] = [None, None, None]
+        if plan.keep_input and any(trained):
+            kept[0] = x_TI
+        else:
+            if trained[0]:
+                assert plan.strips is not None
+                kept[1] = take_strips(x_TI, plan.strips, plan.block_size)
+            if trained[1]:
+                kept[0] = x_TI
+            if trained[2]:
+                assert plan.columns is not None
+                kept[2] = x_TI.index_select(1, plan.columns)
+        # The Parameters themselves are saved, never a view of them: ZeRO-3 refills them before backward.
+        delta_values = (block, row, column) if plan.is_delta else (None, None, None)
+        ctx.save_for_backward(weight, *kept, *delta_values)
+        ctx.plan, ctx.trained, ctx.input_shape = plan, trained, x.shape
+        ctx.values_dtypes = [None if values is None else values.dtype for values in (block, row, column)]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        weight, x_TI, x_strips_UTS, x_columns_TN, *values = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        dx: Tensor | None = None
+        gradients: dict[Kind, Tensor | None] = dict.fromkeys(KINDS)
+        with torch.autocast(dy.device.type, enabled=False):
+            dy_TO = dy.reshape(-1, dy.shape[-1])
+            if ctx.needs_input_grad[0]:
+                dx_TI = dy_TO @ weight.to(dy.dtype)
+                if plan.is_delta:
+                    _add_delta_input_gradient(dx_TI, dy_TO, tuple(values), plan)
+                dx = dx_TI.view(ctx.input_shape).to(ctx.input_dtype)
+            if ctx.trained[0]:
+                assert plan.block_rows is not None and plan.strips is not None and plan.strip_of_block is not None
+                if x_strips_UTS is None:
+                    x_strips_UTS = take_strips(x_TI, plan.strips, plan.block_size)
+                x_NTS = x_strips_UTS.index_select(0, plan.strip_of_block)
+                dy_NTS = take_strips(dy_TO, plan.block_rows, plan.block_size)
+                gradients["block"] = pack_values(torch.bmm(dy_NTS.transpose(1, 2), x_NTS), plan.owned[0])
+            if ctx.trained[1]:
+                assert plan.rows is not None
+                gradients["row"] = pack_values(dy_TO.index_select(1, plan.rows).T @ x_TI, plan.owned[1])
+            if ctx.trained[2]:
+                assert plan.columns is not None
+                if x_columns_TN is None:
+                    x_columns_TN = x_TI.index_select(1, plan.columns)
+                gradients["column"] = pack_values(x_columns_TN.T @ dy_TO, plan.owned[2])
+            cast = [
+                None if gradient is None else gradient.to(dtype)
+                for gradient, dtype in zip(gradients.values(), ctx.values_dtypes, strict=True)
+            ]
+        return dx, None, None, *cast, None
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    block: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+    plan: Plan,
+) -> Tensor:
+    """``x @ W.T + bias`` (``+ x @ S(values).T`` under delta), differentiable in ``x`` and the values.
+
+    Args:
+        x: [..., I] in any number of leading dimensions.
+        weight: [O, I], frozen.
+        bias: [O], frozen, or None.
+        block, row, column: 1-D values of each kind, or None.
+        plan: where the values lie.
+
+    Returns:
+        [..., O] in the dtype of ``x``, or autocast's.
+    """
+    y: Tensor = _SparseLinear.apply(x, weight, bias, block, row, column, plan)
+    return y

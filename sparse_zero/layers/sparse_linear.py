@@ -1,0 +1,109 @@
+"""The module that stands in for a linear: frozen weight, and values that are trained in its place."""
+
+import torch
+from torch import Tensor, nn
+
+from sparse_zero.layers.entries import gather_entries, scatter_entries
+from sparse_zero.layers.functional import Plan, sparse_linear
+from sparse_zero.selection.config import KINDS, Kind
+from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.zero.config import Placement
+
+
+class SparseLinear(nn.Module):
+    """A linear of which only ``values_block``, ``values_row`` and ``values_column`` are trained.
+
+    ``weight`` [out, in] and ``bias`` [out] are the dense module's own parameters, frozen, under the same
+    state-dict keys. The values of each kind are 1-D, in the order that
+    :mod:`sparse_zero.selection.regions` fixes, in the weight's dtype.
+
+    Args:
+        linear: the dense module; its parameters are taken over, not copied.
+        selection: the regions of its weight.
+        placement: inplace (values stand in ``weight``, start as its entries) or delta (they are added to it,
+            start at zero).
+        keep_input: whether backward keeps the input whole instead of the slices it needs.
+    """
+
+    values_block: nn.Parameter | None
+    values_row: nn.Parameter | None
+    values_column: nn.Parameter | None
+
+    def __init__(
+        self, linear: nn.Linear, selection: WeightSelection, placement: Placement, *, keep_input: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.selection = selection
+        self.placement: Placement = placement
+        self.keep_input = keep_input
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
+        # Host copies of the base's entries: what unmerge puts back, what identifies the base, and what converts
+        # values between the placements also where the weight itself is sharded.
+        self.originals: dict[Kind, Tensor] = {}
+        for kind in KINDS:
+            self.register_parameter(f"values_{kind}", None)
+        for kind in selection.kinds():
+            entries = gather_entries(self.weight, selection, kind)
+            self.originals[kind] = entries.to("cpu", copy=True)
+            if placement == "delta":
+                entries = torch.zeros_like(entries)
+            self.register_parameter(f"values_{kind}", nn.Parameter(entries))
+        self._register_indices()
+        self.train(linear.training)
+
+    def _register_indices(self) -> None:
+        """Buffers of indices: they follow the module's device, and stay out of the state dict."""
+        selection, device = self.selection, self.weight.device
+        present = set(selection.kinds())
+
+        def register(name: str, tensor: Tensor | None) -> None:
+            self.register_buffer(name, None if tensor is None else tensor.to(device), persistent=False)
+
+        has_blocks = "block" in present
+        strips, strip_of_block = selection.blocks[:, 1].unique(return_inverse=True)
+        register("block_rows", selection.blocks[:, 0].contiguous() if has_blocks else None)
+        register("strips", strips if has_blocks else None)
+        register("strip_of_block", strip_of_block if has_blocks else None)
+        register("rows", selection.rows if "row" in present else None)
+        register("columns", selection.columns if "column" in present else None)
+        for kind in KINDS:
+            mask = selection.owned_mask(kind) if kind in present else None
+            register(f"owned_{kind}", None if mask is None else mask.reshape(-1).nonzero().squeeze(1))
+
+    @property
+    def plan(self) -> Plan:
+        """Where the values lie, for the autograd function."""
+        return Plan(
+            block_size=self.selection.block_size,
+            block_rows=self.block_rows,  # type: ignore[arg-type]
+            strips=self.strips,  # type: ignore[arg-type]
+            strip_of_block=self.strip_of_block,  # type: ignore[arg-type]
+            rows=self.rows,  # type: ignore[arg-type]
+            columns=self.columns,  # type: ignore[arg-type]
+            owned=(self.owned_block, self.owned_row, self.owned_column),  # type: ignore[arg-type]
+            keep_input=self.keep_input,
+            is_delta=self.placement == "delta",
+        )
+
+    def values(self) -> dict[Kind, nn.Parameter]:
+        """The values that exist, by kind."""
+        found = {kind: getattr(self, f"values_{kind}") for kind in KINDS}
+        return {kind: parameter for kind, parameter in found.items() if parameter is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return sparse_linear(
+            x, self.weight, self.bias, self.values_block, self.values_row, self.values_column, self.plan
+        )
+
+    def write_back(self) -> None:
+        """Copy the values into the weight (inplace); nothing to do under delta."""
+        if self.placement == "inplace":
+            for kind, parameter in self.values().items():
+                scatter_entries(self.weight, self.selection, kind, parameter)
+
+    def extra_repr(self) -> str:
+        kinds = ", ".join(f"{self.selection.num_regions(kind)} {kind}" for kind in self.selection.kinds())
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.placement}: {kinds}"

@@ -1,0 +1,1 @@
+"""How much memory does training take: measured here, and forecast?"""

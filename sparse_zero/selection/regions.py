@@ -1,0 +1,173 @@
+"""Which entries of a weight belong to which region, and who owns an entry that several regions cover?
+
+Ownership: every entry of ``W[out, in]`` belongs to at most one kind, block before row before column.
+Layout of the flat values of one kind (regions in ascending order):
+
+    block   [num_blocks, size, size]  row-major within the block, entries beyond a ragged edge left out
+    row     [num_rows, in]            without entries that a block owns
+    column  [num_columns, out]        one column after the other, without entries of blocks and rows
+
+Legend: O = out features, I = in features, N = regions of the kind, S = block size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_zero.errors import InputError
+from sparse_zero.selection.config import KINDS, Kind
+
+
+def grid_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """Rows and columns of the grid of blocks that covers ``shape``; the last ones may be ragged."""
+    return -(-shape[0] // size), -(-shape[1] // size)
+
+
+def _indices(value: object, width: int | None) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=torch.int64)
+    return tensor.reshape(-1) if width is None else tensor.reshape(-1, width)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightSelection:
+    """The chosen regions of one weight. Indices are sorted on construction; duplicates are refused."""
+
+    # (O, I): out and in features of the weight.
+    shape: tuple[int, int]
+    # Side of the blocks; 0 when there are none.
+    block_size: int = 0
+    # [N, 2] int64: row and column of each block in the grid.
+    blocks: Tensor = None  # type: ignore[assignment]
+    # [N] int64: output channels.
+    rows: Tensor = None  # type: ignore[assignment]
+    # [N] int64: input channels.
+    columns: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        out_features, in_features = self.shape
+        blocks = _indices([] if self.blocks is None else self.blocks, 2)
+        if len(blocks) and self.block_size < 1:
+            raise InputError(f"block_size is {self.block_size} for a selection with blocks: give a positive size")
+        grid = grid_shape(self.shape, self.block_size) if len(blocks) else (0, 0)
+        order = (blocks[:, 0] * max(grid[1], 1) + blocks[:, 1]).argsort() if len(blocks) else slice(None)
+        checked = {
+            "blocks": (blocks[order], grid),
+            "rows": (_indices([] if self.rows is None else self.rows, None).sort().values, (out_features,)),
+            "columns": (_indices([] if self.columns is None else self.columns, None).sort().values, (in_features,)),
+        }
+        for name, (indices, limits) in checked.items():
+            flat = indices if indices.dim() == 2 else indices.unsqueeze(1)
+            if len(flat) and (bool((flat < 0).any()) or bool((flat >= torch.tensor(limits)).any())):
+                raise InputError(f"{name} of a weight of shape {self.shape} reach outside the limits {limits}")
+            if len(torch.unique(flat, dim=0)) != len(flat):
+                raise InputError(f"{name} of a weight of shape {self.shape} contain duplicates: list each region once")
+            object.__setattr__(self, name, indices)
+        if not len(blocks):
+            object.__setattr__(self, "block_size", 0)
+
+    def num_regions(self, kind: Kind) -> int:
+        """Number of chosen regions of ``kind``."""
+        return len({"block": self.blocks, "row": self.rows, "column": self.columns}[kind])
+
+    def num_parameters_by_kind(self) -> dict[Kind, int]:
+        """Entries that each present kind owns, overlaps counted once."""
+        counts: dict[Kind, int] = {}
+        if len(self.blocks):
+            counts["block"] = int((self._block_heights() * self._block_widths()).sum())
+        if len(self.rows):
+            counts["row"] = int(self._row_owned().sum())
+        if len(self.columns):
+            counts["column"] = int(self._column_owned().sum())
+        return counts
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of the weight that are trained, each counted once."""
+        return sum(self.num_parameters_by_kind().values())
+
+    # -- counting without listing entries
+
+    def _block_heights(self) -> Tensor:
+        return (self.shape[0] - self.blocks[:, 0] * self.block_size).clamp(max=self.block_size)
+
+    def _block_widths(self) -> Tensor:
+        return (self.shape[1] - self.blocks[:, 1] * self.block_size).clamp(max=self.block_size)
+
+    def _row_owned(self) -> Tensor:
+        """[num_rows]: entries of each row that no block owns."""
+        owned = torch.full((len(self.rows),), self.shape[1])
+        if len(self.blocks):
+            covered = torch.zeros(grid_shape(self.shape, self.block_size)[0], dtype=torch.int64)
+            covered.index_add_(0, self.blocks[:, 0], self._block_widths())
+            owned -= covered[self.rows // self.block_size]
+        return owned
+
+    def _column_owned(self) -> Tensor:
+        """[num_columns]: entries of each column that neither blocks nor rows own."""
+        owned = torch.full((len(self.columns),), self.shape[0] - len(self.rows))
+        if len(self.blocks):
+            grid = grid_shape(self.shape, self.block_size)
+            rows_in_strip = torch.bincount(self.rows // self.block_size, minlength=grid[0])
+            covered = torch.zeros(grid[1], dtype=torch.int64)
+            # A block takes its height from each of its columns, less the rows that were already taken off.
+            covered.index_add_(0, self.blocks[:, 1], self._block_heights() - rows_in_strip[self.blocks[:, 0]])
+            owned -= covered[self.columns // self.block_size]
+        return owned
+
+    # -- entries
+
+    def _block_grid(self) -> Tensor | None:
+        """[grid rows, grid columns] bool: which blocks are chosen; None without blocks."""
+        if not len(self.blocks):
+            return None
+        grid = torch.zeros(grid_shape(self.shape, self.block_size), dtype=torch.bool)
+        grid[self.blocks[:, 0], self.blocks[:, 1]] = True
+        return grid
+
+    def owned_mask(self, kind: Kind) -> Tensor | None:
+        """Which entries of the dense regions the kind owns: bool [N, S, S], [N, I] or [N, O]; None for all."""
+        out_features, in_features = self.shape
+        grid = self._block_grid()
+        if kind == "block":
+            if out_features % self.block_size == 0 and in_features % self.block_size == 0:
+                return None
+            inside = torch.arange(self.block_size)
+            tall = inside < self._block_heights().unsqueeze(1)
+            wide = inside < self._block_widths().unsqueeze(1)
+            mask = tall.unsqueeze(2) & wide.unsqueeze(1)
+        elif kind == "row":
+            if grid is None:
+                return None
+            strips = torch.arange(in_features) // self.block_size
+            mask = ~grid[self.rows // self.block_size][:, strips]
+        else:
+            if grid is None and not len(self.rows):
+                return None
+            mask = torch.ones(len(self.columns), out_features, dtype=torch.bool)
+            mask[:, self.rows] = False
+            if grid is not None:
+                strips = torch.arange(out_features) // self.block_size
+                mask &= ~grid[strips][:, self.columns // self.block_size].T
+        return None if bool(mask.all()) else mask
+
+    def flat_indices(self, kind: Kind) -> Tensor:
+        """[num_parameters of the kind] int64: positions in ``W.reshape(-1)``, in the order of the values."""
+        out_features, in_features = self.shape
+        if kind == "block":
+            inside = torch.arange(self.block_size)
+            rows = (self.blocks[:, :1] * self.block_size + inside).unsqueeze(2)
+            columns = (self.blocks[:, 1:] * self.block_size + inside).unsqueeze(1)
+        elif kind == "row":
+            rows, columns = self.rows.unsqueeze(1), torch.arange(in_features)
+        else:
+            rows, columns = torch.arange(out_features), self.columns.unsqueeze(1)
+        positions = rows * in_features + columns
+        mask = self.owned_mask(kind)
+        return positions.reshape(-1) if mask is None else positions[mask]
+
+    def kinds(self) -> Iterator[Kind]:
+        """The kinds that own at least one entry, in the order of ownership."""
+        counts = self.num_parameters_by_kind()
+        return (kind for kind in KINDS if counts.get(kind, 0) > 0)

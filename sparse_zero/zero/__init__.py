@@ -1,0 +1,1 @@
+"""How the values, and only they, reach DeepSpeed ZeRO."""

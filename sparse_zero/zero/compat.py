@@ -1,0 +1,109 @@
+"""Which private parts of DeepSpeed are relied on, and for which of its versions were they read?
+
+All uses of names that DeepSpeed does not document are here. ``tests/distributed/test_compat.py`` says what broke when
+a new version changes one of them.
+"""
+
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from sparse_zero.errors import InputError
+
+# The oldest version whose ZeRO optimizers treat a non-finite gradient as an overflow in fp32, too.
+OLDEST_DEEPSPEED = Version("0.19.8")
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed older than the one whose internals were read.
+
+    Raises:
+        InputError: names both versions.
+    """
+    import deepspeed
+
+    if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
+        raise InputError(
+            f"deepspeed {deepspeed.__version__} is older than {OLDEST_DEEPSPEED}: pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
+        )
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside a ZeRO optimizer; the engine's own one at stage 0 in fp32."""
+    optimizer = engine.optimizer
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def create_optimizer_states(engine: Any, keys: tuple[str, ...], step: int) -> None:
+    """Give the optimizer the zero moments and step counters that its first step would create.
+
+    DeepSpeed creates them lazily, and its setters need them in place.
+    """
+    inner = inner_optimizer(engine)
+    partitions = [parameter for group in inner.param_groups for parameter in group["params"]]
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        # Stage 3 shows the optimizer one sub-group at a time; all of them have states of their own.
+        partitions = list(engine.optimizer.fp32_partitioned_groups_flat)
+    for partition in partitions:
+        state = inner.state[partition]
+        state["step"] = torch.tensor(float(step))
+        for key in keys:
+            state[key] = torch.zeros_like(partition, memory_format=torch.preserve_format).detach()
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+
+
+def optimizer_step_count(engine: Any) -> int:
+    """Steps that the inner optimizer has taken; 0 before the first."""
+    for state in inner_optimizer(engine).state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO holds the master and the moments of ``parameter`` (stages 1 to 3, bf16 and fp16 optimizers)."""
+    return hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None or hasattr(
+        parameter, "get_full_hp_param"
+    )
+
+
+def _local_part(parameter: Tensor, value: Tensor, device: Any) -> Tensor:
+    """This rank's part of a whole 1-D ``value`` under stage 3, padded with zeros as DeepSpeed pads."""
+    import torch.distributed as dist
+
+    part = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    padded = torch.nn.functional.pad(value, (0, part * dist.get_world_size(group) - value.numel()))
+    return padded.narrow(0, part * dist.get_rank(group), part).to(device)
+
+
+def write_master(engine: Any, parameter: Tensor, value: Tensor) -> None:
+    """Set the fp32 master of ``parameter``, and the parameter itself, from a whole 1-D fp32 ``value``."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if hasattr(parameter, "ds_id"):
+        # DeepSpeed's setter for whole values fails where the world size does not divide their number.
+        local = _local_part(parameter, value, engine.device)
+        safe_set_local_fp32_param(parameter, local)
+        parameter.ds_tensor.data.copy_(local)
+        return
+    if is_partitioned(parameter):
+        safe_set_full_fp32_param(parameter, value.to(engine.device))
+    parameter.data.copy_(value)
+
+
+def write_moment(engine: Any, parameter: Tensor, value: Tensor, key: str) -> None:
+    """Set one moment of ``parameter`` from a whole 1-D fp32 ``value``."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if hasattr(parameter, "ds_id"):
+        safe_set_local_optimizer_state(parameter, _local_part(parameter, value, engine.device), key)
+    elif is_partitioned(parameter):
+        safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
+    else:
+        inner_optimizer(engine).state[parameter][key].copy_(value)
