@@ -1,9 +1,13 @@
 """How do ranks agree on small facts, so that they fail together instead of hanging?"""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from sparse_zero.errors import InputError
 
 
 def collective_device() -> torch.device:
@@ -26,3 +30,34 @@ def check_equal_on_all_ranks(text: str, what: str) -> None:
     different = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
     if different:
         raise RuntimeError(f"{what} differs between rank 0 and ranks {different}: every rank must get equal input")
+
+
+class PeerError(RuntimeError):
+    """Another rank met the error; that rank reports it, this one only ends."""
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run the block on every rank; when it raises on any, raise on all. Collective at its end.
+
+    The block itself must not communicate. The lowest failing rank raises its own error, the others
+    :class:`PeerError`, so that one line is printed for the whole world.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    first = torch.tensor(world_size if error is None else rank, device=collective_device())
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if int(first) == rank and error is not None:
+        if isinstance(error, InputError):
+            error.speaks_for_all = True
+        raise error
+    if int(first) < world_size:
+        raise PeerError(f"rank {int(first)} failed") from error

@@ -7,3 +7,6 @@ class InputError(ValueError):
     The message names the field, the value and the remedy in one line. It is raised before anything is
     allocated, downloaded or written. The command line prints it without a traceback and exits with 2.
     """
+
+    # Set where several ranks checked their own input and this one is to report for all of them.
+    speaks_for_all = False

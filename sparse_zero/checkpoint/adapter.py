@@ -79,6 +79,32 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
         dist.barrier()
 
 
+def _read_header(folder: Path) -> dict[str, Any]:
+    """The verified header of an adapter folder."""
+    if not folder.is_dir():
+        raise InputError(f"no adapter folder {folder}: check the path")
+    check_folder(folder, "adapter")
+    if not (folder / "adapter.json").is_file():
+        raise InputError(f"{folder} is no adapter: it has no adapter.json; name the adapter folder of a run")
+    header: dict[str, Any] = read_json(folder / "adapter.json")
+    if header.get("format") != FORMAT or header.get("version", 0) > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has adapter format {header.get('format')!r} version {header.get('version')}, "
+            f"not {FORMAT!r} up to {FORMAT_VERSION}: update sparse-zero"
+        )
+    return header
+
+
+def read_adapter_base(folder: str | Path) -> BaseIdentity | None:
+    """Identity of the base that an adapter was trained on, as far as it was recorded.
+
+    Raises:
+        InputError: not an adapter, damaged, or of a newer version.
+    """
+    base = _read_header(Path(folder))["base"]
+    return None if base is None else BaseIdentity(name=base["name"], sha256=base["sha256"])
+
+
 def load_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -103,15 +129,7 @@ def load_adapter(
     folder = Path(folder)
     if placement not in PLACEMENTS:
         raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
-    if not folder.is_dir():
-        raise InputError(f"no adapter folder {folder}: check the path")
-    check_folder(folder, "adapter")
-    header = read_json(folder / "adapter.json")
-    if header.get("format") != FORMAT or header.get("version", 0) > FORMAT_VERSION:
-        raise InputError(
-            f"{folder} has adapter format {header.get('format')!r} version {header.get('version')}, "
-            f"not {FORMAT!r} up to {FORMAT_VERSION}: update sparse-zero"
-        )
+    header = _read_header(folder)
     selection = Selection.load(folder / "selection.safetensors")
     values, _ = read_safetensors(folder / "values.safetensors", VALUES_FORMAT)
     check_fits(model, selection)

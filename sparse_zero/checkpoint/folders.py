@@ -20,10 +20,10 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder``; when the block ends well, it takes the place of ``folder``.
 
-    A manifest of sizes and hashes is added. An older folder of that name is replaced; a reader finds the old
+    A manifest of sizes and hashes is added, unless the folder is for others' programs. An older folder of that name is replaced; a reader finds the old
     or the new one, or (between two renames) none, never a part. When the block raises, nothing changes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +32,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in files
-        }
-        atomic_write_json(temporary / MANIFEST, {"files": manifest})
+        if manifest:
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            entries = {
+                str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in files
+            }
+            atomic_write_json(temporary / MANIFEST, {"files": entries})
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.replace(folder, old)

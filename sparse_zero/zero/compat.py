@@ -52,9 +52,19 @@ def create_optimizer_states(engine: Any, keys: tuple[str, ...], step: int) -> No
         state["step"] = torch.tensor(float(step))
         for key in keys:
             state[key] = torch.zeros_like(partition, memory_format=torch.preserve_format).detach()
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+    link_optimizer_states(engine)
+
+
+def link_optimizer_states(engine: Any) -> None:
+    """Make every value find its moments in the flat partitions of stages 1 and 2.
+
+    DeepSpeed links them after the first group's first step and then counts all groups as linked, so that with
+    several groups ``safe_get_full_optimizer_state`` fails for all but the first.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_step_count(engine: Any) -> int:

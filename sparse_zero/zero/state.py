@@ -42,6 +42,8 @@ def read_training_state(engine: Any) -> TrainingState:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = compat.optimizer_step_count(engine)
+    if step:
+        compat.link_optimizer_states(engine)
     moments: dict[str, dict[str, Tensor]] = {}
     for key in MOMENTS if step else ():
         moments[key] = {}

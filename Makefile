@@ -1,0 +1,36 @@
+# Targets for daily work; `make help` lists them. Everything runs inside .venv, made by scripts/install.sh.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/sparse_zero/torch_extensions
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test test-all bench format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install:  ## make or update .venv
+	@bash scripts/install.sh
+
+check: install  ## lint, formatting and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test: install  ## the tests that take seconds
+	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-all: install  ## every test, the slow ones too
+	$(PYTHON) -m pytest $(ARGS)
+
+bench: install  ## time and memory of a step beside full fine-tuning and LoRA
+	$(PYTHON) scripts/bench_step.py $(ARGS)
+
+format: install  ## rewrite the sources in the house's format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:  ## remove caches and build products; keeps .venv and runs
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,1 @@
+"""The subcommands of ``sparse-zero``, one module each."""

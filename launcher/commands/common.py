@@ -1,0 +1,48 @@
+"""What do the commands share: the --config argument, overrides, and reading the run?"""
+
+import argparse
+from typing import NoReturn
+
+from launcher.config import RunConfig, load_config
+from launcher.deepspeed_config import check_own_config
+from sparse_zero.errors import InputError
+
+OVERRIDES = "Any setting may be changed with --section.key=value, as in --training.steps=100."
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like those about any other input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`InputError` where argparse would print its usage and exit."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def add_command(
+    subparsers: "argparse._SubParsersAction[Parser]",
+    name: str,
+    summary: str,
+    examples: str,
+    *,
+    config: bool = True,
+) -> Parser:
+    """A subcommand's parser; ``config`` gives it ``--config`` and overrides."""
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}." + (f" {OVERRIDES}" if config else ""),
+        epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.strip().splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if config:
+        parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
+    parser.set_defaults(takes_overrides=config)
+    return parser
+
+
+def read_run(args: argparse.Namespace) -> RunConfig:
+    """The run that ``--config`` and the overrides describe, its own DeepSpeed config checked too."""
+    config = load_config(args.config, args.overrides)
+    check_own_config(config)
+    return config

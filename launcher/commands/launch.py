@@ -1,0 +1,71 @@
+"""`sparse-zero launch`: start the worker on every rank of the cluster."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.command_line import worker_command
+from launcher.commands.common import Parser, add_command, read_run
+from launcher.config import RunConfig
+from launcher.deepspeed_config import deepspeed_config
+from sparse_zero.errors import InputError
+
+# Two ranks show on any machine what one would hide, and share two cores.
+_CPU_RANKS = 2
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
+    """Describe the command's arguments."""
+    parser = add_command(
+        subparsers,
+        "launch",
+        "fine-tune on every rank of the cluster section, through DeepSpeed's or torch's launcher",
+        """
+sparse-zero launch --config configs/runs/quickstart.yaml           every GPU here, or 2 CPU ranks
+sparse-zero launch --config run.yaml --cluster.ranks_per_node=4
+sparse-zero launch --config configs/runs/llama-2-7b-smt-2x8.yaml --cluster.hostfile=hosts --dry-run
+""",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out."""
+    config = read_run(args)
+    hostfile = config.cluster.hostfile
+    if config.cluster.launcher == "pdsh" and hostfile is not None and not Path(hostfile).is_file():
+        raise InputError(
+            f"cluster.hostfile is {hostfile}, which is no file: it needs a line 'name slots=8' a node"
+        )
+    num_gpus, devices = _ranks(config)
+    if num_gpus is not None:
+        # Found here, a contradiction is one line; found by the workers, it is one for every rank.
+        deepspeed_config(config, num_gpus * config.cluster.num_nodes)
+    command = worker_command(
+        config, args.config, args.overrides, python=sys.executable, num_gpus=num_gpus, devices=devices
+    )
+    if args.dry_run:
+        print(shlex.join(command))
+        return 0
+    return subprocess.call(command)
+
+
+def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
+    """Ranks per node (None: the launcher counts) and the GPUs that they may use (None: all)."""
+    wanted = config.cluster.ranks_per_node
+    visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    if config.cluster.launcher == "pdsh":
+        return wanted, None
+    import torch  # takes a second
+
+    if not torch.cuda.is_available():
+        return wanted or _CPU_RANKS, None
+    available = torch.cuda.device_count()
+    if wanted is not None and wanted > available:
+        raise InputError(f"cluster.ranks_per_node is {wanted}, but {available} GPUs are visible: lower it")
+    return wanted, visible or None

@@ -1,0 +1,33 @@
+"""`sparse-zero select`: calibrate and choose the regions, without training."""
+
+import argparse
+from pathlib import Path
+
+from launcher.commands.common import Parser, add_command, read_run
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
+    """Describe the command's arguments."""
+    parser = add_command(
+        subparsers,
+        "select",
+        "choose what would be trained, write it to a file, and stop",
+        """
+sparse-zero select --config run.yaml
+sparse-zero select --config run.yaml --selection.budget.fraction=0.01 --out one-percent.safetensors
+sparse-zero inspect one-percent.safetensors
+""",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="the selection file; default: selection.safetensors in output.folder"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out."""
+    config = read_run(args)
+    out = Path(args.out) if args.out else Path(config.output.folder) / "selection.safetensors"
+    from launcher import train  # heavy: torch and DeepSpeed
+
+    return train.select_only(config, out)

@@ -1,0 +1,274 @@
+"""What is one run: which sections does its YAML have, and what do they hold after every check?
+
+Each section is a dataclass that lives beside the code which owns it. Relative paths in a config start at the
+current directory; a leading ``~`` is the home directory.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.cluster_config import ClusterConfig
+from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig
+from launcher.yaml_files import dump_yaml, parse_yaml, read_mapping
+from models.data import DataConfig
+from models.loading import ModelConfig
+from sparse_zero.errors import InputError
+from sparse_zero.selection.config import SelectionConfig
+from sparse_zero.zero.config import ZeroConfig
+
+# Fields that may hold a path and therefore a leading "~".
+_PATH_FIELDS = (
+    "model.name_or_path",
+    "model.tokenizer",
+    "data.train",
+    "data.validation",
+    "data.test",
+    "zero.config",
+    "checkpoint.resume",
+    "output.folder",
+    "cluster.hostfile",
+)
+_MISSING = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides one run."""
+
+    # Which weights and tokenizer.
+    model: ModelConfig
+    # Which samples, in which form, and how answers are judged.
+    data: DataConfig
+    # Which regions are trained.
+    selection: SelectionConfig
+    # Schedule, batches, optimizer.
+    training: TrainingConfig
+    # ZeRO stage, placement, own DeepSpeed config.
+    zero: ZeroConfig
+    # When checkpoints are written and continued from.
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # The run folder and what goes into it.
+    output: OutputConfig
+    # Where the ranks start; read by `sparse-zero launch` only.
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        if self.output.evaluate and self.data.test is None:
+            raise InputError(
+                "output.evaluate is true but data.test is missing: name the data, or set it to false"
+            )
+        if self.training.validation_every is not None and self.data.validation is None:
+            raise InputError(
+                f"training.validation_every is {self.training.validation_every} but data.validation is "
+                "missing: name the data, or leave validation_every out"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the YAML file ``path`` describes, changed by ``overrides``.
+
+    Args:
+        path: the file; its ``extends`` is followed (see :func:`launcher.yaml_files.read_mapping`).
+        overrides: ``--section.key=value`` (the dashes may be missing), values in YAML, applied in order. A
+            number in the key is an index: ``--selection.regions.0.block_size=64``.
+
+    Raises:
+        InputError: for anything that does not hold, naming the field, its value and the remedy.
+    """
+    mapping = read_mapping(path)
+    for override in overrides:
+        apply_override(mapping, override)
+    return parse_config(mapping, source=str(path))
+
+
+def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunConfig:
+    """The run that ``mapping`` describes, as read from YAML; errors say that it stands in ``source``."""
+    _check_keys(RunConfig, mapping, (), source)
+    return _validate(_expand_home(mapping))
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """``config`` with every default written out; :func:`load_config` reads it back as an equal config."""
+    return dump_yaml(_plain(config))
+
+
+def apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Set in ``mapping`` what one ``--section.key=value`` says."""
+    name, equals, text = override.removeprefix("--").partition("=")
+    keys = name.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise InputError(f"{override} is no override: write --section.key=value, as in --training.steps=100")
+    value = parse_yaml(text, f"the value of --{name}")
+    target: Any = mapping
+    for depth, key in enumerate(keys):
+        here = ".".join(keys[:depth])
+        last = depth == len(keys) - 1
+        if isinstance(target, list):
+            if not key.isdecimal() or int(key) >= len(target):
+                raise InputError(
+                    f"{override}: {here} has {len(target)} entries, numbered from 0; {key!r} is none"
+                )
+            if last:
+                target[int(key)] = value
+            target = target[int(key)]
+        elif isinstance(target, dict):
+            if last:
+                target[key] = value
+            elif target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+        else:
+            raise InputError(f"{override}: {here} is {target!r}, which has no {key!r} inside")
+
+
+# --- keys and choices: what pydantic leaves unsaid for standard dataclasses ---------------------------------
+
+
+def _check_keys(expected: Any, value: Any, path: tuple[str, ...], source: str) -> None:
+    """Refuse unknown keys, missing ones, and values outside a closed set, at any depth of ``value``."""
+    options = _options(expected)
+    if get_origin(expected) is Literal:
+        _check_choice(options, value, path)
+        return
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            hints = get_type_hints(option)
+            for key, item in value.items():
+                if key not in hints:
+                    raise InputError(_unknown_key((*path, str(key)), list(hints), source))
+                _check_keys(hints[key], item, (*path, key), source)
+            for each in dataclasses.fields(option):
+                required = each.default is each.default_factory is dataclasses.MISSING
+                if required and each.name not in value:
+                    raise InputError(
+                        f"{'.'.join((*path, each.name))} is missing in {source}: it has no default"
+                    )
+        elif get_origin(option) is tuple and isinstance(value, list):
+            for index, item in enumerate(value):
+                _check_keys(get_args(option)[0], item, (*path, str(index)), source)
+        elif get_origin(option) is Literal and value is not None:
+            _check_choice(get_args(option), value, path)
+
+
+def _check_choice(choices: Sequence[Any], value: Any, path: tuple[str, ...]) -> None:
+    # 1 == True == 1.0 in Python, but not in a config.
+    if any(type(value) is type(choice) and value == choice for choice in choices):
+        return
+    names = [str(choice) for choice in choices]
+    nearest = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "choose one of them"
+    raise InputError(f"{'.'.join(path)} is {value!r}: it may be {', '.join(names)}; {hint}")
+
+
+def _unknown_key(path: tuple[str, ...], known: list[str], source: str) -> str:
+    *above, key = path
+    nearest = difflib.get_close_matches(key, known, n=1)
+    if nearest:
+        hint = f"did you mean {'.'.join((*above, nearest[0]))}?"
+    else:
+        # Often the right key in the wrong section.
+        everywhere = {name.rpartition(".")[2]: name for name in _all_keys(RunConfig, ())}
+        elsewhere = difflib.get_close_matches(key, list(everywhere), n=1, cutoff=0.8)
+        hint = f"did you mean {everywhere[elsewhere[0]]}?" if elsewhere else f"known are {', '.join(known)}"
+    return f"unknown key {'.'.join(path)} in {source}: {hint}"
+
+
+def _all_keys(expected: Any, path: tuple[str, ...]) -> Iterator[str]:
+    for option in _options(expected):
+        if dataclasses.is_dataclass(option):
+            for key, inner in get_type_hints(option).items():
+                yield ".".join((*path, key))
+                yield from _all_keys(inner, (*path, key))
+        elif get_origin(option) is tuple:
+            yield from _all_keys(get_args(option)[0], (*path, "0"))
+
+
+def _options(expected: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; of anything else, itself (of a Literal, its choices)."""
+    origin = get_origin(expected)
+    if origin in (Union, types.UnionType, Literal):
+        return get_args(expected)
+    return (expected,)
+
+
+# --- types ------------------------------------------------------------------------------------------------
+
+
+def _validate(mapping: Mapping[str, Any]) -> RunConfig:
+    # In its JSON form pydantic's strict mode takes lists for tuples and mappings for dataclasses, and nothing
+    # else for anything else: no "yes" for a bool, no 1 for a text, no "1" for a number.
+    try:
+        return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        first = errors[0]
+        cause = first.get("ctx", {}).get("error")
+        if first["type"] == "value_error" and isinstance(cause, ValueError):
+            raise InputError(" ".join(str(cause).split())) from error
+        path, value = _locate(mapping, first["loc"])
+        expected = dict.fromkeys(
+            _expected(each) for each in errors if _locate(mapping, each["loc"])[0] == path
+        )
+        raise InputError(f"{'.'.join(path)} is {value!r}: expected {' or '.join(expected)}") from error
+
+
+def _locate(mapping: Mapping[str, Any], location: Sequence[int | str]) -> tuple[tuple[str, ...], Any]:
+    """The path of a pydantic location in ``mapping``, without members of unions, and its value."""
+    value: Any = mapping
+    path: list[str] = []
+    for key in location:
+        inside = (
+            key in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(key, int)
+        )
+        if not inside:
+            break
+        value = value[key]
+        path.append(str(key))
+    return tuple(path), value
+
+
+def _expected(error: Any) -> str:
+    """What a field wants, in words, from one pydantic error."""
+    return {
+        "int_type": "an integer",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "a text (in quotes where it looks like something else)",
+        "tuple_type": "a list",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "dataclass_type": "a mapping",
+    }.get(error["type"], error["msg"])
+
+
+def _expand_home(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    expanded = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+    for name in _PATH_FIELDS:
+        section, _, key = name.partition(".")
+        inside = expanded.get(section)
+        value = inside.get(key, _MISSING) if isinstance(inside, dict) else _MISSING
+        if isinstance(inside, dict) and isinstance(value, str) and value.startswith("~"):
+            try:
+                inside[key] = str(Path(value).expanduser())
+            except RuntimeError as error:
+                raise InputError(f"{name} is {value!r}: that user has no home directory") from error
+    return expanded
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with dataclasses as mappings and tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,167 @@
+"""Which DeepSpeed config does a run need, and does the user's own one agree with it?"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig
+from launcher.yaml_files import read_text
+from sparse_zero.errors import InputError
+
+_AUTO = "auto"
+# Sections that would take over what the run itself does.
+_REFUSED = {
+    "optimizer": "the run's training section is the optimizer; set learning_rate and the like there",
+    "scheduler": "the run's training section is the schedule; set schedule and the like there",
+}
+# Where each value that a run decides comes from, for messages.
+_SOURCES = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size / (micro_batch_size * ranks)",
+    "gradient_clipping": "training.max_gradient_norm",
+    "zero_optimization.stage": "zero.stage",
+    "bf16.enabled": "training.precision",
+    "fp16.enabled": "training.precision",
+    "zero_allow_untested_optimizer": "the run's own optimizer",
+}
+# Sections in which DeepSpeed has a default for every key, so that an "auto" there can simply be left out.
+_SECTIONS_WITH_DEFAULTS = ("zero_optimization", "bf16", "fp16")
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank between two optimizer steps; the last may be padding."""
+    if world_size < 1:
+        raise InputError(f"the world size is {world_size}: a run needs at least one rank")
+    return -(-config.training.global_batch_size // (config.training.micro_batch_size * world_size))
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of ``config`` on ``world_size`` ranks.
+
+    An own config (``zero.config``) is the start: what it leaves open or says ``"auto"`` to is filled in.
+
+    Raises:
+        InputError: where the own config contradicts the run, by dotted name and with both values.
+    """
+    own = read_own_config(config)
+    accumulation = accumulation_steps(config, world_size)
+    decided = _decided(config)
+    decided["gradient_accumulation_steps"] = accumulation
+    # DeepSpeed insists on this product. It exceeds the run's global batch where that does not divide: the
+    # surplus is masked samples, which count nowhere.
+    product = config.training.micro_batch_size * accumulation * world_size
+    batch = own.get("train_batch_size", _AUTO)
+    if batch not in (_AUTO, product, config.training.global_batch_size):
+        _refuse("train_batch_size", batch, config.training.global_batch_size)
+    own["train_batch_size"] = product
+
+    for name, value in decided.items():
+        _fill(own, name, value)
+    # Quiet: the run writes its own metrics. Own settings win, since they change no result.
+    own.setdefault("steps_per_print", 2**31 - 1)
+    own.setdefault("wall_clock_breakdown", False)
+    _drop_open(own)
+    return own
+
+
+def check_own_config(config: RunConfig) -> None:
+    """Refuse an own DeepSpeed config that contradicts the run in what does not depend on the world size."""
+    own = read_own_config(config)
+    for name, value in _decided(config).items():
+        _fill(own, name, value)
+    _drop_open(own)
+
+
+def read_own_config(config: RunConfig) -> dict[str, Any]:
+    """A copy of the user's DeepSpeed config, or an empty one; sections that the run owns are refused."""
+    own = config.zero.config
+    if own is None:
+        return {}
+    if isinstance(own, str):
+        text = read_text(Path(own), "the DeepSpeed config zero.config")
+        try:
+            own = json.loads(text, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            problem = " ".join(str(error).split())
+            raise InputError(f"zero.config {config.zero.config} is not valid JSON: {problem}") from error
+        if not isinstance(own, dict):
+            raise InputError(f"zero.config {config.zero.config} holds no JSON object at its top level")
+    for section, remedy in _REFUSED.items():
+        if section in own:
+            raise InputError(f"{section} is set in the DeepSpeed config zero.config: remove it, {remedy}")
+    return copy.deepcopy(own)
+
+
+def _decided(config: RunConfig) -> dict[str, Any]:
+    """Dotted names and values that the run decides whatever the world size."""
+    training = config.training
+    decided: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_clipping": training.max_gradient_norm or 0.0,
+        "zero_optimization.stage": config.zero.stage,
+        "bf16.enabled": training.precision == "bf16",
+        "fp16.enabled": training.precision == "fp16",
+        # The run hands DeepSpeed a plain torch AdamW, which no config section then has to build.
+        "zero_allow_untested_optimizer": True,
+    }
+    for key, value in config.zero.options.items():
+        decided[f"zero_optimization.{key}"] = value
+    return decided
+
+
+def _fill(own: dict[str, Any], name: str, value: Any) -> None:
+    """Set the dotted ``name`` in ``own``, unless it says something else already, which is refused."""
+    *sections, key = name.split(".", maxsplit=1)
+    target = own
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise InputError(
+                f"{section} is {target!r} in the DeepSpeed config zero.config: expected an object"
+            )
+    present = target.get(key, _AUTO)
+    # True == 1 in Python; here a switch is no number.
+    if present != _AUTO and (present != value or isinstance(present, bool) != isinstance(value, bool)):
+        _refuse(name, present, value)
+    target[key] = value
+
+
+def _refuse(name: str, present: Any, value: Any) -> None:
+    source = _SOURCES.get(name, name.replace("zero_optimization.", "zero.options."))
+    raise InputError(
+        f"{name} is {present!r} in the DeepSpeed config zero.config, but {value!r} by {source}: "
+        f'change one of them, or write "auto" there'
+    )
+
+
+def _drop_open(own: dict[str, Any]) -> None:
+    """Take out every "auto" that DeepSpeed has a default for; name any other."""
+    for path in list(_find_auto(own, ())):
+        if path[0] not in _SECTIONS_WITH_DEFAULTS:
+            raise InputError(
+                f'{".".join(path)} is "auto" in the DeepSpeed config zero.config, unknown to the run: '
+                "write a value, or remove it"
+            )
+        target = own
+        for key in path[:-1]:
+            target = target[key]
+        del target[path[-1]]
+
+
+def _find_auto(value: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for key, item in value.items():
+        if item == _AUTO:
+            yield (*path, key)
+        elif isinstance(item, dict):
+            yield from _find_auto(item, (*path, key))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"the key {sorted(twice)[0]!r} stands twice")
+    return dict(pairs)

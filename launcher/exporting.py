@@ -1,0 +1,50 @@
+"""How does an adapter become a plain model folder that transformers loads without this package?"""
+
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig
+from models.base_identity import base_identity
+from models.loading import load_model, load_tokenizer, model_folder, validate_model_source
+from sparse_zero.checkpoint.adapter import load_adapter, read_adapter_base
+from sparse_zero.checkpoint.folders import new_folder
+from sparse_zero.errors import InputError
+from sparse_zero.layers.merge import merge
+
+
+def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
+    """(model, tokenizer): the base, with an adapter folded in if one is given. Works without a GPU.
+
+    Raises:
+        InputError: the base or the adapter cannot be loaded, or they do not belong together.
+    """
+    validate_model_source(config.model)
+    if adapter is not None:
+        stored = read_adapter_base(adapter)
+        if stored is not None:
+            found = base_identity(model_folder(config.model), config.model.gguf_file)
+            if found.sha256 != stored.sha256:
+                raise InputError(
+                    f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and model.name_or_path is "
+                    f"{found.name} ({found.sha256[:12]}): name the base it was trained on"
+                )
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    if adapter is not None:
+        load_adapter(model, adapter, placement="inplace")
+        merge(model)
+    return model, tokenizer
+
+
+def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a plain Hugging Face folder (safetensors, config, tokenizer), complete or not at all."""
+    with new_folder(folder, manifest=False) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def export(config: RunConfig, adapter: Path, folder: Path) -> int:
+    """Fold ``adapter`` into the base of ``config`` and write the result to ``folder``; returns 0."""
+    model, tokenizer = load_merged(config, adapter)
+    save_model_folder(model, tokenizer, folder)
+    print(f"merged model written to {folder}")
+    return 0

@@ -1,0 +1,242 @@
+"""What does one rank of a run do, from its config to the adapter? Also the script that every launcher starts.
+
+    deepspeed --num_gpus 8 launcher/train.py --config run.yaml
+    torchrun --nproc_per_node 8 launcher/train.py --config run.yaml
+    mpirun -n 8 python launcher/train.py --config run.yaml
+    python launcher/train.py --config run.yaml
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig, load_config, resolved_yaml
+from launcher.evaluating import evaluate_model
+from launcher.exporting import load_merged, save_model_folder
+from launcher.metrics import MetricsLog
+from launcher.preparing import (
+    Phases,
+    Prepared,
+    check_run,
+    choose_selection,
+    make_engine,
+    pad_token_id,
+    prepare,
+)
+from launcher.run_folder import RunFolder
+from launcher.summary import print_summary
+from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
+from launcher.world import World, join_world, leave_world
+from models.gather import gather_json
+from sparse_zero.checkpoint.adapter import save_adapter
+from sparse_zero.checkpoint.checkpoint import load_checkpoint
+from sparse_zero.collectives import PeerError
+from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
+from sparse_zero.layers.merge import merge
+from sparse_zero.memory.measure import PeakMemory
+from sparse_zero.selection.select import num_parameters
+from sparse_zero.selection.selection import Selection
+
+# Exit codes besides 0: wrong input, an error while running, and 128 + signal after a clean stop.
+EXIT_INPUT, EXIT_ERROR, EXIT_SIGNAL = 2, 1, 128
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> float | None:
+    """Accuracy of ``model`` on the test records; taken from the file of an earlier start if it is there."""
+    out = prepared.folder.evaluation / f"{name}.json"
+    reuse = name == "base" and prepared.checkpoint is not None and out.is_file()
+    if all(gather_json(reuse)):
+        return float(read_json(out)["accuracy"])
+    result = evaluate_model(
+        prepared.config, world, model, prepared.tokenizer, prepared.test, out, f"evaluating the {name} model"
+    )
+    _say(world, f"{name} model: {result.correct} of {result.num_problems} test problems correct")
+    return result.accuracy
+
+
+def _select(prepared: Prepared, world: World) -> Selection:
+    """The checkpoint's selection, or a new one; written to the run folder."""
+    if prepared.checkpoint is not None:
+        return prepared.checkpoint.selection
+    selection = choose_selection(prepared, world)
+    if world.is_main:
+        selection.save(prepared.folder.selection)
+    return selection
+
+
+def _train(prepared: Prepared, engine: Any, world: World) -> TrainingResult:
+    """Continue from the checkpoint if there is one, and train to the end or to a signal."""
+    first_step = 0
+    if prepared.checkpoint_path is not None:
+        first_step = int(load_checkpoint(engine, prepared.checkpoint_path).extra["step"])
+        _say(world, f"continuing from {prepared.checkpoint_path} after step {first_step}")
+    state = LoopState(
+        config=prepared.config,
+        world=world,
+        engine=engine,
+        train=prepared.train.samples,
+        validation=prepared.validation.samples if prepared.validation else (),
+        pad_token_id=pad_token_id(prepared.tokenizer),
+        folder=prepared.folder,
+        base=prepared.base,
+        first_step=first_step,
+    )
+    if not world.is_main:
+        return train(state, None)
+    resumed = first_step if first_step else None
+    with MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=prepared.config.output.tensorboard) as log:
+        return train(state, log)
+
+
+def _tuned_model(prepared: Prepared, engine: Any) -> Any:
+    """The plain model with the trained values in its weights, on every rank."""
+    if prepared.config.zero.stage < 3:
+        model = engine.module
+        merge(model)
+        return model
+    # The base is sharded: load it again, unsharded, and put the saved adapter on it.
+    prepared.model = None
+    engine.destroy()
+    model, _ = load_merged(prepared.config, prepared.folder.adapter)
+    return model
+
+
+def _write_summary(
+    prepared: Prepared,
+    world: World,
+    phases: Phases,
+    result: TrainingResult,
+    accuracy: dict[str, Any],
+    counts: dict[str, Any],
+) -> None:
+    folder, summary = prepared.folder, prepared.folder.summary
+    peaks = gather_json(max(result.peak_memory_bytes[world.rank], counts.pop("peak_memory_bytes")))
+    if not world.is_main:
+        return
+    atomic_write_json(
+        summary,
+        {
+            "phases": phases.seconds,
+            "accuracy": accuracy,
+            "parameters": counts,
+            "peak_memory_bytes_per_rank": peaks,
+            "tokens_per_second": result.tokens_per_second,
+            "adapter_bytes": folder.size_of(folder.adapter),
+            "merged_bytes": folder.size_of(folder.merged),
+            "world_size": world.world_size,
+            "steps": result.step,
+            "final_loss": result.final_loss,
+            "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},
+        },
+    )
+
+
+def _run_in_world(config: RunConfig, world: World) -> int:
+    folder = RunFolder(config.output.folder)
+    phases = Phases()
+    with phases.measure("load"):
+        prepared = prepare(config, world)
+    if all(gather_json(folder.summary.is_file())) and config.checkpoint.resume == "auto":
+        _say(world, f"the run in {folder.path} is complete already")
+        if world.is_main:
+            print_summary(folder.path)
+        return 0
+    if world.is_main:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder.config, resolved_yaml(config))
+    _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
+    accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": len(prepared.test)}
+    memory = PeakMemory(world.device)
+    total = num_parameters(prepared.model)
+    if prepared.test:
+        with phases.measure("evaluate_base"):
+            accuracy["base"] = _evaluate(prepared, world, prepared.model, "base")
+    with phases.measure("calibrate"):
+        selection = _select(prepared, world)
+    trained = selection.num_parameters
+    _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
+    with phases.measure("train"):
+        engine = make_engine(prepared, selection, world)
+        result = _train(prepared, engine, world)
+    if result.stopped_by:
+        _say(world, f"stopped by signal {result.stopped_by} after step {result.step}; start again to continue")
+        return EXIT_SIGNAL + result.stopped_by
+    with phases.measure("save"):
+        if config.output.adapter or config.zero.stage == 3:
+            save_adapter(engine, folder.adapter, base=prepared.base)
+        model = _tuned_model(prepared, engine)
+        if config.output.merged and world.is_main:
+            save_model_folder(model, prepared.tokenizer, folder.merged)
+    if prepared.test:
+        with phases.measure("evaluate_tuned"):
+            accuracy["tuned"] = _evaluate(prepared, world, model.to(world.device), "tuned")
+    counts = {"total": total, "trained": trained, "peak_memory_bytes": memory.peak_bytes()}
+    _write_summary(prepared, world, phases, result, accuracy, counts)
+    if world.is_main:
+        print_summary(folder.path)
+    return 0
+
+
+def run(config: RunConfig) -> int:
+    """Train one run in this process and its peers, if a launcher started some; returns the exit code.
+
+    Raises:
+        InputError: the config cannot be used; nothing has been written then.
+    """
+    check_run(config)
+    world = join_world()
+    try:
+        return _run_in_world(config, world)
+    except PeerError:
+        return EXIT_INPUT
+    except NonFiniteError as error:
+        _say(world, f"sparse-zero: error: {error}")
+        return EXIT_ERROR
+    finally:
+        leave_world()
+
+
+def select_only(config: RunConfig, out: Path) -> int:
+    """Calibrate, select, write the selection to ``out``, and stop; returns 0."""
+    check_run(config)
+    world = join_world()
+    try:
+        prepared = prepare(config, world)
+        selection = choose_selection(prepared, world)
+        if world.is_main:
+            selection.save(out)
+            print(f"{selection.num_parameters:,} parameters in {len(selection.weights)} weights written to {out}")
+    except PeerError:
+        return EXIT_INPUT
+    finally:
+        leave_world()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The worker: ``--config FILE`` and overrides ``--section.key=value``."""
+    parser = argparse.ArgumentParser(description="One rank of a run; see `sparse-zero launch --help`.")
+    parser.add_argument("--config", required=True, help="the YAML file of the run")
+    # DeepSpeed's launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        return run(load_config(args.config, overrides))
+    except InputError as error:
+        # Where all ranks met the same error, one line is enough.
+        if error.speaks_for_all or os.environ.get("RANK", "0") == "0":
+            print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

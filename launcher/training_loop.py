@@ -1,0 +1,238 @@
+"""How is a sparsified model trained step by step: batches, normalised loss, metrics, checkpoints, stops?"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.config import RunConfig
+from launcher.metrics import MetricsLog
+from launcher.progress import training_progress
+from launcher.run_folder import RunFolder
+from launcher.schedule import learning_rate
+from launcher.stopping import stop_requests
+from launcher.world import World
+from models.collate import collate, micro_batch, response_tokens
+from models.data import TokenizedSample
+from models.loss import response_nll
+from models.sampler import BatchSampler
+from sparse_zero.checkpoint.checkpoint import save_checkpoint
+from sparse_zero.checkpoint.identity import BaseIdentity
+from sparse_zero.collectives import collective_device
+from sparse_zero.memory.measure import PeakMemory
+from sparse_zero.zero.engine import step_was_applied
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+@dataclass(kw_only=True)
+class TrainingResult:
+    """How the loop ended."""
+
+    # Optimizer steps done over the whole run, resumed ones included.
+    step: int
+    # Signal that ended the loop early; 0 when it ran to its end.
+    stopped_by: int
+    # Mean loss per response token of the last step; NaN when no step ran.
+    final_loss: float
+    # Tokens (padding excluded) over all ranks per second of this start's steps, the first excepted.
+    tokens_per_second: float
+    # Peak over this start, per rank.
+    peak_memory_bytes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """What the loop works on."""
+
+    config: RunConfig
+    world: World
+    engine: Any
+    train: Sequence[TokenizedSample]
+    validation: Sequence[TokenizedSample]
+    pad_token_id: int
+    folder: RunFolder
+    base: BaseIdentity | None
+    # Steps done before this start.
+    first_step: int
+
+
+def _gather(values: Sequence[float]) -> torch.Tensor:
+    """[world size, number of values] fp64 on the host: one tiny collective."""
+    mine = torch.tensor(values, dtype=torch.float64, device=collective_device())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu()
+
+
+def make_sampler(state: LoopState) -> BatchSampler:
+    """The sampler of the training data at this world size."""
+    training = state.config.training
+    return BatchSampler(
+        len(state.train),
+        min(training.global_batch_size, len(state.train)),
+        training.micro_batch_size,
+        state.world.world_size,
+        state.world.rank,
+        training.seed,
+        True,
+        [len(sample.input_ids) for sample in state.train] if state.config.data.group_by_length else None,
+    )
+
+
+def count_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.steps is not None:
+        return config.training.steps
+    assert config.training.epochs is not None
+    return max(1, math.ceil(config.training.epochs * steps_per_epoch))
+
+
+def _tensors(state: LoopState, samples: Sequence[TokenizedSample]) -> dict[str, torch.Tensor]:
+    batch = collate(samples, batching=state.config.data.batching, pad_token_id=state.pad_token_id)
+    return {name: tensor.to(state.world.device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def validation_loss(state: LoopState) -> tuple[float, int]:
+    """Mean loss per response token over the validation data, and their number. Collective."""
+    world, size = state.world, state.config.training.micro_batch_size
+    sampler = BatchSampler(
+        len(state.validation), size * world.world_size, size, world.world_size, world.rank, 0, False
+    )
+    was_training = state.engine.module.training
+    state.engine.eval()
+    total, tokens = 0.0, 0
+    for step in range(sampler.steps_per_epoch):
+        for indices in sampler.step(step).micro_batches:
+            samples = micro_batch(state.validation, indices)
+            total += float(response_nll(state.engine, _tensors(state, samples)))
+            tokens += response_tokens(samples)
+    state.engine.train(was_training)
+    sums = _gather([total, tokens]).sum(0)
+    return float(sums[0] / sums[1]), int(sums[1])
+
+
+def save_run_checkpoint(state: LoopState, step: int) -> None:
+    """Write the checkpoint after ``step`` steps, and drop those beyond the number kept. Collective."""
+    checkpoint = state.folder.checkpoint(step)
+    save_checkpoint(state.engine, checkpoint, extra={"step": step}, base=state.base)
+    if state.world.is_main:
+        state.folder.mark_latest(checkpoint, state.config.checkpoint.keep)
+
+
+def _optimizer_step(
+    state: LoopState, sampler: BatchSampler, tokens_of: Sequence[int], step: int, num_steps: int
+) -> tuple[float, int, float]:
+    """One optimizer step of this rank: (summed loss, input tokens, learning rate)."""
+    config, world, engine = state.config, state.world, state.engine
+    plan = sampler.step(step)
+    # The loss of the step is a mean over the response tokens of the whole global batch. The engine divides by
+    # the number of micro-batches and ranks, which is undone here.
+    response = max(1, sum(tokens_of[index] for index in plan.global_indices))
+    scale = sampler.micro_batches_per_step * world.world_size / response
+    rate = learning_rate(config.training, step, num_steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    # Dropout depends on the step and the rank alone, so a resumed run draws what it would have drawn.
+    torch.manual_seed((config.training.seed * 1_000_003 + step) * world.world_size + world.rank)
+    total, input_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    for indices in plan.micro_batches:
+        samples = micro_batch(state.train, indices)
+        nll = response_nll(engine, _tensors(state, samples))
+        engine.backward(nll * scale)
+        engine.step()
+        total += nll.detach()
+        input_tokens += sum(len(sample.input_ids) for sample in samples) if indices else 0
+    return float(total) / response, input_tokens, rate
+
+
+def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
+    """Run the steps that are left. Collective.
+
+    Args:
+        state: the engine and its data, on every rank.
+        metrics: rank 0's log; None on the others.
+
+    Raises:
+        NonFiniteError: more than ``training.max_nonfinite_steps`` skipped steps in a row; a checkpoint is not written.
+    """
+    config, world = state.config, state.world
+    sampler = make_sampler(state)
+    num_steps = count_steps(config, sampler.steps_per_epoch)
+    tokens_of = [response_tokens([sample]) for sample in state.train]
+    memory = PeakMemory(world.device)
+    result = TrainingResult(
+        step=state.first_step,
+        stopped_by=0,
+        final_loss=math.nan,
+        tokens_per_second=0.0,
+        peak_memory_bytes=[0] * world.world_size,
+    )
+    counted_tokens, counted_seconds, skipped_in_a_row = 0.0, 0.0, 0
+    last_saved = state.first_step
+    state.engine.train()
+    progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
+    with stop_requests() as request, progress:
+        for step in range(state.first_step, num_steps):
+            started = time.perf_counter()
+            loss, input_tokens, rate = _optimizer_step(state, sampler, tokens_of, step, num_steps)
+            everyone = _gather([loss, input_tokens, request.signal, memory.peak_bytes()])
+            seconds = time.perf_counter() - started
+            sums = everyone.sum(0)
+            result.step, result.final_loss = step + 1, float(sums[0])
+            result.peak_memory_bytes = [int(peak) for peak in everyone[:, 3]]
+            skipped = not step_was_applied(state.engine)
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            if step > state.first_step:
+                counted_tokens, counted_seconds = counted_tokens + float(sums[1]), counted_seconds + seconds
+                result.tokens_per_second = counted_tokens / counted_seconds
+            norm = state.engine.get_global_grad_norm()
+            row = {
+                "kind": "train",
+                "step": step + 1,
+                "loss": result.final_loss,
+                "learning_rate": rate,
+                "gradient_norm": None if norm is None else float(norm),
+                "tokens_per_second": float(sums[1]) / seconds,
+                "response_tokens": sum(tokens_of[index] for index in sampler.step(step).global_indices),
+                "step_seconds": seconds,
+                "peak_memory_bytes": max(result.peak_memory_bytes),
+                "epoch": (step + 1) / sampler.steps_per_epoch,
+                "skipped": skipped,
+            }
+            progress.update(row)
+            if metrics is not None and ((step + 1) % config.output.log_every == 0 or step + 1 == num_steps or skipped):
+                metrics.write(row)
+            if skipped_in_a_row > config.training.max_nonfinite_steps:
+                raise NonFiniteError(
+                    f"{skipped_in_a_row} steps in a row up to step {step + 1} had a non-finite loss or gradient: "
+                    "lower training.learning_rate, or check the data"
+                )
+            every = config.training.validation_every
+            if state.validation and (step + 1 == num_steps or (every and (step + 1) % every == 0)):
+                value, tokens = validation_loss(state)
+                progress.message(f"step {step + 1}: validation loss {value:.4f}")
+                if metrics is not None:
+                    metrics.write(
+                        {"kind": "validation", "step": step + 1, "loss": value, "response_tokens": tokens}
+                    )
+            result.stopped_by = int(everyone[:, 2].max())
+            due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
+            if due or result.stopped_by or step + 1 == num_steps:
+                save_run_checkpoint(state, step + 1)
+                last_saved = step + 1
+            if result.stopped_by and step + 1 < num_steps:
+                if metrics is not None:
+                    metrics.event(step + 1, f"stopped by signal {result.stopped_by}; checkpoint written")
+                break
+            result.stopped_by = 0
+    assert last_saved == result.step
+    memory.close()
+    return result

@@ -1,0 +1,229 @@
+"""Which data is trained on, and how do its records become samples of token ids and labels?"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
+
+from models.evaluation import EvaluationConfig
+from models.records import DataFormat, read_records, to_text_records
+from models.templates import TEMPLATES, Template, encode_prompts, encode_responses, render
+from sparse_zero.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Label of a position that the loss skips (the default of torch's cross entropy).
+IGNORED = -100
+# Records tokenized in one call: amortises the call of fast tokenizers, keeps the working set small.
+_CHUNK = 1024
+
+Split = Literal["train", "validation", "test"]
+
+
+class DataWarning(UserWarning):
+    """Some of the data is used in part or not at all; the message counts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldConfig:
+    """What the fields of a record are called. The defaults are the LLM-Adapters (and Alpaca) form."""
+
+    # The question or task; needed, unless text is set.
+    instruction: str = "instruction"
+    # Context for the instruction; a record may lack it or leave it empty.
+    input: str = "input"
+    # The response trained on; needed in training and validation records, unless text is set.
+    output: str = "output"
+    # The bare answer that an evaluation compares with; needed in test records.
+    answer: str = "answer"
+    # Train on this field as plain text, loss on all of its tokens, without a template; None: instruction
+    # records.
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("instruction", "input", "output", "answer", "text"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and not (name == "text" and value is None):
+                raise InputError(f"data.fields.{name} is {value!r}: give the name of a field of the records")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the records are, and how they become batches.
+
+    ``train``, ``validation`` and ``test`` each name a file, a folder that holds ``<split>.json`` (or .jsonl,
+    .csv, .parquet), or a hub data set ``owner/name`` or ``owner/name:subset``. Relative paths start at the
+    current directory; ``~`` is expanded.
+    """
+
+    # Training records.
+    train: str
+    # File name stem in a folder, or split of a hub data set, for the training records. A single file has no
+    # splits.
+    train_split: str = "train"
+    # Records whose loss is measured during training; None: no validation.
+    validation: str | None = None
+    validation_split: str = "validation"
+    # Problems answered before and after training; None: no evaluation.
+    test: str | None = None
+    test_split: str = "test"
+    # How files are parsed. auto goes by the suffix, and takes owner/name for a hub name if no such path
+    # exists.
+    format: DataFormat = "auto"
+    # How a record becomes prompt and response. chat uses the template that comes with the tokenizer.
+    template: Template = "alpaca"
+    # Tokens of prompt and response together. Longer responses are cut (counted); longer prompts are never
+    # cut: the sample is dropped (counted). 512 holds nearly every record of the usual instruction sets.
+    max_length: int = 512
+    # pad: every sample a row, filled up to the longest of the micro-batch; pack: one row of all samples.
+    batching: Literal["pad", "pack"] = "pad"
+    # Put samples of like length into the same micro-batch of a step: less padding, the same result.
+    group_by_length: bool = True
+    # Training records used, from the start of the data; None: all.
+    limit: int | None = None
+    # Names of the fields of a record.
+    fields: FieldConfig = field(default_factory=FieldConfig)
+    # How the test problems are answered.
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test", "train_split", "validation_split", "test_split"):
+            value = getattr(self, name)
+            if value is None and name in ("validation", "test"):
+                continue
+            if not isinstance(value, str) or not value.strip():
+                wanted = "a split" if name.endswith("_split") else "a file, a folder or a hub data set"
+                raise InputError(f"data.{name} is {value!r}: give the name of {wanted}")
+        choices = {"format": get_args(DataFormat), "template": TEMPLATES, "batching": ("pad", "pack")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"data.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                )
+        if self.max_length < 2:
+            raise InputError(
+                f"data.max_length is {self.max_length}: a prompt and a response need at least 2 tokens"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise InputError(
+                f"data.limit is {self.limit}: it must be at least 1, or left out for all records"
+            )
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """One training sample: prompt and response, and which of its tokens the loss counts."""
+
+    input_ids: list[int]  # [length]
+    labels: list[int]  # [length] IGNORED on the prompt, the token ids on the response and its end of sequence
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of one split in the order of the records, and what the maximum length cost."""
+
+    samples: Sequence[TokenizedSample]
+    num_truncated_responses: int  # samples whose response was cut
+    num_dropped: int  # records without a sample: no room for a response token
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every sample."""
+        return tuple(len(sample.input_ids) for sample in self.samples)
+
+
+def load_records(config: DataConfig, split: Split) -> list[dict[str, str]]:
+    """Read the records of a split under their own field names, scalars as text.
+
+    Training and validation records have ``instruction`` and ``output`` (or ``text``), test records
+    ``instruction`` and ``answer``, each under the name that ``config.fields`` gives; all else a record holds
+    is optional.
+
+    Raises:
+        InputError: the split is not configured, cannot be read or is empty, or a record lacks a needed field.
+    """
+    source = {"train": config.train, "validation": config.validation, "test": config.test}[split]
+    setting = f"data.{split}"
+    if source is None:
+        raise InputError(f"{setting} is missing: name the file, folder or hub data set to read")
+    split_name = {
+        "train": config.train_split,
+        "validation": config.validation_split,
+        "test": config.test_split,
+    }[split]
+    raw = read_records(source, field=setting, split=split_name, data_format=config.format)
+    if split == "train" and config.limit is not None:
+        raw = raw[: config.limit]
+    names = config.fields
+    if split == "test":
+        needed = [names.instruction, names.answer]
+    else:
+        needed = [names.instruction, names.output] if names.text is None else [names.text]
+    records = to_text_records(raw, field=setting, needed=needed, source=source)
+    if (
+        names.input != FieldConfig.input
+        and names.text is None
+        and not any(names.input in each for each in records)
+    ):
+        raise InputError(
+            f"data.fields.input is {names.input!r}: no record of {setting} ({source!r}) has that field"
+        )
+    return records
+
+
+def load_samples(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", split: Literal["train", "validation"]
+) -> SampleSet:
+    """Read, render and tokenize the records of a split.
+
+    A sample longer than ``config.max_length`` loses the end of its response; if not one response token would
+    stay that the model can be asked to predict, the record is dropped. Both are counted, and warned of.
+
+    Raises:
+        InputError: as :func:`load_records`; or the tokenizer cannot render the template; or no sample
+            remains.
+    """
+    records = load_records(config, split)
+    samples: list[TokenizedSample] = []
+    num_truncated = num_dropped = 0
+    for prompt_ids, response_ids in _tokenize(config, tokenizer, records):
+        room = config.max_length - len(prompt_ids)
+        kept = response_ids[: max(room, 0)]
+        # The first token of a sample has nothing before it that could predict it.
+        if not kept or len(prompt_ids) + len(kept) < 2:
+            num_dropped += 1
+            continue
+        num_truncated += len(kept) < len(response_ids)
+        samples.append(TokenizedSample(prompt_ids + kept, [IGNORED] * len(prompt_ids) + kept))
+    if not samples:
+        raise InputError(
+            f"data.max_length is {config.max_length}: not one of the {len(records)} records of "
+            f"data.{split} leaves room for a response after its prompt; raise it"
+        )
+    if num_truncated or num_dropped:
+        warnings.warn(
+            f"data.{split}: of {len(records)} records, {num_truncated} responses were cut and "
+            f"{num_dropped} records dropped at data.max_length {config.max_length}",
+            DataWarning,
+            stacklevel=2,
+        )
+    return SampleSet(tuple(samples), num_truncated, num_dropped)
+
+
+def _tokenize(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", records: Sequence[dict[str, str]]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt ids and response ids of every record, tokenized in chunks."""
+    for start in range(0, len(records), _CHUNK):
+        texts = [
+            render(config.template, record, tokenizer, config.fields)
+            for record in records[start : start + _CHUNK]
+        ]
+        prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
+        yield from zip(
+            encode_prompts(tokenizer, prompts, config.template),
+            encode_responses(tokenizer, responses, follows_prompt=config.fields.text is None),
+            strict=True,
+        )

@@ -1,0 +1,103 @@
+"""Which modules of a model family are attention or MLP, and which of them read the same input?"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from sparse_zero.errors import InputError
+from sparse_zero.module_map import ModuleMap, default_module_map
+from sparse_zero.selection.candidates import expand_braces
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Families whose layers are built like Llama's: q, k and v read one tensor, gate and up another. A test runs a
+# small model of each and compares what the linears are given.
+LLAMA_LIKE = frozenset(
+    {
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+    }
+)
+
+# Projections that some families hold as one matrix: the fused name, and the names that it stands for.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "Wqkv": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+class FamilyWarning(UserWarning):
+    """A model's family is not among the known ones; what follows from that is in the message."""
+
+
+def module_map(model: PreTrainedModel) -> ModuleMap:
+    """The map of a model's linears: layers, roles and shared inputs.
+
+    For the families of :data:`LLAMA_LIKE` it is complete. Other models get the map that module names tell,
+    without shared inputs, which only costs memory, and a :class:`FamilyWarning`.
+
+    Raises:
+        InputError: the model has no linear layers of torch.nn.
+    """
+    kind = _model_type(model)
+    found = default_module_map(model)
+    if not found.linears:
+        raise InputError(
+            f"model.name_or_path is a {kind} model without torch.nn.Linear layers: use another model"
+        )
+    if kind in LLAMA_LIKE:
+        return found
+    if found.shared_inputs:
+        warnings.warn(
+            f"model type {kind!r} is not among the families known to share inputs between projections: "
+            "each linear keeps its own input for backward, which costs memory",
+            FamilyWarning,
+            stacklevel=2,
+        )
+    return replace(found, shared_inputs=())
+
+
+def check_not_fused(model: PreTrainedModel, patterns: tuple[str, ...]) -> None:
+    """Refuse module patterns that ask for a projection which the model holds fused with others.
+
+    Args:
+        model: the model.
+        patterns: module patterns as in a selection (``*.q_proj``).
+
+    Raises:
+        InputError: naming the fused module to ask for instead.
+    """
+    names = default_module_map(model).linears
+    endings = {name.rpartition(".")[2] for name in names}
+    for pattern in (each for whole in patterns for each in expand_braces(whole)):
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        for fused, parts in FUSED.items():
+            asked = next((part for part in parts if pattern.endswith(part)), None)
+            if fused in endings and asked is not None:
+                raise InputError(
+                    f"module pattern {pattern!r} matches nothing: a {_model_type(model)} model holds "
+                    f"{', '.join(parts)} as one matrix, of which no part can be asked for; "
+                    f"ask for all of it, {pattern.removesuffix(asked)}{fused}"
+                )
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))

@@ -1,0 +1,255 @@
+"""How does a causal language model and its tokenizer come from a folder, a hub name or a GGUF file?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from models.source import check_model_folder, download, local_folder
+from models.weight_files import read_json_object
+from sparse_zero.errors import InputError
+from sparse_zero.optional import require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+# Words, digits, bytes outside the vocabulary and a first word: where tokenizer conversions go wrong.
+TOKENIZER_PROBE = "The 12 pears, 3.5 żółw and\nmore."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is fine-tuned, and in what form it is held."""
+
+    # A folder with config.json and safetensors, a folder with a GGUF file, or a hub name owner/model.
+    # A relative folder starts at the current directory; ~ is expanded.
+    name_or_path: str
+    # Branch, tag or commit of a hub name; None: the hub's default branch. A folder has none.
+    revision: str | None = None
+    # File of the folder (or hub repository) to load instead of safetensors; it is dequantised.
+    gguf_file: str | None = None
+    # Folder or hub name of the tokenizer; None: the model's own.
+    tokenizer: str | None = None
+    # Type in which the base weights are held. float32 is what a CPU is fast with; GPUs want bfloat16.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Attention implementation. sdpa needs no further package and forms no score matrix on GPUs.
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    # Run Python code that comes with the model. Off: a model is data, and data does not run.
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name_or_path, str) or not self.name_or_path.strip():
+            raise InputError(f"model.name_or_path is {self.name_or_path!r}: give a folder or a hub name")
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"model.attention is {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
+        if self.gguf_file is not None and (
+            not self.gguf_file.endswith(".gguf") or Path(self.gguf_file).name != self.gguf_file
+        ):
+            raise InputError(
+                f"model.gguf_file is {self.gguf_file!r}: give the name of a .gguf file in model.name_or_path"
+            )
+
+
+def validate_model_source(config: ModelConfig) -> None:
+    """Check all that can be checked about a model without a network or reading its weights.
+
+    Raises:
+        InputError: naming the field, the value and the remedy.
+    """
+    folder = local_folder(config.name_or_path, field="model.name_or_path")
+    if folder is not None:
+        if config.revision is not None:
+            raise InputError(f"model.revision is {config.revision!r}, but {folder} is a folder: leave it out")
+        check_model_folder(folder, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code)
+    if config.tokenizer is not None:
+        local_folder(config.tokenizer, field="model.tokenizer")
+    if config.attention == "flash_attention_2":
+        require(
+            "flash_attn", extra="flash", purpose="run model.attention flash_attention_2 (sdpa needs nothing)"
+        )
+    if config.gguf_file is not None:
+        for module in ("gguf", "accelerate"):
+            require(module, extra="gguf", purpose="read model.gguf_file")
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """The folder of the model's files: the named one, or the hub's snapshot, downloaded if needed."""
+    validate_model_source(config)
+    folder = local_folder(config.name_or_path, field="model.name_or_path")
+    if folder is None:
+        folder = download(
+            config.name_or_path,
+            field="model.name_or_path",
+            revision=config.revision,
+            gguf_file=config.gguf_file,
+            weights=True,
+        )
+        check_model_folder(folder, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code)
+    return folder
+
+
+def load_model(config: ModelConfig, *, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Load a causal language model, dense, in evaluation mode, on ``device``.
+
+    Raises:
+        InputError: the source is missing, incomplete, of another kind, or its weights do not fit its config.
+    """
+    folder = model_folder(config)
+    with _no_progress_bars():
+        model, info = _from_pretrained(config, folder)
+    for what, remedy in (
+        (
+            "missing",
+            "the weights do not belong to this config.json, or a file was lost: copy the model again",
+        ),
+        ("unexpected", "the weights hold more than this config.json describes: copy the model again"),
+        ("mismatched", "the weights have other shapes than this config.json describes: copy the model again"),
+    ):
+        names = sorted(str(name) for name in info[f"{what}_keys"])
+        if names:
+            raise InputError(f"{folder} has {len(names)} {what} weights ({', '.join(names[:3])}): {remedy}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; it always has an end-of-sequence and a padding token.
+
+    A tokenizer without a padding token pads with its unknown token, else with its end-of-sequence token:
+    masks and labels go by position, so no token is ever taken for padding because of its id.
+
+    A folder with a bare SentencePiece model (``tokenizer.model``, no ``tokenizer.json``) is read as Llama's
+    and puts the begin-of-sequence token first unless its ``tokenizer_config.json`` says otherwise; its tokens
+    are compared with SentencePiece's own.
+
+    Raises:
+        InputError: there is no tokenizer, it cannot be read, or it has no end-of-sequence token.
+    """
+    if config.tokenizer is None:
+        folder, gguf_file, field = model_folder(config), config.gguf_file, "model.name_or_path"
+    else:
+        field, gguf_file = "model.tokenizer", None
+        local = local_folder(config.tokenizer, field=field)
+        folder = local or download(
+            config.tokenizer, field=field, revision=None, gguf_file=None, weights=False
+        )
+    if gguf_file is not None and _has_tokenizer(folder):
+        gguf_file = None  # the original files are exact, a GGUF holds a reduced form
+    if gguf_file is None and not _has_tokenizer(folder):
+        raise InputError(f"{folder} has no tokenizer.json or tokenizer.model: set model.tokenizer")
+    tokenizer = _read_tokenizer(folder, gguf_file, config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {folder} has no end-of-sequence token: set model.tokenizer to one that has"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every token of the tokenizer has an embedding.
+
+    Raises:
+        InputError: the tokenizer is larger than the model's embedding.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"model.tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: use the model's own"
+        )
+
+
+def _from_pretrained(config: ModelConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if config.gguf_file is None:
+        options["use_safetensors"] = True
+    else:
+        # Without dequantize the weights stay in GGUF blocks: they cannot be trained, and saving is refused.
+        options |= {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file or config: anything from struct.error to RuntimeError
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{folder} cannot be loaded as a causal language model ({detail})") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    # tiktoken, vocab.json and other forms of slow tokenizers come with a tokenizer_config.json.
+    return any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    )
+
+
+def _read_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    sentencepiece = folder / "tokenizer.model"
+    bare = gguf_file is None and sentencepiece.is_file() and not (folder / "tokenizer.json").is_file()
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json_object(settings_file) if bare and settings_file.is_file() else {}
+    # AutoTokenizer takes a bare tokenizer.model for a generic one: no word gets Llama's leading space.
+    llama = (
+        bare
+        and str(settings.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast") == "LlamaTokenizer"
+    )
+    options: dict[str, Any] = {"add_bos_token": True} if llama and "add_bos_token" not in settings else {}
+    try:
+        if llama:
+            tokenizer = LlamaTokenizer.from_pretrained(folder, **options)
+        else:
+            if gguf_file is not None:
+                options["gguf_file"] = gguf_file
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # the Rust tokenizers raise plain Exception for a damaged file
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"the tokenizer of {folder} cannot be read ({detail}): copy or download it again"
+        ) from error
+    if bare:
+        _check_against_sentencepiece(tokenizer, sentencepiece)
+    return tokenizer
+
+
+def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    # The scores of a BPE model number its merges; those of a unigram model are log-probabilities.
+    is_bpe = all(reference.get_score(token).is_integer() for token in range(reference.get_piece_size()))
+    found = tokenizer.encode(TOKENIZER_PROBE, add_special_tokens=False)
+    if not is_bpe or found != reference.encode(TOKENIZER_PROBE):
+        raise InputError(
+            f"{file} is a SentencePiece model that transformers reads differently: save the tokenizer as "
+            "tokenizer.json, and set model.tokenizer to that folder"
+        )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

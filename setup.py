@@ -1,0 +1,84 @@
+"""What is installed: the packages, what they need, and the console command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """The version, from the only place that holds it. Read as text: importing would need torch."""
+    source = (HERE / "sparse_zero" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("sparse_zero/__init__.py has no line __version__ = ...")
+    return match[1]
+
+
+REQUIRES = [
+    # 2.6 is the oldest that transformers 5 supports; tested with 2.13.
+    "torch>=2.6",
+    # The ZeRO internals that write-back hooks into were measured on 0.19.8; older ones differ.
+    "deepspeed>=0.19.8",
+    # Attention masks derived from position ids (packing) came with the 5 series.
+    "transformers>=5",
+    "datasets>=4",
+    "sentencepiece>=0.2",
+    # Imported only when an MPI launcher started the process.
+    "mpi4py>=4",
+    "safetensors>=0.5",
+    # GGUF weights, read through transformers.
+    "gguf>=0.10",
+    "numpy>=1.26",
+    "packaging>=23",
+    "pydantic>=2.6",
+    "pyyaml>=6",
+    "rich>=13",
+]
+
+PLOTS = ["matplotlib>=3.8"]
+TRACKING = ["tensorboard>=2.15"]
+QUANT = ["bitsandbytes>=0.46"]
+DEV = [
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.13",
+    # Baselines that tests and benchmarks compare with.
+    "peft>=0.18",
+    "pytest>=8.3",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+    "setuptools>=77",
+    "types-PyYAML",
+    # An MPI without root rights, for the tests that start through mpirun.
+    "openmpi>=5; sys_platform == 'linux'",
+]
+
+setup(
+    name="sparse-zero",
+    version=version(),
+    description="Fine-tune language models by selected blocks, rows and columns, on DeepSpeed ZeRO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["launcher", "launcher.*", "models", "models.*", "sparse_zero", "sparse_zero.*"]
+    ),
+    package_data={"": ["py.typed"]},
+    install_requires=REQUIRES,
+    extras_require={"dev": DEV, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING},
+    entry_points={"console_scripts": ["sparse-zero = launcher.__main__:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,224 @@
+"""Does every kind of wrong input end with one clear line, exit code 2, and nothing written?"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.yaml_files import dump_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_mapping() -> dict[str, Any]:
+    """A run whose config holds; its model folder does not exist, so that nothing can get far."""
+    return {
+        "model": {"name_or_path": "model-folder"},
+        "data": {"train": "train.json"},
+        "selection": {
+            "regions": [{"kind": "block", "modules": ["*.q_proj"], "block_size": 64}],
+            "budget": {"fraction": 0.01},
+        },
+        "training": {"steps": 2},
+        "zero": {},
+        "output": {"folder": "out"},
+    }
+
+
+def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything under ``folder``: names, modification times and content."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of wrong input: what is typed, what lies in the folder, and what must be said."""
+
+    name: str
+    # What the one line must contain: the field and the value, and the remedy where it is not plain.
+    says: Sequence[str]
+    # Overrides and options after --config run.yaml; arguments replaces the whole command line.
+    overrides: Sequence[str] = ()
+    arguments: Sequence[str] | None = None
+    command: str = "train"
+    # Removed from the run's mapping before it is written.
+    remove: Sequence[str] = ()
+    # Further files of the folder, or another run.yaml.
+    files: dict[str, str | bytes] = field(default_factory=dict)
+
+
+CONFIG_CASES = [
+    # the command line
+    Case(name="no command", arguments=[], says=["COMMAND", "required", "sparse-zero --help"]),
+    Case(name="unknown command", arguments=["trian"], says=["invalid choice: 'trian'", "train"]),
+    Case(name="no config", arguments=["train"], says=["--config", "sparse-zero train --help"]),
+    Case(name="unknown option", overrides=["--fast"], says=["unknown argument --fast"]),
+    Case(name="stray argument", overrides=["now"], says=["unknown argument now"]),
+    Case(name="override without section", overrides=["--steps=3"], says=["unknown argument --steps=3"]),
+    Case(name="override without value", overrides=["--training.steps"], says=["--training.steps has no value", "--training.steps=VALUE"]),
+    Case(name="abbreviated option", arguments=["train", "--conf", "run.yaml"], says=["--config"]),
+    Case(name="override where none is taken", arguments=["report", "out", "--training.steps=3"], says=["unknown argument --training.steps=3"]),
+    # the file
+    Case(name="missing file", arguments=["train", "--config", "gone.yaml"], says=["gone.yaml does not exist"]),
+    Case(name="folder for a file", arguments=["train", "--config", "."], says=["is a folder"]),
+    Case(name="empty file", files={"run.yaml": ""}, says=["run.yaml is empty"]),
+    Case(name="no mapping", files={"run.yaml": "- model\n- data\n"}, says=["run.yaml holds a list at its top level"]),
+    Case(name="syntax error", files={"run.yaml": "model:\n  a: [1\ndata: 2\n"}, says=["run.yaml, line 3"]),
+    Case(name="tab", files={"run.yaml": "model:\n\tname_or_path: m\n"}, says=["run.yaml, line 2", "\\t"]),
+    Case(name="binary file", files={"run.yaml": b"\xff\xfe\x00"}, says=["run.yaml is not a text file in UTF-8"]),
+    Case(name="control character", files={"run.yaml": "model: \x01\n"}, says=["run.yaml is not YAML"]),
+    Case(name="key twice", files={"run.yaml": "model: {}\ndata: {}\nmodel: {}\n"}, says=["'model' stands twice, in lines 1 and 3"]),
+    Case(name="tagged object", files={"run.yaml": "model: !!python/object:os.system {}\n"}, says=["run.yaml, line 1", "python/object"]),
+    Case(name="number as key", files={"run.yaml": "1: {}\n"}, says=["the key 1", "put it in quotes"]),
+    Case(name="circle of extends", files={"run.yaml": "extends: a.yaml\n", "a.yaml": "extends: run.yaml\n"}, says=["goes in a circle", "a.yaml"]),
+    Case(name="extends a missing file", files={"run.yaml": "extends: [parts/gone.yaml]\n"}, says=["gone.yaml does not exist"]),
+    # keys
+    Case(name="missing section", remove=["training"], says=["training is missing in run.yaml"]),
+    Case(name="missing key", remove=["model.name_or_path"], says=["model.name_or_path is missing in run.yaml"]),
+    Case(name="empty section", overrides=["--checkpoint.every=1"], files={"run.yaml": dump_yaml({**run_mapping(), "training": None})}, says=["training is None: expected a mapping"]),
+    Case(name="unknown section", overrides=["--trainig.steps=3"], says=["unknown key trainig", "did you mean training?"]),
+    Case(name="unknown key", overrides=["--training.learning_rat=3"], says=["unknown key training.learning_rat", "did you mean training.learning_rate?"]),
+    Case(name="key in the wrong section", overrides=["--model.micro_batch_size=3"], says=["unknown key model.micro_batch_size", "did you mean training.micro_batch_size?"]),
+    Case(name="unknown key in a list", overrides=["--selection.regions.0.sise=3"], says=["unknown key selection.regions.0.sise"]),
+    Case(name="index out of range", overrides=["--selection.regions.4.block_size=3"], says=["selection.regions has 1 entries", "'4'"]),
+    # types
+    Case(name="word for an integer", overrides=["--training.steps=many"], says=["training.steps is 'many': expected an integer"]),
+    Case(name="word for a truth value", overrides=["--output.merged=yes"], says=["output.merged is 'yes': expected true or false"]),
+    Case(name="number for a text", overrides=["--model.revision=7"], says=["model.revision is 7: expected a text"]),
+    Case(name="text for a list", overrides=["--selection.regions.0.modules=q"], says=["selection.regions.0.modules is 'q': expected a list"]),
+    Case(name="list for a section", overrides=["--zero.options=[1]"], says=["zero.options is [1]: expected a mapping"]),
+    Case(name="not one of the choices", overrides=["--training.precision=bf61"], says=["training.precision is 'bf61'", "did you mean bf16?"]),
+    # values
+    Case(name="world size 0", command="launch", overrides=["--cluster.ranks_per_node=0"], says=["cluster.ranks_per_node is 0", "at least one rank"]),
+    Case(name="no nodes", overrides=["--cluster.num_nodes=0"], says=["cluster.num_nodes is 0"]),
+    Case(name="steps and epochs", overrides=["--training.epochs=1"], says=["epochs=1", "steps=2", "exactly one"]),
+    Case(name="negative learning rate", overrides=["--training.learning_rate=-1e-3"], says=["training.learning_rate is -0.001", "positive"]),
+    Case(name="learning rate not a number", overrides=["--training.learning_rate=.nan"], says=["training.learning_rate is nan"]),
+    Case(name="micro batch above global batch", overrides=["--training.micro_batch_size=99"], says=["training.micro_batch_size is 99", "16"]),
+    Case(name="warm-up above one", overrides=["--training.warmup_fraction=3"], says=["training.warmup_fraction is 3", "[0, 1]"]),
+    Case(name="budget of nothing", overrides=["--selection.budget.fraction=0"], says=["selection.budget.fraction is 0", "(0, 1]"]),
+    Case(name="budget above everything", overrides=["--selection.budget.fraction=1.5"], says=["selection.budget.fraction is 1.5", "(0, 1]"]),
+    Case(name="two budgets", overrides=["--selection.budget.parameters=10"], says=["fraction=0.01", "parameters=10", "exactly one"]),
+    Case(name="no budget", remove=["selection.budget"], says=["selection.budget is missing"]),
+    Case(name="block without size", remove=["selection.regions.0.block_size"], says=["selection.regions.block_size is None"]),
+    Case(name="row with a size", overrides=["--selection.regions.0.kind=row"], says=["selection.regions.block_size is 64", "remove it"]),
+    Case(name="no regions", overrides=["--selection.regions=[]"], says=["selection.regions is empty"]),
+    Case(name="stage 3 inplace", overrides=["--zero.stage=3"], says=["zero.placement is 'inplace' at zero.stage 3", "delta"]),
+    Case(name="stage 4", overrides=["--zero.stage=4"], says=["zero.stage is 4", "0, 1, 2, 3"]),
+    Case(name="max_length of one", overrides=["--data.max_length=1"], says=["data.max_length is 1"]),
+    Case(name="empty output folder", overrides=["--output.folder=''"], says=["output.folder is empty"]),
+    Case(name="evaluation without data", overrides=["--output.evaluate=true"], says=["output.evaluate is true", "data.test is missing"]),
+    Case(name="validation without data", overrides=["--training.validation_every=5"], says=["training.validation_every is 5", "data.validation is missing"]),
+    Case(name="pdsh without hostfile", overrides=["--cluster.launcher=pdsh"], says=["cluster.hostfile is missing"]),
+    Case(name="missing hostfile", command="launch", overrides=["--cluster.launcher=pdsh", "--cluster.hostfile=hosts"], says=["cluster.hostfile is hosts", "no file"]),
+    Case(name="several nodes locally", overrides=["--cluster.num_nodes=2"], says=["cluster.num_nodes is 2", "pdsh or torchrun"]),
+    # an own DeepSpeed config
+    Case(name="missing DeepSpeed config", overrides=["--zero.config=ds.json"], says=["zero.config ds.json does not exist"]),
+    Case(name="DeepSpeed config not JSON", overrides=["--zero.config=ds.json"], files={"ds.json": "{,}"}, says=["zero.config ds.json is not valid JSON"]),
+    Case(name="conflicting stage", overrides=["--zero.config=ds.json"], files={"ds.json": json.dumps({"zero_optimization": {"stage": 3}})}, says=["zero_optimization.stage is 3", "2 by zero.stage"]),
+    Case(name="conflicting batch", command="launch", overrides=["--zero.config={train_batch_size: 7}", "--cluster.ranks_per_node=2"], says=["train_batch_size is 7", "16 by training.global_batch_size"]),
+    Case(name="own optimizer", overrides=["--zero.config={optimizer: {type: Adam}}"], says=["optimizer is set", "remove it"]),
+    # files that the commands take
+    Case(name="run folder missing", arguments=["report", "runs/gone"], says=["RUN is runs/gone"]),
+    Case(name="selection missing", arguments=["inspect", "gone.safetensors"], says=["PATH is gone.safetensors", "does not exist"]),
+    Case(name="folder without selection", arguments=["inspect", "."], says=["PATH is .", "without selection.safetensors"]),
+    Case(name="selection cut off", arguments=["inspect", "cut.safetensors"], files={"cut.safetensors": b"\x10\x00"}, says=["cut.safetensors is ", "safetensors file", "again"]),
+    Case(name="evaluate without test data", command="evaluate", says=["data.test is missing"]),
+    Case(name="adapter missing", command="evaluate", overrides=["--data.test=t.json", "--adapter=gone"], says=["--adapter is gone"]),
+    Case(name="adapter to export missing", command="export", says=["--adapter is out/adapter"]),
+]  # fmt: skip
+
+
+def write_case(folder: Path, case: Case, mapping: dict[str, Any]) -> list[str]:
+    """Lay the case's files out in ``folder``; returns its command line."""
+    for dotted in case.remove:
+        *above, last = dotted.split(".")
+        target: Any = mapping
+        for key in above:
+            target = target[int(key)] if isinstance(target, list) else target[key]
+        del target[last]
+    files = {"run.yaml": dump_yaml(mapping), **case.files}
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if case.arguments is not None:
+        return list(case.arguments)
+    return [case.command, "--config", "run.yaml", *case.overrides]
+
+
+def assert_refused(code: int, out: str, err: str, case: Case) -> None:
+    assert code == 2, err
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("sparse-zero: error: ")
+    assert "Traceback" not in err
+    for part in case.says:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_wrong_config(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = write_case(tmp_path, case, run_mapping())
+    before = listing(tmp_path)
+    code = main(arguments)
+    captured = capfd.readouterr()
+    assert_refused(code, captured.out, captured.err, case)
+    assert listing(tmp_path) == before
+
+
+def test_names_are_unique() -> None:
+    names = [case.name for case in CONFIG_CASES]
+    assert len(set(names)) == len(names)
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """What main returns is what the shell sees, and nothing else is printed on the way."""
+    case = Case(name="", overrides=["--training.steps=many"], says=["training.steps is 'many'"])
+    arguments = write_case(tmp_path, case, run_mapping())
+    before = listing(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-B", "-m", "launcher", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert_refused(result.returncode, result.stdout, result.stderr, case)
+    assert listing(tmp_path) == before
+
+
+def test_interrupt_is_not_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.commands.report.Path", interrupted)
+    assert main(["report", str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_is_no_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of the program must not be told as one of the user."""
+
+    def broken(*_: object) -> None:
+        raise ValueError("bug")
+
+    monkeypatch.setattr("launcher.commands.report.Path", broken)
+    with pytest.raises(ValueError, match="bug"):
+        main(["report", str(tmp_path)])

@@ -1,0 +1,175 @@
+"""Does the DeepSpeed config follow from the run, and is an own one that contradicts it refused?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import RunConfig, parse_config
+from launcher.deepspeed_config import accumulation_steps, check_own_config, deepspeed_config
+from sparse_zero.errors import InputError
+
+
+def make(
+    own: Any = None, options: dict[str, Any] | None = None, stage: int = 2, **training: Any
+) -> RunConfig:
+    zero: dict[str, Any] = {"stage": stage, "placement": "delta" if stage == 3 else "inplace"}
+    return parse_config(
+        {
+            "model": {"name_or_path": "m"},
+            "data": {"train": "d.json"},
+            "selection": {"regions": [{"kind": "row", "modules": ["*"], "per_matrix": 1}]},
+            "training": {"steps": 1, "global_batch_size": 32, "micro_batch_size": 4, **training},
+            "zero": {**zero, "config": own, "options": options or {}},
+            "output": {"folder": "o"},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "ranks", "accumulation"),
+    [(32, 4, 1, 8), (32, 4, 8, 1), (32, 4, 3, 3), (32, 4, 16, 1), (30, 4, 2, 4), (1, 1, 5, 1)],
+)
+def test_batch_sizes_satisfy_deepspeed(global_batch: int, micro: int, ranks: int, accumulation: int) -> None:
+    settings = deepspeed_config(make(global_batch_size=global_batch, micro_batch_size=micro), ranks)
+    assert settings["train_micro_batch_size_per_gpu"] == micro
+    assert settings["gradient_accumulation_steps"] == accumulation
+    assert settings["train_batch_size"] == micro * accumulation * ranks
+    # Enough room for every sample of the step, and not one accumulation step more than that takes.
+    assert settings["train_batch_size"] >= global_batch > micro * (accumulation - 1) * ranks
+
+
+@pytest.mark.parametrize("world_size", [0, -1])
+def test_world_size_below_one_is_refused(world_size: int) -> None:
+    with pytest.raises(InputError, match=f"the world size is {world_size}"):
+        accumulation_steps(make(), world_size)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision(precision: str) -> None:
+    settings = deepspeed_config(make(precision=precision), 1)
+    assert settings["bf16"]["enabled"] is (precision == "bf16")
+    assert settings["fp16"]["enabled"] is (precision == "fp16")
+
+
+def test_rest_of_the_run() -> None:
+    settings = deepspeed_config(make(stage=1, options={"reduce_bucket_size": 1000}, max_gradient_norm=0.5), 2)
+    assert settings["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["zero_allow_untested_optimizer"] is True
+    assert settings["steps_per_print"] > 10**6
+    assert settings["wall_clock_breakdown"] is False
+    assert not {"optimizer", "scheduler"} & set(settings)
+    assert deepspeed_config(make(max_gradient_norm=None), 2)["gradient_clipping"] == 0.0
+
+
+def test_deepspeed_itself_accepts_it() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = make(
+        own={"train_batch_size": "auto", "zero_optimization": {"overlap_comm": "auto"}}, precision="bf16"
+    )
+    parsed = DeepSpeedConfig(deepspeed_config(config, 1))
+    assert parsed.train_batch_size == 32
+    assert parsed.gradient_accumulation_steps == 8
+    assert parsed.zero_config.stage == 2
+    assert parsed.gradient_clipping == 1.0
+
+
+OWN = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": "auto",
+        "reduce_bucket_size": "auto",
+        "contiguous_gradients": True,
+        "offload_optimizer": {"device": "cpu", "pin_memory": "auto"},
+    },
+    "comms_logger": {"enabled": True},
+}
+
+
+def test_own_config_is_the_start_and_its_auto_values_are_filled(tmp_path: Path) -> None:
+    before = json.dumps(OWN)
+    file = tmp_path / "ds.json"
+    file.write_text(before, encoding="utf-8")
+    settings = deepspeed_config(make(own=OWN), 4)
+    assert settings == deepspeed_config(make(own=str(file)), 4)
+    assert json.dumps(OWN) == before
+    assert settings["train_batch_size"] == 32
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["comms_logger"] == {"enabled": True}
+    # Where the run has no value, DeepSpeed's own default counts.
+    expected = {"stage": 2, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu"}}
+    assert settings["zero_optimization"] == expected
+    assert "auto" not in json.dumps(settings)
+
+
+def test_values_that_agree_are_accepted() -> None:
+    own = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8},
+        "fp16": {"enabled": False},
+        "steps_per_print": 10,
+    }
+    settings = deepspeed_config(make(own=own, options={"reduce_bucket_size": 500_000_000}), 3)
+    assert (
+        settings["train_batch_size"] == 36
+    )  # 3 ranks do not divide 32: DeepSpeed's number has padding in it
+    assert settings["steps_per_print"] == 10
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "values"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", ("3", "2", "zero.stage")),
+        ({"train_batch_size": 64}, "train_batch_size", ("64", "32", "training.global_batch_size")),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu", ("8", "4", "training.micro_batch_size")),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps", ("3", "4", "training.global_batch_size")),
+        ({"gradient_clipping": 0.3}, "gradient_clipping", ("0.3", "1.0", "training.max_gradient_norm")),
+        ({"bf16": {"enabled": True}}, "bf16.enabled", ("True", "False", "training.precision")),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", ("True", "False", "training.precision")),
+        ({"bf16": {"enabled": 0}}, "bf16.enabled", ("0", "False", "training.precision")),
+        ({"zero_optimization": {"reduce_bucket_size": 7}}, "zero_optimization.reduce_bucket_size", ("7", "9", "zero.options.reduce_bucket_size")),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer", ("False", "True")),
+        ({"optimizer": {"type": "Adam"}}, "optimizer", ("training section",)),
+        ({"scheduler": {}}, "scheduler", ("training section",)),
+        ({"zero_optimization": 2}, "zero_optimization", ("2", "an object")),
+        ({"comms_logger": {"enabled": "auto"}}, "comms_logger.enabled", ("auto", "write a value, or remove it")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_conflicts_are_refused_by_name_with_both_values(own: Any, name: str, values: tuple[str, ...]) -> None:
+    config = make(own=own, options={"reduce_bucket_size": 9})
+    with pytest.raises(InputError) as error:
+        deepspeed_config(config, 2)
+    message = str(error.value)
+    assert message.startswith(f"{name} is ")
+    assert all(value in message for value in values)
+    # All but what depends on the world size is found before there is a world.
+    if name not in ("train_batch_size", "gradient_accumulation_steps"):
+        with pytest.raises(InputError, match=f"^{name.replace('.', '[.]')} is "):
+            check_own_config(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "is not valid JSON"),
+        ("[]", "no JSON object"),
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+    ],
+)
+def test_own_file_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "ds.json"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        check_own_config(make(own=str(file)))

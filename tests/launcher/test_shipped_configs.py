@@ -1,0 +1,101 @@
+"""Does every YAML that is shipped hold, in itself and as the method that its name promises?"""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.config import load_config, parse_config, resolved_yaml
+from launcher.deepspeed_config import deepspeed_config
+from launcher.yaml_files import merge, parse_yaml, read_mapping
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+FRAGMENTS = sorted(
+    file for folder in ("models", "methods", "clusters") for file in (CONFIGS / folder).glob("*.yaml")
+)
+# What a fragment of each folder may hold: nothing that another folder decides.
+SECTIONS = {"models": {"model"}, "methods": {"selection", "zero"}, "clusters": {"cluster"}}
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_every_file_is_checked() -> None:
+    assert sorted([*RUNS, *FRAGMENTS]) == sorted([*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")])
+    recipes = (
+        "llama-2-7b-smt",
+        "llama-2-7b-rocoft-rows",
+        "llama-2-7b-rocoft-columns",
+        "llama-2-13b-mixed",
+        "llama-3-8b-smt",
+    )
+    expected = {f"{recipe}-{size}" for recipe in recipes for size in ("1x8", "2x8")} | {"quickstart"}
+    assert {run.stem for run in RUNS} == expected
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_run_parses_and_its_resolved_form_is_the_same_run(path: Path) -> None:
+    config = load_config(path)
+    assert config.output.folder == f"runs/{path.stem}"
+    assert parse_config(parse_yaml(resolved_yaml(config), "resolved")) == config
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=name)
+def test_fragment_completes_the_quickstart(path: Path) -> None:
+    fragment = read_mapping(path)
+    assert set(fragment) <= SECTIONS[path.parent.name]
+    mapping = read_mapping(CONFIGS / "runs" / "quickstart.yaml")
+    # A method replaces the selection as a whole: its budget may be of the other form.
+    mapping.update({key: value for key, value in fragment.items() if key == "selection"})
+    parse_config(merge(mapping, fragment))
+
+
+@pytest.mark.parametrize("path", [run for run in RUNS if run.stem != "quickstart"], ids=name)
+def test_large_run(path: Path) -> None:
+    config = load_config(path)
+    nodes = int(path.stem.rpartition("-")[2].partition("x")[0])
+    assert (config.cluster.num_nodes, config.cluster.ranks_per_node) == (nodes, 8)
+    assert config.training.precision == "bf16"
+    assert config.model.dtype == "bfloat16"
+    assert config.training.gradient_checkpointing
+    settings = deepspeed_config(config, nodes * 8)
+    # No rank computes on padding: the global batch divides.
+    assert settings["train_batch_size"] == config.training.global_batch_size
+    assert settings["zero_optimization"]["stage"] == 2
+    assert config.zero.placement == "inplace"
+
+
+@pytest.mark.parametrize("path", [run for run in RUNS if run.stem.endswith("-1x8")], ids=name)
+def test_two_nodes_train_the_same_as_one(path: Path) -> None:
+    one, two = load_config(path), load_config(path.with_name(path.name.replace("1x8", "2x8")))
+    assert (one.model, one.data, one.selection, one.zero) == (two.model, two.data, two.selection, two.zero)
+    assert one.training.global_batch_size == two.training.global_batch_size
+    assert one.training.learning_rate == two.training.learning_rate
+
+
+def test_recipes_of_the_papers() -> None:
+    smt = load_config(CONFIGS / "runs" / "llama-2-7b-smt-1x8.yaml")
+    (blocks,) = smt.selection.regions
+    assert (blocks.kind, blocks.block_size, blocks.modules) == ("block", 256, ("*.self_attn.{q,k,v}_proj",))
+    assert smt.selection.score == "abs_of_mean"
+    assert smt.selection.budget is not None
+    assert smt.selection.budget.fraction == 0.0084
+    assert (smt.training.epochs, smt.data.max_length) == (3, 2048)
+    assert 9.65e-6 <= smt.training.learning_rate <= 1e-4
+
+    llama3 = load_config(CONFIGS / "runs" / "llama-3-8b-smt-1x8.yaml")
+    assert llama3.selection.budget is not None
+    assert llama3.selection.budget.fraction == 0.0071
+
+    for kind in ("row", "column"):
+        rocoft = load_config(CONFIGS / "runs" / f"llama-2-7b-rocoft-{kind}s-1x8.yaml")
+        (region,) = rocoft.selection.regions
+        assert region.kind == kind
+        assert region.per_matrix in (1, 2, 3)
+        assert not rocoft.selection.needs_data
+        assert 1e-3 <= rocoft.training.learning_rate <= 2e-3
+
+    for run in ("llama-2-13b-mixed-1x8", "quickstart"):
+        mixed = load_config(CONFIGS / "runs" / f"{run}.yaml")
+        assert {region.kind for region in mixed.selection.regions} == {"block", "row", "column"}
