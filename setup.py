@@ -62,12 +62,10 @@ setup(
     description="Fine-tune language models by selected blocks, rows and columns, on DeepSpeed ZeRO",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["launcher", "launcher.*", "models", "models.*", "sparse_zero", "sparse_zero.*"]
-    ),
+    packages=find_packages(include=["launcher", "launcher.*", "models", "models.*", "sparse_zero", "sparse_zero.*"]),
     package_data={"": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require={"dev": DEV, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING},

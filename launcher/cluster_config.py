@@ -33,7 +33,8 @@ class ClusterConfig:
             raise InputError("cluster.hostfile is missing: the pdsh launcher reads the nodes from it")
         if self.launcher == "local" and self.num_nodes > 1:
             raise InputError(
-                f"cluster.num_nodes is {self.num_nodes} with cluster.launcher local: use pdsh or torchrun for several nodes"
+                f"cluster.num_nodes is {self.num_nodes} with cluster.launcher local: "
+                "use pdsh or torchrun for several nodes"
             )
         if self.launcher == "torchrun" and self.num_nodes > 1 and self.master_address is None:
             raise InputError("cluster.master_address is missing: torchrun on several nodes needs rank 0's address")

@@ -62,9 +62,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.output.evaluate and self.data.test is None:
-            raise InputError(
-                "output.evaluate is true but data.test is missing: name the data, or set it to false"
-            )
+            raise InputError("output.evaluate is true but data.test is missing: name the data, or set it to false")
         if self.training.validation_every is not None and self.data.validation is None:
             raise InputError(
                 f"training.validation_every is {self.training.validation_every} but data.validation is "
@@ -113,9 +111,7 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(target, list):
             if not key.isdecimal() or int(key) >= len(target):
-                raise InputError(
-                    f"{override}: {here} has {len(target)} entries, numbered from 0; {key!r} is none"
-                )
+                raise InputError(f"{override}: {here} has {len(target)} entries, numbered from 0; {key!r} is none")
             if last:
                 target[int(key)] = value
             target = target[int(key)]
@@ -148,9 +144,7 @@ def _check_keys(expected: Any, value: Any, path: tuple[str, ...], source: str) -
             for each in dataclasses.fields(option):
                 required = each.default is each.default_factory is dataclasses.MISSING
                 if required and each.name not in value:
-                    raise InputError(
-                        f"{'.'.join((*path, each.name))} is missing in {source}: it has no default"
-                    )
+                    raise InputError(f"{'.'.join((*path, each.name))} is missing in {source}: it has no default")
         elif get_origin(option) is tuple and isinstance(value, list):
             for index, item in enumerate(value):
                 _check_keys(get_args(option)[0], item, (*path, str(index)), source)
@@ -214,9 +208,7 @@ def _validate(mapping: Mapping[str, Any]) -> RunConfig:
         if first["type"] == "value_error" and isinstance(cause, ValueError):
             raise InputError(" ".join(str(cause).split())) from error
         path, value = _locate(mapping, first["loc"])
-        expected = dict.fromkeys(
-            _expected(each) for each in errors if _locate(mapping, each["loc"])[0] == path
-        )
+        expected = dict.fromkeys(_expected(each) for each in errors if _locate(mapping, each["loc"])[0] == path)
         raise InputError(f"{'.'.join(path)} is {value!r}: expected {' or '.join(expected)}") from error
 
 
@@ -225,9 +217,7 @@ def _locate(mapping: Mapping[str, Any], location: Sequence[int | str]) -> tuple[
     value: Any = mapping
     path: list[str] = []
     for key in location:
-        inside = (
-            key in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(key, int)
-        )
+        inside = key in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(key, int)
         if not inside:
             break
         value = value[key]

@@ -119,9 +119,7 @@ def _fill(own: dict[str, Any], name: str, value: Any) -> None:
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise InputError(
-                f"{section} is {target!r} in the DeepSpeed config zero.config: expected an object"
-            )
+            raise InputError(f"{section} is {target!r} in the DeepSpeed config zero.config: expected an object")
     present = target.get(key, _AUTO)
     # True == 1 in Python; here a switch is no number.
     if present != _AUTO and (present != value or isinstance(present, bool) != isinstance(value, bool)):

@@ -14,7 +14,13 @@ from sparse_zero.collectives import failing_together
 
 
 def evaluate_model(
-    config: RunConfig, world: World, model: Any, tokenizer: Any, records: Sequence[dict[str, str]], out: Path, title: str
+    config: RunConfig,
+    world: World,
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[dict[str, str]],
+    out: Path,
+    title: str,
 ) -> EvaluationResult:
     """Answer ``records`` with the ranks together; rank 0 writes ``out``. Collective."""
     from rich.console import Console

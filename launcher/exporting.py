@@ -25,8 +25,8 @@ def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
             found = base_identity(model_folder(config.model), config.model.gguf_file)
             if found.sha256 != stored.sha256:
                 raise InputError(
-                    f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and model.name_or_path is "
-                    f"{found.name} ({found.sha256[:12]}): name the base it was trained on"
+                    f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and "
+                    f"model.name_or_path is {found.name} ({found.sha256[:12]}): name the base it was trained on"
                 )
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     if adapter is not None:

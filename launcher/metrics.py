@@ -67,9 +67,7 @@ class MetricsLog:
         InputError: TensorBoard is asked for and not installed, or the file to continue is damaged.
     """
 
-    def __init__(
-        self, run_folder: Path, *, resumed_step: int | None = None, tensorboard: bool = False
-    ) -> None:
+    def __init__(self, run_folder: Path, *, resumed_step: int | None = None, tensorboard: bool = False) -> None:
         writer_module = None
         if tensorboard:
             # torch's module reports a missing tensorboard under the latter's name: ask for that one first.
@@ -97,9 +95,7 @@ class MetricsLog:
         """
         kind, step = row.get("kind"), row.get("step")
         if kind not in KINDS or not isinstance(step, int) or isinstance(step, bool):
-            raise ValueError(
-                f"a row of metrics needs a kind of {', '.join(KINDS)} and a whole step, not {dict(row)}"
-            )
+            raise ValueError(f"a row of metrics needs a kind of {', '.join(KINDS)} and a whole step, not {dict(row)}")
         self._file.write(to_json(row) + "\n")
         self._file.flush()
         if self._writer is None:

@@ -109,9 +109,7 @@ def title(axes: "Axes", text: str, theme: Theme) -> None:
 def say_empty(axes: "Axes", text: str, theme: Theme) -> None:
     """Say in the middle of empty axes why they are empty."""
     axes.set_yticks([])
-    axes.text(
-        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=theme.muted, fontsize=10
-    )
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=theme.muted, fontsize=10)
 
 
 def _step_axis(axes: "Axes", steps: Sequence[int], theme: Theme, *, label: bool = True) -> None:
@@ -319,9 +317,7 @@ def throughput_figure(train: Rows, theme: Theme = LIGHT) -> "Figure":
     title(speed, "Speed", theme)
 
     peaks = [row.get("peak_memory_bytes") for row in train]
-    largest = max(
-        (peak for peak in peaks if isinstance(peak, (int, float)) and math.isfinite(peak)), default=0
-    )
+    largest = max((peak for peak in peaks if isinstance(peak, (int, float)) and math.isfinite(peak)), default=0)
     unit, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
     in_units = [
         {"step": step, "peak": peak / size if isinstance(peak, (int, float)) else None}

@@ -81,7 +81,8 @@ def check_run(config: RunConfig) -> None:
         )
     if config.training.precision != "fp32" and not torch.cuda.is_available():
         warnings.warn(
-            f"training.precision {config.training.precision} on a CPU is slow, and fp16 does not run: fp32 is the choice here",
+            f"training.precision {config.training.precision} on a CPU is slow, and fp16 does not run: "
+            "fp32 is the choice here",
             stacklevel=2,
         )
     if config.output.evaluate and config.data.test is None:
@@ -174,9 +175,7 @@ def choose_selection(prepared: Prepared, world: World) -> Selection:
     from rich.progress import Progress
 
     config = prepared.config
-    batches = calibration_batches(
-        config, prepared.train.samples, pad_token_id(prepared.tokenizer), world.device
-    )
+    batches = calibration_batches(config, prepared.train.samples, pad_token_id(prepared.tokenizer), world.device)
     console = Console(stderr=True, quiet=not (world.is_main and config.selection.needs_data))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("calibrating", total=config.selection.calibration_batches)

@@ -54,13 +54,8 @@ class Ranks:
                 f"ranks count from 0 to {self.world_size - 1}"
             )
         if not 0 <= self.local_rank < self.world_size:
-            raise InputError(
-                f"{names[2]} is {self.local_rank} in a world of {self.world_size}: it is out of range"
-            )
-        if (
-            self.local_world_size is not None
-            and not self.local_rank < self.local_world_size <= self.world_size
-        ):
+            raise InputError(f"{names[2]} is {self.local_rank} in a world of {self.world_size}: it is out of range")
+        if self.local_world_size is not None and not self.local_rank < self.local_world_size <= self.world_size:
             raise InputError(
                 f"{names[3]} is {self.local_world_size} with local rank {self.local_rank} in a world of "
                 f"{self.world_size}: it must lie above the local rank and not above the world size"
@@ -115,9 +110,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if not value:
         return None
     if not re.fullmatch(r"-?\d+", value):
-        raise InputError(
-            f"{name} is {value!r} in the environment: it must be a whole number; unset it or correct it"
-        )
+        raise InputError(f"{name} is {value!r} in the environment: it must be a whole number; unset it or correct it")
     return int(value)
 
 
@@ -212,9 +205,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     for claim in present:
         if chosen is None and not (claim.rank is None and claim.world_size == 1):
             missing = _NAMES[claim.launcher][1 if claim.world_size is None else 0]
-            raise InputError(
-                f"{_describe(claim)} in the environment: {missing} is missing; set it or unset the other"
-            )
+            raise InputError(f"{_describe(claim)} in the environment: {missing} is missing; set it or unset the other")
         if chosen is not None and _disagree(chosen, claim):
             raise InputError(
                 f"the environment contradicts itself: {_describe(chosen)}, but {_describe(claim)}; "
@@ -332,9 +323,7 @@ def export_ranks(ranks: Ranks, environ: MutableMapping[str, str]) -> Rendezvous:
     elif ranks.launcher == "slurm":
         meeting = _meet_through_slurm(environ)
     elif ranks.world_size == 1:
-        meeting = Rendezvous(
-            address=address or "127.0.0.1", port=port or _free_port(), source="a single process"
-        )
+        meeting = Rendezvous(address=address or "127.0.0.1", port=port or _free_port(), source="a single process")
     else:
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise InputError(

@@ -38,9 +38,7 @@ def _table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:
     """An HTML table whose first column names the row. Cells are plain text and are escaped here."""
     parts = ['<div class="scroll"><table>']
     if head:
-        parts.append(
-            "<thead><tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr></thead>"
-        )
+        parts.append("<thead><tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr></thead>")
     parts.append("<tbody>")
     for first, *rest in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
@@ -136,9 +134,7 @@ def _predictions_section(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -
     base, tuned = found.get("base", {}), found.get("tuned", {})
     shared = sorted(base.keys() & tuned.keys())
     if not shared:
-        return _note(
-            "The run has not answered the same problems before and after training: nothing to compare."
-        )
+        return _note("The run has not answered the same problems before and after training: nothing to compare.")
     sorts: dict[tuple[bool, bool], list[int]] = {sort: [] for sort in _SORTS}
     for index in shared:
         sorts[bool(base[index].get("correct")), bool(tuned[index].get("correct"))].append(index)
@@ -168,18 +164,14 @@ def _tiles(content: Mapping[str, Any]) -> str:
     rows = dict(summary.summary_rows(content))
     accuracy = content.get("accuracy") or {}
     parameters = content.get("parameters") or {}
-    peaks = [
-        peak for peak in content.get("peak_memory_bytes_per_rank") or [] if isinstance(peak, (int, float))
-    ]
+    peaks = [peak for peak in content.get("peak_memory_bytes_per_rank") or [] if isinstance(peak, (int, float))]
     total, trained = parameters.get("total"), parameters.get("trained")
     tiles = []
     if accuracy.get("tuned") is not None:
         before = summary.format_percent(accuracy.get("base"))
         tiles.append((summary.format_percent(accuracy["tuned"]), f"accuracy (before: {before})"))
     if total and trained is not None:
-        tiles.append(
-            (summary.format_percent(trained / total), f"of {summary.format_count(total)} parameters trained")
-        )
+        tiles.append((summary.format_percent(trained / total), f"of {summary.format_count(total)} parameters trained"))
     if peaks:
         tiles.append((summary.format_bytes(max(peaks)), "peak memory of a rank"))
     if content.get("tokens_per_second") is not None:
@@ -243,9 +235,7 @@ def _selection_section(selection: "Selection", folder: Path) -> str:
     known = num_layers if isinstance(num_layers, int) else None
     picture = _picture("selection", text, lambda theme: selection_figure(counts, known, theme), folder)
     rows = [("Digest", selection.digest())]
-    rows += [
-        (f"Parameters in {kind}s", f"{count:,}") for kind, count in selection.num_parameters_by_kind().items()
-    ]
+    rows += [(f"Parameters in {kind}s", f"{count:,}") for kind, count in selection.num_parameters_by_kind().items()]
     rows += flatten(selection.metadata) if selection.metadata else []
     return picture + _table(rows)
 
@@ -284,9 +274,7 @@ def write_report(run_folder: Path) -> Path:
     sections = []
     if content is None:
         sections.append(
-            _section(
-                "Summary", _note("The run has not ended: there is no summary yet."), identifier="summary"
-            )
+            _section("Summary", _note("The run has not ended: there is no summary yet."), identifier="summary")
         )
     else:
         body = _tiles(content) + _table(summary.summary_rows(content))
@@ -308,13 +296,9 @@ def write_report(run_folder: Path) -> Path:
         for name, section in config.items():
             pairs = flatten(section) if not isinstance(section, Mapping) or section else []
             tables.append(
-                f"<details open><summary>{escape(str(name))}</summary>{_table(pairs)}</details>"
-                if pairs
-                else ""
+                f"<details open><summary>{escape(str(name))}</summary>{_table(pairs)}</details>" if pairs else ""
             )
         sections.append(_section("Configuration", "".join(tables), identifier="configuration"))
     page = folder / PAGE_NAME
-    atomic_write_text(
-        page, PAGE.substitute(title=escape(run_folder.resolve().name), sections="\n".join(sections))
-    )
+    atomic_write_text(page, PAGE.substitute(title=escape(run_folder.resolve().name), sections="\n".join(sections)))
     return page

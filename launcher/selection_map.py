@@ -88,9 +88,7 @@ def selection_grid(counts: Counts, num_layers: int | None = None) -> SelectionGr
         for kind, count in counts[name].items():
             if count:
                 table[kind][modules.index(module)][width if layer is None else layer] += count
-    return SelectionGrid(
-        kinds=kinds, modules=modules, num_layers=width, has_outside=has_outside, counts=table
-    )
+    return SelectionGrid(kinds=kinds, modules=modules, num_layers=width, has_outside=has_outside, counts=table)
 
 
 def _tick(value: float) -> str:

@@ -90,11 +90,7 @@ def format_percent(fraction: object) -> str:
         return ABSENT
     percent = 100 * number
     return (
-        f"{percent:.3f} %"
-        if 0 < abs(percent) < 1
-        else f"{percent:.2f} %"
-        if abs(percent) < 10
-        else f"{percent:.1f} %"
+        f"{percent:.3f} %" if 0 < abs(percent) < 1 else f"{percent:.2f} %" if abs(percent) < 10 else f"{percent:.1f} %"
     )
 
 
@@ -118,11 +114,7 @@ def _parameters(parameters: Mapping[str, Any]) -> str:
 
 
 def _peak_memory(peaks: object) -> str:
-    numbers = (
-        [_number(peak) for peak in peaks]
-        if isinstance(peaks, Sequence) and not isinstance(peaks, str)
-        else []
-    )
+    numbers = [_number(peak) for peak in peaks] if isinstance(peaks, Sequence) and not isinstance(peaks, str) else []
     known = [number for number in numbers if number is not None]
     if not known:
         return ABSENT
@@ -156,13 +148,10 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *(name for name in phases if name not in _PHASE_NAMES),
     ]
     rows += [
-        (f"Time, {_PHASE_NAMES.get(name, name.replace('_', ' '))}", format_duration(phases[name]))
-        for name in order
+        (f"Time, {_PHASE_NAMES.get(name, name.replace('_', ' '))}", format_duration(phases[name])) for name in order
     ]
     if phases:
-        rows.append(
-            ("Time, total", format_duration(sum(_number(seconds) or 0.0 for seconds in phases.values())))
-        )
+        rows.append(("Time, total", format_duration(sum(_number(seconds) or 0.0 for seconds in phases.values()))))
     return rows
 
 
@@ -189,9 +178,7 @@ def summary_table(summary: Mapping[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=box.SIMPLE_HEAD, show_header=False, title="Run summary", title_justify="left", pad_edge=False
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title="Run summary", title_justify="left", pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = summary_rows(summary)

@@ -1,9 +1,9 @@
 """What does one rank of a run do, from its config to the adapter? Also the script that every launcher starts.
 
-    deepspeed --num_gpus 8 launcher/train.py --config run.yaml
-    torchrun --nproc_per_node 8 launcher/train.py --config run.yaml
-    mpirun -n 8 python launcher/train.py --config run.yaml
-    python launcher/train.py --config run.yaml
+deepspeed --num_gpus 8 launcher/train.py --config run.yaml
+torchrun --nproc_per_node 8 launcher/train.py --config run.yaml
+mpirun -n 8 python launcher/train.py --config run.yaml
+python launcher/train.py --config run.yaml
 """
 
 import argparse
@@ -50,17 +50,18 @@ def _say(world: World, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> float | None:
-    """Accuracy of ``model`` on the test records; taken from the file of an earlier start if it is there."""
+def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[float, int]:
+    """(accuracy, problems) of ``model`` on the test records; from the file of an earlier start if it is there."""
     out = prepared.folder.evaluation / f"{name}.json"
     reuse = name == "base" and prepared.checkpoint is not None and out.is_file()
     if all(gather_json(reuse)):
-        return float(read_json(out)["accuracy"])
+        earlier = read_json(out)
+        return float(earlier["accuracy"]), int(earlier["num_problems"])
     result = evaluate_model(
         prepared.config, world, model, prepared.tokenizer, prepared.test, out, f"evaluating the {name} model"
     )
     _say(world, f"{name} model: {result.correct} of {result.num_problems} test problems correct")
-    return result.accuracy
+    return result.accuracy, result.num_problems
 
 
 def _select(prepared: Prepared, world: World) -> Selection:
@@ -154,12 +155,12 @@ def _run_in_world(config: RunConfig, world: World) -> int:
         folder.path.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder.config, resolved_yaml(config))
     _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
-    accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": len(prepared.test)}
+    accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": 0}
     memory = PeakMemory(world.device)
     total = num_parameters(prepared.model)
     if prepared.test:
         with phases.measure("evaluate_base"):
-            accuracy["base"] = _evaluate(prepared, world, prepared.model, "base")
+            accuracy["base"], accuracy["num_problems"] = _evaluate(prepared, world, prepared.model, "base")
     with phases.measure("calibrate"):
         selection = _select(prepared, world)
     trained = selection.num_parameters
@@ -178,7 +179,7 @@ def _run_in_world(config: RunConfig, world: World) -> int:
             save_model_folder(model, prepared.tokenizer, folder.merged)
     if prepared.test:
         with phases.measure("evaluate_tuned"):
-            accuracy["tuned"] = _evaluate(prepared, world, model.to(world.device), "tuned")
+            accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
     counts = {"total": total, "trained": trained, "peak_memory_bytes": memory.peak_bytes()}
     _write_summary(prepared, world, phases, result, accuracy, counts)
     if world.is_main:

@@ -103,8 +103,8 @@ class OutputConfig:
     merged: bool = False
     # Evaluate data.test before and after training.
     evaluate: bool = False
-    # Also write the metrics for TensorBoard.
-    tensorboard: bool = True
+    # Also write the metrics for TensorBoard; needs the extra "tracking".
+    tensorboard: bool = False
     # Steps between two rows of metrics.
     log_every: int = 1
 

@@ -103,9 +103,7 @@ def _tensors(state: LoopState, samples: Sequence[TokenizedSample]) -> dict[str, 
 def validation_loss(state: LoopState) -> tuple[float, int]:
     """Mean loss per response token over the validation data, and their number. Collective."""
     world, size = state.world, state.config.training.micro_batch_size
-    sampler = BatchSampler(
-        len(state.validation), size * world.world_size, size, world.world_size, world.rank, 0, False
-    )
+    sampler = BatchSampler(len(state.validation), size * world.world_size, size, world.world_size, world.rank, 0, False)
     was_training = state.engine.module.training
     state.engine.eval()
     total, tokens = 0.0, 0
@@ -220,9 +218,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 value, tokens = validation_loss(state)
                 progress.message(f"step {step + 1}: validation loss {value:.4f}")
                 if metrics is not None:
-                    metrics.write(
-                        {"kind": "validation", "step": step + 1, "loss": value, "response_tokens": tokens}
-                    )
+                    metrics.write({"kind": "validation", "step": step + 1, "loss": value, "response_tokens": tokens})
             result.stopped_by = int(everyone[:, 2].max())
             due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
             if due or result.stopped_by or step + 1 == num_steps:

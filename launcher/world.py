@@ -48,9 +48,7 @@ def join_world() -> World:
     import deepspeed
 
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", ranks.local_rank) if use_gpu else torch.device("cpu")
     return World(
         rank=ranks.rank,

@@ -15,9 +15,7 @@ LABEL_FAMILIES = (
 _LETTER = re.compile(r"(?<![A-Za-z'’])([A-E])(?![A-Za-z'’])")
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # A minus behind a number or a bracket subtracts; a sign in front of one belongs to it.
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w.)\]])[-−]\s?)?[$€£]?(?P<above>{_UNSIGNED})(?:\s?/\s?(?P<below>{_UNSIGNED}))?"
-)
+_NUMBER = re.compile(rf"(?P<sign>(?<![\w.)\]])[-−]\s?)?[$€£]?(?P<above>{_UNSIGNED})(?:\s?/\s?(?P<below>{_UNSIGNED}))?")
 _LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
 _OPTIONS = re.compile(r"answer format:\s*([^\n]+)", re.IGNORECASE)
 

@@ -99,17 +99,11 @@ class DataConfig:
         choices = {"format": get_args(DataFormat), "template": TEMPLATES, "batching": ("pad", "pack")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"data.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
-                )
+                raise InputError(f"data.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.max_length < 2:
-            raise InputError(
-                f"data.max_length is {self.max_length}: a prompt and a response need at least 2 tokens"
-            )
+            raise InputError(f"data.max_length is {self.max_length}: a prompt and a response need at least 2 tokens")
         if self.limit is not None and self.limit < 1:
-            raise InputError(
-                f"data.limit is {self.limit}: it must be at least 1, or left out for all records"
-            )
+            raise InputError(f"data.limit is {self.limit}: it must be at least 1, or left out for all records")
 
 
 @dataclass(frozen=True)
@@ -162,14 +156,8 @@ def load_records(config: DataConfig, split: Split) -> list[dict[str, str]]:
     else:
         needed = [names.instruction, names.output] if names.text is None else [names.text]
     records = to_text_records(raw, field=setting, needed=needed, source=source)
-    if (
-        names.input != FieldConfig.input
-        and names.text is None
-        and not any(names.input in each for each in records)
-    ):
-        raise InputError(
-            f"data.fields.input is {names.input!r}: no record of {setting} ({source!r}) has that field"
-        )
+    if names.input != FieldConfig.input and names.text is None and not any(names.input in each for each in records):
+        raise InputError(f"data.fields.input is {names.input!r}: no record of {setting} ({source!r}) has that field")
     return records
 
 
@@ -218,8 +206,7 @@ def _tokenize(
     """Prompt ids and response ids of every record, tokenized in chunks."""
     for start in range(0, len(records), _CHUNK):
         texts = [
-            render(config.template, record, tokenizer, config.fields)
-            for record in records[start : start + _CHUNK]
+            render(config.template, record, tokenizer, config.fields) for record in records[start : start + _CHUNK]
         ]
         prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
         yield from zip(

@@ -50,9 +50,7 @@ class EvaluationConfig:
             if value is not None and value < 1:
                 raise InputError(f"data.evaluation.{name} is {value}: it must be at least 1")
         if self.options is not None and len(set(self.options)) < 2:
-            raise InputError(
-                f"data.evaluation.options is {self.options!r}: give at least two different answers"
-            )
+            raise InputError(f"data.evaluation.options is {self.options!r}: give at least two different answers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +166,7 @@ def evaluate_generate(
     predictions = []
     with _evaluating(model, greedy), torch.inference_mode():
         for batch, is_real in _with_progress(batches, progress):
-            input_ids, mask = _left_padded(
-                [prompt_ids[index] for index in batch], _pad_id(tokenizer), model.device
-            )
+            input_ids, mask = _left_padded([prompt_ids[index] for index in batch], _pad_id(tokenizer), model.device)
             output = model.generate(input_ids=input_ids, attention_mask=mask, synced_gpus=lockstep)
             if not is_real:
                 continue
@@ -220,9 +216,7 @@ def evaluate_choice(
             for index in batch if is_real else ():
                 own, scores = scores[: len(rows[index])], scores[len(rows[index]) :]
                 best = own.index(max(own))
-                predictions.append(
-                    _chosen(index, problems[index], options[index][best], rows[index][best][2], fields)
-                )
+                predictions.append(_chosen(index, problems[index], options[index][best], rows[index][best][2], fields))
     return _gathered("choice", predictions)
 
 
@@ -268,15 +262,12 @@ def _chosen(index: int, record: Mapping[str, str], option: str, text: str, field
     )
 
 
-def _options(
-    index: int, record: Mapping[str, str], config: EvaluationConfig, fields: FieldConfig
-) -> tuple[str, ...]:
+def _options(index: int, record: Mapping[str, str], config: EvaluationConfig, fields: FieldConfig) -> tuple[str, ...]:
     question = record[fields.instruction] + "\n" + record.get(fields.input, "")
     options = config.options or options_in(question)
     if len(options) < 2:
         raise InputError(
-            f"record {index + 1} of data.test offers no options ('Answer format: a/b'): "
-            "set data.evaluation.options"
+            f"record {index + 1} of data.test offers no options ('Answer format: a/b'): set data.evaluation.options"
         )
     if normalize(record[fields.answer]) not in map(normalize, options):
         raise InputError(
@@ -336,9 +327,7 @@ def _with_progress(
             progress(done, total)
 
 
-def _left_padded(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both [rows, longest]."""
     import torch
 

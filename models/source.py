@@ -35,9 +35,7 @@ def local_folder(name: str, *, field: str) -> Path | None:
     if path.exists():
         raise InputError(f"{field} is {name!r}, a file: name the folder that holds it")
     if not is_hub_name(name):
-        raise InputError(
-            f"{field} is {name!r}: there is no such folder, and a hub name has the form owner/model"
-        )
+        raise InputError(f"{field} is {name!r}: there is no such folder, and a hub name has the form owner/model")
     return None
 
 
@@ -62,13 +60,9 @@ def download(name: str, *, field: str, revision: str | None, gguf_file: str | No
             commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
             return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
         except GatedRepoError as error:
-            raise InputError(
-                f"{field} is {name!r}, which its owner gates: ask for access and log in"
-            ) from error
+            raise InputError(f"{field} is {name!r}, which its owner gates: ask for access and log in") from error
         except RevisionNotFoundError as error:
-            raise InputError(
-                f"model.revision is {revision!r}, which {name} does not have: check it"
-            ) from error
+            raise InputError(f"model.revision is {revision!r}, which {name} does not have: check it") from error
         except RepositoryNotFoundError as error:
             raise InputError(
                 f"{field} is {name!r}: there is no such folder, and the hub has or shows no such model: "
@@ -77,9 +71,7 @@ def download(name: str, *, field: str, revision: str | None, gguf_file: str | No
         except Exception as error:  # the client's own network exceptions have no common base class
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{field} is {name!r}: there is no such folder, and the hub cannot be reached ({reason}): "
@@ -96,11 +88,7 @@ def check_model_folder(folder: Path, *, gguf_file: str | None, trust_remote_code
     if gguf_file is None:
         if not (folder / "config.json").is_file():
             adapter = (folder / "adapter_config.json").is_file()
-            hint = (
-                "it is an adapter: name its base model"
-                if adapter
-                else "it is not a transformers model folder"
-            )
+            hint = "it is an adapter: name its base model" if adapter else "it is not a transformers model folder"
             ggufs = sorted(path.name for path in folder.glob("*.gguf"))
             if ggufs:
                 hint = f"set model.gguf_file, for example to {ggufs[0]!r}"
@@ -127,10 +115,7 @@ def _check_kind(folder: Path, config: dict[str, Any], trust_remote_code: bool) -
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         not architectures
         or own_code
-        or any(
-            name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-            for name in architectures
-        )
+        or any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures)
     )
     if causal or (own_code and trust_remote_code):
         return
@@ -139,6 +124,4 @@ def _check_kind(folder: Path, config: dict[str, Any], trust_remote_code: bool) -
             f"{folder} needs its own Python code ({kind}): read that code, then set model.trust_remote_code"
         )
     shown = ", ".join(architectures) or kind
-    raise InputError(
-        f"{folder} is a {shown}, not a causal language model that transformers knows: name another model"
-    )
+    raise InputError(f"{folder} is a {shown}, not a causal language model that transformers knows: name another model")

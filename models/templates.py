@@ -66,9 +66,7 @@ def render(
     raise InputError(f"data.template is {template!r}: choose one of {', '.join(TEMPLATES)}")
 
 
-def _render_chat(
-    question: str, output: str, tokenizer: "PreTrainedTokenizerBase", eos: str
-) -> tuple[str, str]:
+def _render_chat(question: str, output: str, tokenizer: "PreTrainedTokenizerBase", eos: str) -> tuple[str, str]:
     import jinja2
 
     if not tokenizer.chat_template:
@@ -100,9 +98,7 @@ def _render_chat(
     return prompt, body + eos if found and not rest.strip() else response + eos
 
 
-def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], template: Template
-) -> list[list[int]]:
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], template: Template) -> list[list[int]]:
     """Token ids of prompts, as training and generation both see them.
 
     Special tokens are those that the tokenizer adds in front (a beginning of sequence); one that it would add
@@ -144,9 +140,7 @@ def encode_responses(
     ]
 
 
-def _encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool = False
-) -> list[list[int]]:
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
     # verbose: no advice about the model's maximum length, which data.max_length takes care of.
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     return ids

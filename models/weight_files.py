@@ -67,9 +67,7 @@ def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
     if gguf_file is not None:
         path = folder / gguf_file
         if not path.is_file():
-            raise InputError(
-                f"model.gguf_file is {gguf_file!r}, which {folder} does not hold: check the name"
-            )
+            raise InputError(f"model.gguf_file is {gguf_file!r}, which {folder} does not hold: check the name")
         return [path]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -83,9 +81,7 @@ def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
         )
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
-        raise InputError(
-            f"{folder} has its weights as GGUF: set model.gguf_file, for example to {ggufs[0]!r}"
-        )
+        raise InputError(f"{folder} has its weights as GGUF: set model.gguf_file, for example to {ggufs[0]!r}")
     raise InputError(f"{folder} holds no weights ({WEIGHTS} or {INDEX}): copy or download the model again")
 
 
@@ -109,11 +105,7 @@ def _shards(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(
-                f"{index} names {name!r}, which is not a safetensors file of its folder: restore it"
-            )
+            raise InputError(f"{index} names {name!r}, which is not a safetensors file of its folder: restore it")
         if not (index.parent / name).is_file():
-            raise InputError(
-                f"{index.parent} lacks {name}, one of the {len(names)} files of its index: copy it again"
-            )
+            raise InputError(f"{index.parent} lacks {name}, one of the {len(names)} files of its index: copy it again")
     return [index.parent / name for name in names]

@@ -139,8 +139,7 @@ PROBLEM_TEMPLATES: tuple[ProblemTemplate, ...] = (
         "gain",
         (
             "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-            "There are {a} {things} on a table. {name} puts {b} more there. How many {things} are on the "
-            "table?",
+            "There are {a} {things} on a table. {name} puts {b} more there. How many {things} are on the table?",
         ),
         _sum,
     ),
@@ -155,18 +154,15 @@ PROBLEM_TEMPLATES: tuple[ProblemTemplate, ...] = (
     ProblemTemplate(
         "loss",
         (
-            "{name} has {a} {things} and gives {b} of them to {other}. How many {things} does {name} have "
-            "left?",
-            "There are {a} {things} in a shop. {name} buys {b} of them. How many {things} are left in the "
-            "shop?",
+            "{name} has {a} {things} and gives {b} of them to {other}. How many {things} does {name} have left?",
+            "There are {a} {things} in a shop. {name} buys {b} of them. How many {things} are left in the shop?",
         ),
         _difference,
     ),
     ProblemTemplate(
         "comparison",
         (
-            "{name} has {a} {things}. {other} has {b} {things}. How many more {things} does {name} have "
-            "than {other}?",
+            "{name} has {a} {things}. {other} has {b} {things}. How many more {things} does {name} have than {other}?",
             "{name} needs {a} {things} and has {b}. How many {things} are still missing?",
         ),
         _difference,
@@ -214,8 +210,7 @@ PROBLEM_TEMPLATES: tuple[ProblemTemplate, ...] = (
     ProblemTemplate(
         "two losses",
         (
-            "{name} has {a} {things}, sells {b} and gives {c} to {other}. How many {things} does {name} "
-            "have left?",
+            "{name} has {a} {things}, sells {b} and gives {c} to {other}. How many {things} does {name} have left?",
             "Of {a} {things}, {name} takes {b} and {other} takes {c}. How many {things} remain?",
         ),
         _difference_twice,
@@ -223,20 +218,16 @@ PROBLEM_TEMPLATES: tuple[ProblemTemplate, ...] = (
     ProblemTemplate(
         "groups and more",
         (
-            "{name} has {a} {places} with {b} {things} each and {c} more {things}. How many {things} is "
-            "that?",
-            "{name} fills {a} {places} with {b} {things} each, and {c} {things} remain. How many {things} "
-            "are there?",
+            "{name} has {a} {places} with {b} {things} each and {c} more {things}. How many {things} is that?",
+            "{name} fills {a} {places} with {b} {things} each, and {c} {things} remain. How many {things} are there?",
         ),
         _product_then_sum,
     ),
     ProblemTemplate(
         "groups and fewer",
         (
-            "{name} has {a} {places} with {b} {things} each and gives away {c} {things}. How many "
-            "{things} are left?",
-            "There are {a} {places} of {b} {things}, but {c} {things} are broken. How many {things} are "
-            "fine?",
+            "{name} has {a} {places} with {b} {things} each and gives away {c} {things}. How many {things} are left?",
+            "There are {a} {places} of {b} {things}, but {c} {things} are broken. How many {things} are fine?",
         ),
         _product_then_difference,
     ),
@@ -253,8 +244,7 @@ PROBLEM_TEMPLATES: tuple[ProblemTemplate, ...] = (
     ProblemTemplate(
         "change",
         (
-            "{name} buys {a} {items} for {b} dollars each and pays with {c} dollars. How much change does "
-            "{name} get?",
+            "{name} buys {a} {items} for {b} dollars each and pays with {c} dollars. How much change does {name} get?",
             "{name} has {c} dollars and buys {a} {items} at {b} dollars each. How many dollars are left?",
         ),
         _change,
@@ -262,8 +252,7 @@ PROBLEM_TEMPLATES: tuple[ProblemTemplate, ...] = (
     ProblemTemplate(
         "times as many",
         (
-            "{name} has {a} {things}. {other} has {b} times as many. How many {things} do they have "
-            "together?",
+            "{name} has {a} {things}. {other} has {b} times as many. How many {things} do they have together?",
             "{name} reads {a} pages. {other} reads {b} times as many. How many pages do they read in all?",
         ),
         _times_as_many,
@@ -323,8 +312,7 @@ def generate_word_problems(
     splits = {}
     for split, number in (("test", num_test), ("validation", num_validation), ("train", num_train)):
         problems = [
-            _draw_new(PROBLEM_TEMPLATES[index % len(PROBLEM_TEMPLATES)], random, known)
-            for index in range(number)
+            _draw_new(PROBLEM_TEMPLATES[index % len(PROBLEM_TEMPLATES)], random, known) for index in range(number)
         ]
         keyed = [(random.random(), problem) for problem in problems]
         splits[split] = [problem for _, problem in sorted(keyed, key=lambda pair: pair[0])]
@@ -340,9 +328,7 @@ def _draw_new(template: ProblemTemplate, random: Random, known: set[str]) -> dic
     raise InputError(f"there are no {len(known) + 1} different word problems to be had: ask for fewer")
 
 
-def write_word_problems(
-    folder: str | Path, num_train: int, num_validation: int, num_test: int, seed: int
-) -> Path:
+def write_word_problems(folder: str | Path, num_train: int, num_validation: int, num_test: int, seed: int) -> Path:
     """Write ``train.json``, ``validation.json`` and ``test.json`` in the LLM-Adapters form; equal for equal
     arguments.
 
@@ -362,9 +348,7 @@ def write_word_problems(
         for split in _FILE_SPLITS:
             _write_atomically(path / f"{split}.json", json.dumps(splits[split], indent=1) + "\n")
     except OSError as error:
-        raise InputError(
-            f"folder is {str(folder)!r}: it cannot be written ({error.strerror}); name another"
-        ) from error
+        raise InputError(f"folder is {str(folder)!r}: it cannot be written ({error.strerror}); name another") from error
     return path
 
 

@@ -220,9 +220,7 @@ def measure_memory_here(method: str, settings: Settings) -> int:
     with PeakMemory(settings.device) as memory:
         loaded = memory.current_bytes()
         if loaded is None or not memory.reset():
-            raise InputError(
-                f"the peak memory of a process cannot be measured on {platform.system()}: use --no-memory"
-            )
+            raise InputError(f"the peak memory of a process cannot be measured on {platform.system()}: use --no-memory")
         step, _ = prepare(method, model, settings)
         for number in range(settings.memory_steps):
             step(batch_of(settings, number))
@@ -233,9 +231,7 @@ def measure_memory(method: str, settings: Settings) -> int:
     """:func:`measure_memory_here` in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--measure-memory", method]
     command += [
-        text
-        for name, value in asdict(settings).items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
+        text for name, value in asdict(settings).items() for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -257,9 +253,7 @@ def summarize(
         }
         for reference in ("floor", "full", "lora"):
             if reference in seconds:
-                row[f"median_over_{reference}"] = row["median_seconds"] / statistics.median(
-                    seconds[reference]
-                )
+                row[f"median_over_{reference}"] = row["median_seconds"] / statistics.median(seconds[reference])
                 row[f"min_over_{reference}"] = row["min_seconds"] / min(seconds[reference])
             if method in peaks and peaks.get(reference, 0) > 0:
                 row[f"memory_over_{reference}"] = peaks[method] / peaks[reference]
@@ -274,9 +268,7 @@ def print_summary(summary: Mapping[str, Mapping[str, float]], num_parameters: in
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title="One training step; ratios are of minima (of medians), memory is growth over the loaded model"
-    )
+    table = Table(title="One training step; ratios are of minima (of medians), memory is growth over the loaded model")
     for heading in ("method", "trained", "step", "time / floor", "time / full", "time / LoRA", "memory"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     table.add_column("/ full", justify="right")
@@ -303,9 +295,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)"
-    )
+    parser.add_argument("--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)")
     parser.add_argument("--methods", default=",".join(METHODS), help="methods to compare, joined by commas")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
@@ -338,9 +328,7 @@ def run(options: argparse.Namespace) -> None:
             for method in progress.track(methods, description="memory"):
                 peaks[method] = measure_memory(method, settings)
         task = progress.add_task("time", total=rounds)
-        seconds, trained = measure_time(
-            methods, settings, lambda number: progress.update(task, completed=number)
-        )
+        seconds, trained = measure_time(methods, settings, lambda number: progress.update(task, completed=number))
     num_parameters = sum(parameter.numel() for parameter in build_model(settings).parameters())
     summary = summarize(seconds, trained, peaks)
     print_summary(summary, num_parameters)

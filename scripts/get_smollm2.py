@@ -15,9 +15,7 @@ from sparse_zero.errors import InputError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--cache", type=Path, default=None, help="folder to keep it in (default: the user's cache)"
-    )
+    parser.add_argument("--cache", type=Path, default=None, help="folder to keep it in (default: the user's cache)")
     arguments = parser.parse_args()
     try:
         print(smollm2_folder((arguments.cache or default_cache()).expanduser()))

@@ -14,18 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from models.word_problems import write_word_problems
     from sparse_zero.errors import InputError
 
-    parser = argparse.ArgumentParser(
-        description="Write train.json, validation.json and test.json of word problems."
-    )
+    parser = argparse.ArgumentParser(description="Write train.json, validation.json and test.json of word problems.")
     parser.add_argument("--folder", required=True, help="folder to write to; created if needed")
     parser.add_argument("--train", type=int, default=4000, help="training problems (default: %(default)s)")
-    parser.add_argument(
-        "--validation", type=int, default=100, help="validation problems (default: %(default)s)"
-    )
+    parser.add_argument("--validation", type=int, default=100, help="validation problems (default: %(default)s)")
     parser.add_argument("--test", type=int, default=200, help="test problems (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="equal seeds give equal files (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal files (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:
         folder = write_word_problems(given.folder, given.train, given.validation, given.test, given.seed)

@@ -1,10 +1,10 @@
 """Fine-tune only the selected parts of a model's weight matrices, under DeepSpeed ZeRO.
 
-    selection = sz.select(model, batches, sz.SelectionConfig(...))
-    sz.sparsify(model, selection, placement="inplace")
-    engine, *_ = sz.initialize(model=model, config=deepspeed_config)
-    ...                                   # engine.backward(loss); engine.step()
-    sz.save_adapter(engine, "adapter")
+selection = sz.select(model, batches, sz.SelectionConfig(...))
+sz.sparsify(model, selection, placement="inplace")
+engine, *_ = sz.initialize(model=model, config=deepspeed_config)
+...                                   # engine.backward(loss); engine.step()
+sz.save_adapter(engine, "adapter")
 """
 
 from sparse_zero.checkpoint.adapter import load_adapter, save_adapter

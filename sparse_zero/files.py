@@ -115,15 +115,10 @@ def read_safetensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], d
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != file_format:
                 raise InputError(
-                    f"{path} has format {metadata.get('format')!r}, not {file_format!r}: "
-                    "name a file of that format"
+                    f"{path} has format {metadata.get('format')!r}, not {file_format!r}: name a file of that format"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(
-            f"{path} is no complete safetensors file ({error}): copy or create it again"
-        ) from error
+        raise InputError(f"{path} is no complete safetensors file ({error}): copy or create it again") from error
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror or error}): check its permissions"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error

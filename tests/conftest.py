@@ -1,6 +1,7 @@
 """What holds for every test: no network, no tokenizer threads, one cache for the operators that are built."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Its own ninja is found also where the environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Building DeepSpeed's operators takes a minute: once for all ranks, tests and runs.
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "sparse_zero" / "torch_extensions"))

@@ -72,9 +72,7 @@ def test_metadata(wheel: Path, installed: Path) -> None:
     assert metadata["Name"] == "sparse-zero"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    version = re.search(
-        r'__version__ = "(.+)"', (ROOT / "sparse_zero" / "__init__.py").read_text(encoding="utf-8")
-    )
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "sparse_zero" / "__init__.py").read_text(encoding="utf-8"))
     assert version is not None
     assert metadata["Version"] == version[1]
     assert wheel.name == f"sparse_zero-{version[1]}-py3-none-any.whl"
@@ -83,9 +81,7 @@ def test_metadata(wheel: Path, installed: Path) -> None:
 
 def test_command_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
     command = str(installed / "bin" / "sparse-zero")
-    assert "sparse-zero COMMAND --help" in run(
-        sys.executable, command, "--help", cwd=tmp_path, pythonpath=installed
-    )
+    assert "sparse-zero COMMAND --help" in run(sys.executable, command, "--help", cwd=tmp_path, pythonpath=installed)
     code = "import launcher.command_line as c, sparse_zero; print(sparse_zero.__file__, c.worker_script(), sep='\\n')"
     lines = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=installed).splitlines()
     assert lines == [str(installed / "sparse_zero" / "__init__.py"), str(installed / "launcher" / "train.py")]

@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
     console.print(selection_table(selection))
-    console.print(
-        f"{selection.num_parameters:,} parameters in {len(selection.weights)} weights", highlight=False
-    )
+    console.print(f"{selection.num_parameters:,} parameters in {len(selection.weights)} weights", highlight=False)
     console.print(f"digest {selection.digest()}", highlight=False, soft_wrap=True)
     return 0
 
@@ -63,7 +61,7 @@ def selection_table(selection: "Selection") -> "Table":
     table.add_column("kind")
     for heading in ("regions", "parameters", "share"):
         table.add_column(heading, justify="right")
-    for name, weight in selection.weights.items():
+    for name, weight in sorted(selection.weights.items(), key=lambda item: _layer_order(item[0])):
         by_kind = weight.num_parameters_by_kind()
         for kind in KINDS:
             if not weight.num_regions(kind):
@@ -75,6 +73,11 @@ def selection_table(selection: "Selection") -> "Table":
             shape = f"{weight.shape[0]} x {weight.shape[1]}"
             table.add_row(name, shape, label, regions, f"{number:,}", f"{share:.2%}")
     return table
+
+
+def _layer_order(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def selection_file(path: Path) -> Path:

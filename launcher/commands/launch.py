@@ -3,10 +3,14 @@
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from launcher.command_line import worker_command
 from launcher.commands.common import Parser, add_command, read_run
@@ -16,6 +20,8 @@ from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
 _CPU_RANKS = 2
+# Time for the workers to write a checkpoint and end, after the launcher itself has ended.
+_GRACE_SECONDS = 120.0
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
@@ -39,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_run(args)
     hostfile = config.cluster.hostfile
     if config.cluster.launcher == "pdsh" and hostfile is not None and not Path(hostfile).is_file():
-        raise InputError(
-            f"cluster.hostfile is {hostfile}, which is no file: it needs a line 'name slots=8' a node"
-        )
+        raise InputError(f"cluster.hostfile is {hostfile}, which is no file: it needs a line 'name slots=8' a node")
     num_gpus, devices = _ranks(config)
     if num_gpus is not None:
         # Found here, a contradiction is one line; found by the workers, it is one for every rank.
@@ -52,7 +56,46 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(shlex.join(command))
         return 0
-    return subprocess.call(command)
+    return _run_to_the_end(command)
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _run_to_the_end(command: Sequence[str]) -> int:
+    """Run the launcher in a process group of its own, and let a signal end all of it cleanly.
+
+    DeepSpeed's runner dies of a signal without ending its workers. So the whole group is told, the workers write
+    their checkpoint, and this process waits until the group is empty. A second signal kills it.
+
+    Returns:
+        The launcher's exit code; 128 + signal when one ended the run.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    process = subprocess.Popen(command, start_new_session=True)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while _group_is_alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received else code
 
 
 def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:

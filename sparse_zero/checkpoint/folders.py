@@ -23,8 +23,9 @@ def file_sha256(path: Path) -> str:
 def new_folder(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder``; when the block ends well, it takes the place of ``folder``.
 
-    A manifest of sizes and hashes is added, unless the folder is for others' programs. An older folder of that name is replaced; a reader finds the old
-    or the new one, or (between two renames) none, never a part. When the block raises, nothing changes.
+    A manifest of sizes and hashes is added, unless the folder is for others' programs. An older folder of that name
+    is replaced; a reader finds the old or the new one, or (between two renames) none, never a part. When the block
+    raises, nothing changes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -21,14 +21,27 @@ from torch import Tensor
 from sparse_zero.selection.config import KINDS, Kind
 
 
-class Plan(NamedTuple):
-    """Where the values of one linear lie; index tensors are int64 on the linear's device, None where absent."""
+class BlockPlan(NamedTuple):
+    """Where the blocks of one linear lie; int64 tensors on the linear's device."""
 
-    block_size: int
-    # [N] grid row of each block; [U] distinct grid columns; [N] which of those each block reads.
-    block_rows: Tensor | None
-    strips: Tensor | None
-    strip_of_block: Tensor | None
+    size: int
+    rows: Tensor  # [N] grid row of each block
+    strips: Tensor  # [U] distinct grid columns
+    strip_of_block: Tensor  # [N] which of the strips each block reads
+
+    def to_dense(self, values: Tensor, owned: Tensor | None) -> Tensor:
+        """[N, S, S] from flat values."""
+        return unpack_values(values, owned, (len(self.rows), self.size, self.size))
+
+    def columns(self) -> Tensor:
+        """[N] grid column of each block."""
+        return self.strips.index_select(0, self.strip_of_block)
+
+
+class Plan(NamedTuple):
+    """Where the values of one linear lie; None where a kind is absent."""
+
+    blocks: BlockPlan | None
     rows: Tensor | None  # [N]
     columns: Tensor | None  # [N]
     # Per kind: positions of the owned entries in the dense regions; None where the kind owns them all.
@@ -82,10 +95,11 @@ def _add_delta(y_TO: Tensor, x_TI: Tensor, values: tuple[Tensor | None, ...], pl
     block, row, column = values
     out_features, in_features = y_TO.shape[1], x_TI.shape[1]
     if block is not None:
-        assert plan.block_rows is not None and plan.strips is not None and plan.strip_of_block is not None
-        dense = unpack_values(block.to(y_TO.dtype), plan.owned[0], (len(plan.block_rows), plan.block_size, plan.block_size))
-        x_NTS = take_strips(x_TI, plan.strips, plan.block_size).index_select(0, plan.strip_of_block)
-        _add_strips(y_TO, torch.bmm(x_NTS, dense.transpose(1, 2)), plan.block_rows)
+        assert plan.blocks is not None
+        dense = plan.blocks.to_dense(block.to(y_TO.dtype), plan.owned[0])
+        x_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.size)
+        x_NTS = x_UTS.index_select(0, plan.blocks.strip_of_block)
+        _add_strips(y_TO, torch.bmm(x_NTS, dense.transpose(1, 2)), plan.blocks.rows)
     if row is not None:
         assert plan.rows is not None
         dense = unpack_values(row.to(y_TO.dtype), plan.owned[1], (len(plan.rows), in_features))
@@ -101,10 +115,10 @@ def _add_delta_input_gradient(dx_TI: Tensor, dy_TO: Tensor, values: tuple[Tensor
     block, row, column = values
     out_features, in_features = dy_TO.shape[1], dx_TI.shape[1]
     if block is not None:
-        assert plan.block_rows is not None and plan.strips is not None and plan.strip_of_block is not None
-        dense = unpack_values(block.to(dx_TI.dtype), plan.owned[0], (len(plan.block_rows), plan.block_size, plan.block_size))
-        dy_NTS = take_strips(dy_TO, plan.block_rows, plan.block_size)
-        _add_strips(dx_TI, torch.bmm(dy_NTS, dense), plan.strips.index_select(0, plan.strip_of_block))
+        assert plan.blocks is not None
+        dense = plan.blocks.to_dense(block.to(dx_TI.dtype), plan.owned[0])
+        dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.size)
+        _add_strips(dx_TI, torch.bmm(dy_NTS, dense), plan.blocks.columns())
     if row is not None:
         assert plan.rows is not None
         dense = unpack_values(row.to(dx_TI.dtype), plan.owned[1], (len(plan.rows), in_features))
@@ -119,7 +133,7 @@ class _SparseLinear(torch.autograd.Function):
     """Forward of a linear; backward to its input and to the values, never to the dense weight."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -148,8 +162,8 @@ class _SparseLinear(torch.autograd.Function):
             kept[0] = x_TI
         else:
             if trained[0]:
-                assert plan.strips is not None
-                kept[1] = take_strips(x_TI, plan.strips, plan.block_size)
+                assert plan.blocks is not None
+                kept[1] = take_strips(x_TI, plan.blocks.strips, plan.blocks.size)
             if trained[1]:
                 kept[0] = x_TI
             if trained[2]:
@@ -177,11 +191,11 @@ class _SparseLinear(torch.autograd.Function):
                     _add_delta_input_gradient(dx_TI, dy_TO, tuple(values), plan)
                 dx = dx_TI.view(ctx.input_shape).to(ctx.input_dtype)
             if ctx.trained[0]:
-                assert plan.block_rows is not None and plan.strips is not None and plan.strip_of_block is not None
+                assert plan.blocks is not None
                 if x_strips_UTS is None:
-                    x_strips_UTS = take_strips(x_TI, plan.strips, plan.block_size)
-                x_NTS = x_strips_UTS.index_select(0, plan.strip_of_block)
-                dy_NTS = take_strips(dy_TO, plan.block_rows, plan.block_size)
+                    x_strips_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.size)
+                x_NTS = x_strips_UTS.index_select(0, plan.blocks.strip_of_block)
+                dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.size)
                 gradients["block"] = pack_values(torch.bmm(dy_NTS.transpose(1, 2), x_NTS), plan.owned[0])
             if ctx.trained[1]:
                 assert plan.rows is not None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.layers.entries import gather_entries, scatter_entries
-from sparse_zero.layers.functional import Plan, sparse_linear
+from sparse_zero.layers.functional import BlockPlan, Plan, sparse_linear
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.zero.config import Placement
@@ -28,6 +28,14 @@ class SparseLinear(nn.Module):
     values_block: nn.Parameter | None
     values_row: nn.Parameter | None
     values_column: nn.Parameter | None
+    block_rows: Tensor | None
+    strips: Tensor
+    strip_of_block: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    owned_block: Tensor | None
+    owned_row: Tensor | None
+    owned_column: Tensor | None
 
     def __init__(
         self, linear: nn.Linear, selection: WeightSelection, placement: Placement, *, keep_input: bool = False
@@ -75,14 +83,14 @@ class SparseLinear(nn.Module):
     @property
     def plan(self) -> Plan:
         """Where the values lie, for the autograd function."""
+        blocks = None
+        if self.block_rows is not None:
+            blocks = BlockPlan(self.selection.block_size, self.block_rows, self.strips, self.strip_of_block)
         return Plan(
-            block_size=self.selection.block_size,
-            block_rows=self.block_rows,  # type: ignore[arg-type]
-            strips=self.strips,  # type: ignore[arg-type]
-            strip_of_block=self.strip_of_block,  # type: ignore[arg-type]
-            rows=self.rows,  # type: ignore[arg-type]
-            columns=self.columns,  # type: ignore[arg-type]
-            owned=(self.owned_block, self.owned_row, self.owned_column),  # type: ignore[arg-type]
+            blocks=blocks,
+            rows=self.rows,
+            columns=self.columns,
+            owned=(self.owned_block, self.owned_row, self.owned_column),
             keep_input=self.keep_input,
             is_delta=self.placement == "delta",
         )

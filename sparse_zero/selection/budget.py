@@ -49,9 +49,7 @@ def best_first(scores: Tensor) -> Tensor:
     return torch.argsort(scores.reshape(-1), descending=True, stable=True)
 
 
-def _weight_selections(
-    candidates: Sequence[Candidates], chosen: Mapping[Key, Tensor]
-) -> dict[str, WeightSelection]:
+def _weight_selections(candidates: Sequence[Candidates], chosen: Mapping[Key, Tensor]) -> dict[str, WeightSelection]:
     """Assemble flat region indices per weight and kind into selections of weights."""
     parts: dict[str, dict[str, Any]] = {}
     for c in candidates:
@@ -68,9 +66,7 @@ def _weight_selections(
     return {weight: WeightSelection(**entry) for weight, entry in parts.items()}
 
 
-def choose(
-    candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], max_parameters: int | None
-) -> Choice:
+def choose(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], max_parameters: int | None) -> Choice:
     """Fixed numbers first, then the longest prefix of the common ranking that fits.
 
     Args:
@@ -123,7 +119,8 @@ def choose(
     weights = prefix(low)
     if not weights:
         raise InputError(
-            f"selection.budget allows {max_parameters:,} parameters, less than one region: raise it or use smaller regions"
+            f"selection.budget allows {max_parameters:,} parameters, less than one region: "
+            "raise it or use smaller regions"
         )
     margin = None
     if 0 < low < len(ranking):

@@ -88,8 +88,9 @@ def check_trainable_linear(model: nn.Module, module: str, tied: dict[str, list[s
     if type(linear) is not nn.Linear:
         raise InputError(f"module {module!r} is a {type(linear).__name__}, not a torch.nn.Linear: leave it out")
     if f"{module}.weight" in tied:
+        others = ", ".join(name for name in tied[f"{module}.weight"] if name != f"{module}.weight")
         raise InputError(
-            f"the weight of {module!r} is tied to {', '.join(n for n in tied[f'{module}.weight'] if n != f'{module}.weight')}: "
+            f"the weight of {module!r} is tied to {others}: "
             "a tied weight cannot be selected as a linear; leave it out of selection.regions.modules"
         )
     return linear
@@ -101,7 +102,8 @@ def _layer_bounds(region: RegionConfig, num_layers: int) -> tuple[int, int]:
     for name, value in (("min_layer", region.min_layer), ("max_layer", region.max_layer)):
         if value is not None and not -num_layers <= value < num_layers:
             raise InputError(
-                f"selection.regions.{name} is {value}: the model has layers 0 to {num_layers - 1} (or -{num_layers} to -1)"
+                f"selection.regions.{name} is {value}: the model has layers 0 to {num_layers - 1} "
+                f"(or -{num_layers} to -1)"
             )
     return (low + num_layers if low < 0 else low), (high + num_layers if high < 0 else high)
 
@@ -121,7 +123,9 @@ def find_candidates(model: nn.Module, config: SelectionConfig, module_map: Modul
             low, high = _layer_bounds(region, module_map.num_layers)
             modules = [name for name in modules if low <= module_map.layer_of.get(name, -1) <= high]
             if not modules:
-                raise InputError(f"selection.regions has no layer between min_layer {low} and max_layer {high}: widen it")
+                raise InputError(
+                    f"selection.regions has no layer between min_layer {low} and max_layer {high}: widen it"
+                )
         for module in modules:
             weight = check_trainable_linear(model, module, tied).weight
             shape = (weight.shape[0], weight.shape[1])

@@ -66,7 +66,9 @@ class BudgetConfig:
                 f"selection.budget has fraction={self.fraction} and parameters={self.parameters}: set exactly one"
             )
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
-            raise InputError(f"selection.budget.fraction is {self.fraction}: it must lie in (0, 1], 0.01 is one percent")
+            raise InputError(
+                f"selection.budget.fraction is {self.fraction}: it must lie in (0, 1], 0.01 is one percent"
+            )
         if self.parameters is not None and self.parameters < 1:
             raise InputError(f"selection.budget.parameters is {self.parameters}: it must be at least 1")
 
@@ -96,7 +98,9 @@ class SelectionConfig:
         if self.calibration_batches < 1:
             raise InputError(f"selection.calibration_batches is {self.calibration_batches}: it must be at least 1")
         if self.calibration_batch_size < 1:
-            raise InputError(f"selection.calibration_batch_size is {self.calibration_batch_size}: it must be at least 1")
+            raise InputError(
+                f"selection.calibration_batch_size is {self.calibration_batch_size}: it must be at least 1"
+            )
         competing = [region for region in self.regions if region.per_matrix is None]
         if competing and self.budget is None:
             raise InputError(

@@ -10,8 +10,7 @@ Layout of the flat values of one kind (regions in ascending order):
 Legend: O = out features, I = in features, N = regions of the kind, S = block size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,53 +18,69 @@ from torch import Tensor
 from sparse_zero.errors import InputError
 from sparse_zero.selection.config import KINDS, Kind
 
+# Indices as callers may give them.
+Indices = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
 
 def grid_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
     """Rows and columns of the grid of blocks that covers ``shape``; the last ones may be ragged."""
     return -(-shape[0] // size), -(-shape[1] // size)
 
 
-def _indices(value: object, width: int | None) -> Tensor:
+def _indices(value: Indices, width: int | None) -> Tensor:
     tensor = torch.as_tensor(value, dtype=torch.int64)
     return tensor.reshape(-1) if width is None else tensor.reshape(-1, width)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class WeightSelection:
-    """The chosen regions of one weight. Indices are sorted on construction; duplicates are refused."""
+    """The chosen regions of one weight; not to be changed after construction.
 
-    # (O, I): out and in features of the weight.
-    shape: tuple[int, int]
-    # Side of the blocks; 0 when there are none.
-    block_size: int = 0
-    # [N, 2] int64: row and column of each block in the grid.
-    blocks: Tensor = None  # type: ignore[assignment]
-    # [N] int64: output channels.
-    rows: Tensor = None  # type: ignore[assignment]
-    # [N] int64: input channels.
-    columns: Tensor = None  # type: ignore[assignment]
+    Args:
+        shape: (O, I), out and in features of the weight.
+        block_size: side of the blocks; ignored when there are none.
+        blocks: [N, 2] row and column of each block in the grid.
+        rows: [N] output channels.
+        columns: [N] input channels.
 
-    def __post_init__(self) -> None:
-        out_features, in_features = self.shape
-        blocks = _indices([] if self.blocks is None else self.blocks, 2)
-        if len(blocks) and self.block_size < 1:
-            raise InputError(f"block_size is {self.block_size} for a selection with blocks: give a positive size")
-        grid = grid_shape(self.shape, self.block_size) if len(blocks) else (0, 0)
-        order = (blocks[:, 0] * max(grid[1], 1) + blocks[:, 1]).argsort() if len(blocks) else slice(None)
-        checked = {
-            "blocks": (blocks[order], grid),
-            "rows": (_indices([] if self.rows is None else self.rows, None).sort().values, (out_features,)),
-            "columns": (_indices([] if self.columns is None else self.columns, None).sort().values, (in_features,)),
-        }
-        for name, (indices, limits) in checked.items():
-            flat = indices if indices.dim() == 2 else indices.unsqueeze(1)
-            if len(flat) and (bool((flat < 0).any()) or bool((flat >= torch.tensor(limits)).any())):
-                raise InputError(f"{name} of a weight of shape {self.shape} reach outside the limits {limits}")
-            if len(torch.unique(flat, dim=0)) != len(flat):
-                raise InputError(f"{name} of a weight of shape {self.shape} contain duplicates: list each region once")
-            object.__setattr__(self, name, indices)
-        if not len(blocks):
-            object.__setattr__(self, "block_size", 0)
+    The indices are kept as sorted int64 tensors on the host.
+
+    Raises:
+        InputError: an index outside the weight, or a region listed twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int],
+        block_size: int = 0,
+        blocks: Indices = (),
+        rows: Indices = (),
+        columns: Indices = (),
+    ) -> None:
+        self.shape = shape
+        self.blocks, self.rows, self.columns = _indices(blocks, 2), _indices(rows, None), _indices(columns, None)
+        # 0 without blocks, so that equal selections have equal digests.
+        self.block_size = block_size if len(self.blocks) else 0
+        if len(self.blocks) and block_size < 1:
+            raise InputError(f"block_size is {block_size} for a selection with blocks: give a positive size")
+        grid = grid_shape(shape, block_size) if len(self.blocks) else (0, 0)
+        self._check("blocks", self.blocks, grid)
+        self._check("rows", self.rows.unsqueeze(1), (shape[0],))
+        self._check("columns", self.columns.unsqueeze(1), (shape[1],))
+        self.blocks = self.blocks[(self.blocks[:, 0] * grid[1] + self.blocks[:, 1]).argsort()]
+        self.rows, self.columns = self.rows.sort().values, self.columns.sort().values
+
+    def _check(self, name: str, indices: Tensor, limits: tuple[int, ...]) -> None:
+        if len(indices) and (bool((indices < 0).any()) or bool((indices >= torch.tensor(limits)).any())):
+            raise InputError(f"{name} of a weight of shape {self.shape} reach outside the limits {limits}")
+        if len(torch.unique(indices, dim=0)) != len(indices):
+            raise InputError(f"{name} of a weight of shape {self.shape} contain duplicates: list each region once")
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightSelection(shape={self.shape}, block_size={self.block_size}, blocks={self.blocks.tolist()}, "
+            f"rows={self.rows.tolist()}, columns={self.columns.tolist()})"
+        )
 
     def num_regions(self, kind: Kind) -> int:
         """Number of chosen regions of ``kind``."""

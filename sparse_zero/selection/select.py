@@ -90,6 +90,7 @@ def select(
     Raises:
         InputError: patterns, sizes or budget do not fit the model, or the ranks disagree.
     """
+    module_map = module_map or default_module_map(model)
     candidates = check_selection(model, config, module_map)
     total = num_parameters(model)
     scores: dict[Key, Tensor] = {
@@ -104,7 +105,7 @@ def select(
         scores.update(found)
     budget = max_parameters(config.budget, total)
     choice = choose(candidates, scores, budget)
-    if choice.cut_margin is not None and choice.cut_margin < SUMMATION_NOISE:
+    if by_gradient and choice.cut_margin is not None and choice.cut_margin < SUMMATION_NOISE:
         warnings.warn(
             f"scores at the cut differ by {choice.cut_margin:.1e} relative, within summation noise: "
             "another world size might choose another region there",
@@ -124,6 +125,7 @@ def select(
         {
             "config": dataclasses.asdict(config),
             "num_parameters_model": total,
+            "num_layers": module_map.num_layers,
             "num_parameters_left": choice.num_parameters_left,
             "cut_margin": choice.cut_margin,
             "num_calibration_batches": num_batches,

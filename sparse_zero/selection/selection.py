@@ -96,7 +96,9 @@ class Selection:
             name: WeightSelection(
                 shape=(entry["shape"][0], entry["shape"][1]),
                 block_size=entry["block_size"],
-                **{part: tensors[key] for part in ("blocks", "rows", "columns") if (key := f"{name}/{part}") in tensors},
+                **{
+                    part: tensors[key] for part in ("blocks", "rows", "columns") if (key := f"{name}/{part}") in tensors
+                },
             )
             for name, entry in header["weights"].items()
         }

@@ -26,7 +26,8 @@ def check_version() -> None:
 
     if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
         raise InputError(
-            f"deepspeed {deepspeed.__version__} is older than {OLDEST_DEEPSPEED}: pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
+            f"deepspeed {deepspeed.__version__} is older than {OLDEST_DEEPSPEED}: "
+            f"pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
         )
 
 
@@ -77,22 +78,24 @@ def optimizer_step_count(engine: Any) -> int:
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO holds the master and the moments of ``parameter`` (stages 1 to 3, bf16 and fp16 optimizers)."""
-    return hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None or hasattr(
-        parameter, "get_full_hp_param"
+    return (
+        hasattr(parameter, "ds_id")
+        or getattr(parameter, "_hp_mapping", None) is not None
+        or hasattr(parameter, "get_full_hp_param")
     )
 
 
-def _local_part(parameter: Tensor, value: Tensor, device: Any) -> Tensor:
+def _local_part(parameter: Any, value: Tensor, device: Any) -> Tensor:
     """This rank's part of a whole 1-D ``value`` under stage 3, padded with zeros as DeepSpeed pads."""
     import torch.distributed as dist
 
-    part = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    part = parameter.ds_tensor.ds_numel
+    group = parameter.ds_process_group
     padded = torch.nn.functional.pad(value, (0, part * dist.get_world_size(group) - value.numel()))
     return padded.narrow(0, part * dist.get_rank(group), part).to(device)
 
 
-def write_master(engine: Any, parameter: Tensor, value: Tensor) -> None:
+def write_master(engine: Any, parameter: Any, value: Tensor) -> None:
     """Set the fp32 master of ``parameter``, and the parameter itself, from a whole 1-D fp32 ``value``."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -107,7 +110,7 @@ def write_master(engine: Any, parameter: Tensor, value: Tensor) -> None:
     parameter.data.copy_(value)
 
 
-def write_moment(engine: Any, parameter: Tensor, value: Tensor, key: str) -> None:
+def write_moment(engine: Any, parameter: Any, value: Tensor, key: str) -> None:
     """Set one moment of ``parameter`` from a whole 1-D fp32 ``value``."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 

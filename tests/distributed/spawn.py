@@ -23,7 +23,12 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
     """
     with tempfile.TemporaryDirectory(prefix="sparse_zero_ranks_") as folder:
         result = Path(folder) / "result.json"
-        job = {"function": function, "arguments": arguments, "result": str(result), "rendezvous": f"{folder}/rendezvous"}
+        job = {
+            "function": function,
+            "arguments": arguments,
+            "result": str(result),
+            "rendezvous": f"{folder}/rendezvous",
+        }
         processes = []
         for rank in range(world_size):
             environment = {

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sparse_zero as sz
-from sparse_zero.layers.sparsify import selection_of
+import sparse_zero.zero.engine as engine_module
+from sparse_zero.layers.sparsify import selection_of, write_back
 from sparse_zero.zero.compat import inner_optimizer
+from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.state import read_masters
 from tests.sparse_zero.helpers import TinyModel, mixed_selection, owner_matrix, tiny_loss
 
@@ -29,7 +31,7 @@ def make_batches(steps: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (steps, GLOBAL_BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def dense_reference(placement: str, steps: int, decay: float = DECAY) -> tuple[list[float], dict[str, Tensor]]:
+def dense_reference(placement: Placement, steps: int, decay: float = DECAY) -> tuple[list[float], dict[str, Tensor]]:
     """Plain AdamW on the dense model that updates (and decays) the selected entries only; no code of ours."""
     model = make_model()
     selection = mixed_selection(model)
@@ -57,9 +59,7 @@ def dense_reference(placement: str, steps: int, decay: float = DECAY) -> tuple[l
     return losses, {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def make_engine(
-    model: nn.Module, stage: int, micro_batch: int, accumulation: int, decay: float = DECAY
-) -> Any:
+def make_engine(model: nn.Module, stage: int, micro_batch: int, accumulation: int, decay: float = DECAY) -> Any:
     """A real engine over the values, AdamW from torch."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -113,9 +113,9 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def combinations() -> list[tuple[int, str, int, bool]]:
+def combinations() -> list[tuple[int, Placement, int, bool]]:
     """(stage, placement, accumulation, gradient checkpointing), without inplace at stage 3."""
-    every = product((0, 1, 2, 3), ("inplace", "delta"), (1, 4), (False, True))
+    every = product((0, 1, 2, 3), PLACEMENTS, (1, 4), (False, True))
     return [entry for entry in every if not (entry[0] == 3 and entry[1] == "inplace")]
 
 
@@ -132,7 +132,7 @@ def invariants_1_and_3(steps: int) -> list[dict[str, Any]]:
     """Every combination at this world size against the dense reference."""
     world_size = dist.get_world_size()
     report = []
-    references = {placement: dense_reference(placement, steps) for placement in ("inplace", "delta")}
+    references = {placement: dense_reference(placement, steps) for placement in PLACEMENTS}
     for stage, placement, accumulation, checkpointing in combinations():
         model = make_model()
         model.checkpointing = checkpointing
@@ -151,7 +151,9 @@ def invariants_1_and_3(steps: int) -> list[dict[str, Any]]:
                 "weight_difference": max(
                     float((weights[name] - expected_weights[name]).abs().max()) for name in weights
                 ),
-                "effect_of_training": abs(expected_losses[-1] - tiny_loss(make_model(), make_batches(steps)[-1]).item()),
+                "effect_of_training": abs(
+                    expected_losses[-1] - tiny_loss(make_model(), make_batches(steps)[-1]).item()
+                ),
                 "num_parameters": selection.num_parameters,
                 "requiring_grad": requiring,
                 "optimizer_elements": count_optimizer_elements(engine) // (world_size if stage == 0 else 1),
@@ -161,3 +163,205 @@ def invariants_1_and_3(steps: int) -> list[dict[str, Any]]:
         )
         engine.destroy()
     return report
+
+
+def sparse_engine(stage: int, placement: Placement, decay: float = DECAY, selection: sz.Selection | None = None) -> Any:
+    """An engine over the tiny model whose micro-batch fills the global batch at this world size."""
+    model = make_model()
+    sz.sparsify(model, selection or mixed_selection(model), placement)
+    return make_engine(model, stage, GLOBAL_BATCH // dist.get_world_size(), 1, decay)
+
+
+def train_whole(engine: Any, batches: Tensor) -> list[float]:
+    """Steps of one micro-batch per rank."""
+    return train(engine, batches, GLOBAL_BATCH // dist.get_world_size(), 1)
+
+
+PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "delta"), (2, "inplace"), (3, "delta"))
+
+OTHER_PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "inplace"), (2, "delta"), (3, "delta"))
+
+
+def write_checkpoints(folder: str) -> list[dict[str, Any]]:
+    """Train three steps, save, train two more; a second engine loads and trains the two again."""
+    report = []
+    for stage, placement in PLACES:
+        batches = make_batches(5)
+        engine = sparse_engine(stage, placement)
+        before = train_whole(engine, batches[:3])
+        path = Path(folder) / f"stage{stage}"
+        sz.save_checkpoint(engine, path, extra={"step": 3})
+        uninterrupted = train_whole(engine, batches[3:])
+        engine.destroy()
+        checkpoint = sz.read_checkpoint(path)
+        resumed_engine = sparse_engine(stage, placement, selection=checkpoint.selection)
+        loaded = sz.load_checkpoint(resumed_engine, path)
+        resumed = train_whole(resumed_engine, batches[3:])
+        resumed_engine.destroy()
+        report.append(
+            {
+                "stage": stage,
+                "before": before,
+                "uninterrupted": uninterrupted,
+                "resumed": resumed,
+                "extra": loaded.extra,
+                "optimizer_step": checkpoint.state.step,
+            }
+        )
+    return report
+
+
+def resume_elsewhere(folder: str, decay: float) -> list[dict[str, Any]]:
+    """Every checkpoint of ``folder`` continued at every stage that can, at this world size."""
+    report = []
+    for stored_stage, stored_placement in PLACES:
+        for stage, placement in OTHER_PLACES:
+            engine = sparse_engine(stage, placement, decay=decay)
+            entry: dict[str, Any] = {
+                "stored": [stored_stage, stored_placement],
+                "into": [stage, placement],
+                "error": None,
+            }
+            try:
+                sz.load_checkpoint(engine, Path(folder) / f"stage{stored_stage}")
+                entry["losses"] = train_whole(engine, make_batches(5)[3:])
+            except sz.InputError as error:
+                entry["error"] = str(error)
+            report.append(entry)
+            engine.destroy()
+    return report
+
+
+def checkpoints_without_decay(folder: str) -> list[list[float]]:
+    """Checkpoints after three steps without decay, and the losses of the two steps after them."""
+    losses = []
+    for stage, placement in PLACES:
+        engine = sparse_engine(stage, placement, decay=0.0)
+        train_whole(engine, make_batches(5)[:3])
+        sz.save_checkpoint(engine, Path(folder) / f"stage{stage}")
+        losses.append(train_whole(engine, make_batches(5)[3:]))
+        engine.destroy()
+    return losses
+
+
+def select_on_ranks() -> dict[str, Any]:
+    """Selections by every score on all ranks; the digests of this rank's."""
+    from sparse_zero.collectives import check_equal_on_all_ranks
+    from tests.sparse_zero.test_selection import config
+    from tests.sparse_zero.test_selection import make_batches as calibration_data
+    from tests.sparse_zero.test_selection import make_model as calibrated
+
+    digests = {}
+    for score in ("abs_of_mean", "mean_of_abs", "random", "first"):
+        digests[score] = sz.select(calibrated(), calibration_data(7), config(score=score), tiny_loss).digest()
+    caught = ""
+    try:
+        check_equal_on_all_ranks(f"rank {dist.get_rank()}", "the test's text")
+    except RuntimeError as error:
+        caught = str(error)
+    return {"digests": digests, "disagreement": caught}
+
+
+def adapters(folder: str) -> list[dict[str, Any]]:
+    """Train, save an adapter from the engine, load it on a fresh base in both placements, and merge."""
+    report = []
+    batch = make_batches(1)[0]
+    for stage, placement in PLACES:
+        engine = sparse_engine(stage, placement, decay=0.0)
+        train_whole(engine, make_batches(3))
+        engine.eval()
+        with torch.no_grad():
+            trained = engine(batch).clone()
+        path = Path(folder) / f"adapter{stage}"
+        sz.save_adapter(engine, path, base=sz.BaseIdentity(name="tiny", sha256="0" * 64))
+        entry: dict[str, Any] = {"stage": stage, "placement": placement}
+        for loaded_placement in PLACEMENTS:
+            model = make_model()
+            sz.load_adapter(model, path, placement=loaded_placement)
+            with torch.no_grad():
+                entry[f"{loaded_placement}_difference"] = float((model(batch) - trained).abs().max())
+            entry[f"{loaded_placement}_trainable"] = sum(p.requires_grad for p in model.parameters())
+        if stage < 3:
+            in_engine = {name: p.detach().clone() for name, p in full_weights(engine).items()}
+            sz.merge(engine.module)
+            merged = dict(engine.module.named_parameters())
+            entry["merged_equals_training"] = all(
+                torch.equal(merged[name], weight) for name, weight in in_engine.items()
+            )
+        else:
+            try:
+                sz.merge(engine.module)
+            except sz.InputError as error:
+                entry["merge_error"] = str(error)
+        report.append(entry)
+        engine.destroy()
+    return report
+
+
+def non_finite_steps() -> list[dict[str, Any]]:
+    """A step with an infinite loss on one rank only must change nothing on any, at every stage."""
+    from sparse_zero.zero.engine import step_was_applied
+
+    report = []
+    for stage, placement in PLACES:
+        engine = sparse_engine(stage, placement)
+        batches = make_batches(4)
+        size = GLOBAL_BATCH // dist.get_world_size()
+        train_whole(engine, batches[:1])
+        applied_before = step_was_applied(engine)
+        before = read_masters(engine)
+        loss = tiny_loss(engine, batches[1][:size]) * (float("inf") if dist.get_rank() == 0 else 1.0)
+        engine.backward(loss)
+        engine.step()
+        after = read_masters(engine)
+        skipped = not step_was_applied(engine)
+        losses = train_whole(engine, batches[2:])
+        report.append(
+            {
+                "stage": stage,
+                "applied_before": applied_before,
+                "skipped": skipped,
+                "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+                "weights_finite": all(bool(w.isfinite().all()) for w in full_weights(engine).values()),
+                "finite_afterwards": all(loss == loss for loss in losses),
+                "applied_afterwards": step_was_applied(engine),
+            }
+        )
+        engine.destroy()
+    return report
+
+
+def refusals() -> dict[str, str]:
+    """What initialize refuses by name."""
+    found = {}
+    cases = {"dense": make_model(), "extra": make_model(), "stage3": make_model()}
+    sz.sparsify(cases["extra"], mixed_selection(cases["extra"]), "inplace")
+    cases["extra"].lm_head.weight.requires_grad_(True)
+    sz.sparsify(cases["stage3"], mixed_selection(cases["stage3"]), "inplace")
+    for name, model in cases.items():
+        try:
+            make_engine(model, 3 if name == "stage3" else 2, GLOBAL_BATCH, 1)
+        except sz.InputError as error:
+            found[name] = str(error)
+    return found
+
+
+def write_back_calls() -> dict[str, int]:
+    """How often values are written back over four boundaries of four micro-batches."""
+    model = make_model()
+    sz.sparsify(model, mixed_selection(model), "inplace")
+    calls = 0
+
+    def counting(module: nn.Module) -> None:
+        nonlocal calls
+        calls += 1
+        write_back(module)
+
+    vars(engine_module)["write_back"] = counting
+    engine = make_engine(model, 2, GLOBAL_BATCH // (4 * dist.get_world_size()), 4)
+    at_start = calls
+    train(engine, make_batches(4), GLOBAL_BATCH // (4 * dist.get_world_size()), 4)
+    sz.attach(engine)
+    vars(engine_module)["write_back"] = write_back
+    equal = all(torch.equal(model.get_parameter(name), weight) for name, weight in full_weights(engine).items())
+    return {"at_start": at_start, "during_training": calls - at_start, "weights_equal_values": int(equal)}

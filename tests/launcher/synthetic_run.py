@@ -35,9 +35,7 @@ def train_rows(num_steps: int = 150, skipped: tuple[int, ...] = (), seed: int = 
                 "step": step,
                 "loss": None if is_skipped else 0.35 + 2.4 * math.exp(-6 * done) + noise.gauss(0, 0.06),
                 "learning_rate": 3e-3 * min(step / max(0.05 * num_steps, 1), (1 - done) / 0.95 + 1e-9),
-                "gradient_norm": None
-                if is_skipped
-                else (0.4 + 3 * math.exp(-8 * done)) * noise.lognormvariate(0, 0.3),
+                "gradient_norm": None if is_skipped else (0.4 + 3 * math.exp(-8 * done)) * noise.lognormvariate(0, 0.3),
                 "tokens_per_second": 610 * noise.uniform(0.9, 1.1) * (0.4 if step == 1 else 1),
                 "response_tokens": 1900 + noise.randrange(300),
                 "step_seconds": 3.1 * noise.uniform(0.9, 1.1),
@@ -62,9 +60,7 @@ def validation_rows(num_steps: int = 150, every: int = 30) -> list[dict[str, Any
     ]
 
 
-def selection(
-    num_layers: int = 30, kinds: tuple[str, ...] = ("block", "row", "column"), seed: int = 0
-) -> Selection:
+def selection(num_layers: int = 30, kinds: tuple[str, ...] = ("block", "row", "column"), seed: int = 0) -> Selection:
     """Random 64x64 blocks in q, k, v of the upper half, rows in the MLP, columns in down_proj."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -73,9 +69,7 @@ def selection(
             grid = (shape[0] // 64, shape[1] // 64)
             blocks = rows = columns = torch.zeros(0, dtype=torch.int64)
             if "block" in kinds and module[-6] in "qkv" and "attn" in module and layer >= num_layers // 2:
-                number = 1 + int(torch.randint(0, 8, (1,), generator=generator)) * (
-                    2 if "v_" in module else 1
-                )
+                number = 1 + int(torch.randint(0, 8, (1,), generator=generator)) * (2 if "v_" in module else 1)
                 chosen = torch.randperm(grid[0] * grid[1], generator=generator)[:number]
                 blocks = torch.stack([chosen // grid[1], chosen % grid[1]], 1)
             if "row" in kinds and "mlp" in module:

@@ -75,9 +75,7 @@ def test_deepspeed_understands_the_commands() -> None:
 def test_pdsh_refuses_what_it_would_change() -> None:
     def pdsh(override: str) -> list[str]:
         config = make(launcher="pdsh", hostfile="hosts")
-        return worker_command(
-            config, "/c/run.yaml", [override], python="py", num_gpus=2, script="/s/train.py"
-        )
+        return worker_command(config, "/c/run.yaml", [override], python="py", num_gpus=2, script="/s/train.py")
 
     assert pdsh("--data.train=my data.json")[-1] == "--data.train=my data.json"  # quoted by DeepSpeed
     for unsafe in ("--data.train=my $HOME", "--data.train=a `b`", "--data.train=%h"):

@@ -40,9 +40,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the number of ranks is that of a machine without GPUs")
-def test_dry_run_prints_the_command_and_starts_nothing(
-    run_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_the_command_and_starts_nothing(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     override = "--selection.regions.0.modules=['*.{q,k}_proj']"
     assert main(["launch", "--config", str(run_file), "--dry-run", override]) == 0
     words = shlex.split(capsys.readouterr().out)
@@ -67,9 +65,8 @@ def selection() -> Selection:
             "model.layers.0.self_attn.q_proj.weight": WeightSelection(
                 shape=(8, 12), block_size=4, blocks=torch.tensor([[0, 0], [1, 2]]), columns=torch.tensor([0])
             ),
-            "model.layers.10.mlp.down_proj.weight": WeightSelection(
-                shape=(2000, 3), rows=torch.tensor([5, 7])
-            ),
+            "model.layers.10.mlp.down_proj.weight": WeightSelection(shape=(2000, 3), rows=torch.tensor([5, 7])),
+            "model.layers.9.mlp.down_proj.weight": WeightSelection(shape=(2000, 3), rows=torch.tensor([5])),
         }
     )
 
@@ -87,7 +84,8 @@ def test_inspect_lists_regions(
         ["model.layers.0.self_attn.q_proj.weight", "8x12", "block4", "2", "32", "33.33%"],
         # The first block owns 4 of the column's 8 entries.
         ["model.layers.0.self_attn.q_proj.weight", "8x12", "column", "1", "4", "4.17%"],
+        ["model.layers.9.mlp.down_proj.weight", "2000x3", "row", "1", "3", "0.05%"],
         ["model.layers.10.mlp.down_proj.weight", "2000x3", "row", "2", "6", "0.10%"],
     ]
-    assert "42 parameters in 2 weights" in out
+    assert "45 parameters in 3 weights" in out
     assert selection.digest() in out

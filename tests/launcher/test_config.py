@@ -151,9 +151,7 @@ def test_wrong_override_is_refused(override: str, message: str) -> None:
 # --- composition -----------------------------------------------------------------------------------------
 
 
-def test_extends_merges_in_order_and_relative_to_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extends_merges_in_order_and_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts" / "deep").mkdir(parents=True)
     (tmp_path / "runs").mkdir()
     write(tmp_path / "parts", MINIMAL, "base.yaml")

@@ -11,9 +11,7 @@ from launcher.deepspeed_config import accumulation_steps, check_own_config, deep
 from sparse_zero.errors import InputError
 
 
-def make(
-    own: Any = None, options: dict[str, Any] | None = None, stage: int = 2, **training: Any
-) -> RunConfig:
+def make(own: Any = None, options: dict[str, Any] | None = None, stage: int = 2, **training: Any) -> RunConfig:
     zero: dict[str, Any] = {"stage": stage, "placement": "delta" if stage == 3 else "inplace"}
     return parse_config(
         {
@@ -67,9 +65,7 @@ def test_rest_of_the_run() -> None:
 def test_deepspeed_itself_accepts_it() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = make(
-        own={"train_batch_size": "auto", "zero_optimization": {"overlap_comm": "auto"}}, precision="bf16"
-    )
+    config = make(own={"train_batch_size": "auto", "zero_optimization": {"overlap_comm": "auto"}}, precision="bf16")
     parsed = DeepSpeedConfig(deepspeed_config(config, 1))
     assert parsed.train_batch_size == 32
     assert parsed.gradient_accumulation_steps == 8
@@ -119,9 +115,7 @@ def test_values_that_agree_are_accepted() -> None:
         "steps_per_print": 10,
     }
     settings = deepspeed_config(make(own=own, options={"reduce_bucket_size": 500_000_000}), 3)
-    assert (
-        settings["train_batch_size"] == 36
-    )  # 3 ranks do not divide 32: DeepSpeed's number has padding in it
+    assert settings["train_batch_size"] == 36  # 3 ranks do not divide 32: DeepSpeed's number has padding in it
     assert settings["steps_per_print"] == 10
 
 

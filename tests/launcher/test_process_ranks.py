@@ -175,9 +175,7 @@ def test_slurm_tasks_agree_without_talking() -> None:
     assert (meetings[0].address, meetings[0].source) == ("gpu007", "Slurm")
     assert 15000 <= meetings[0].port < 30000
     other = SLURM | {"SLURM_STEP_ID": "1"}
-    assert export_ranks(find_ranks(other), other).port != meetings[0].port, (
-        "two steps of a job do not collide"
-    )
+    assert export_ranks(find_ranks(other), other).port != meetings[0].port, "two steps of a job do not collide"
 
 
 @pytest.mark.parametrize(("port", "missing"), [(None, "MASTER_ADDR"), ("29500", "MASTER_ADDR")])
@@ -196,9 +194,7 @@ def test_a_bad_port_is_refused(port: str) -> None:
         export_ranks(find_ranks(environ), environ)
 
 
-def _pretend_mpi(
-    monkeypatch: pytest.MonkeyPatch, rank: int, size: int, told: tuple[str, int, str] | None
-) -> None:
+def _pretend_mpi(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, told: tuple[str, int, str] | None) -> None:
     """Put an mpi4py in place whose broadcast answers ``told``, or what rank 0 sends."""
     world = SimpleNamespace(
         Get_rank=lambda: rank,

@@ -17,9 +17,7 @@ def _row(step: int, **changes: object) -> dict[str, object]:
 
 
 def _console(*, terminal: bool) -> Console:
-    return Console(
-        file=io.StringIO(), force_terminal=terminal, width=80, color_system=None, legacy_windows=False
-    )
+    return Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None, legacy_windows=False)
 
 
 def _text(console: Console) -> str:
@@ -39,9 +37,7 @@ def test_other_ranks_show_nothing() -> None:
 
 def test_a_log_file_gets_a_line_now_and_then() -> None:
     console, now = _console(terminal=False), [0.0]
-    progress = training_progress(
-        num_steps=100, rank=0, console=console, line_seconds=30, clock=lambda: now[0]
-    )
+    progress = training_progress(num_steps=100, rank=0, console=console, line_seconds=30, clock=lambda: now[0])
     assert isinstance(progress, LineProgress)
     with progress:
         for step in range(1, 101):
@@ -49,15 +45,13 @@ def test_a_log_file_gets_a_line_now_and_then() -> None:
             progress.update(_row(step))
     lines = _text(console).splitlines()
     # At 2 s a step: the first, every fifteenth after it, and the last.
-    assert [int(re.match(r"step (\d+)/100", line)[1]) for line in lines] == [1, 16, 31, 46, 61, 76, 91, 100]  # type: ignore[index]
+    assert [int(re.match(r"step (\d+)/100", line)[1]) for line in lines] == [1, 16, 31, 46, 61, 76, 91, 100]
     assert lines[1] == "step 16/100  loss 1.2346  lr 3.00e-03  1.23k tok/s  1.35 GiB  ETA 2 min 48 s"
 
 
 def test_steps_before_the_resumed_one_do_not_count_as_speed() -> None:
     console, now = _console(terminal=False), [0.0]
-    with training_progress(
-        num_steps=100, rank=0, first_step=90, console=console, clock=lambda: now[0]
-    ) as progress:
+    with training_progress(num_steps=100, rank=0, first_step=90, console=console, clock=lambda: now[0]) as progress:
         now[0] = 5.0
         progress.update(_row(91))
     assert _text(console).endswith("ETA 45.0 s\n")

@@ -213,9 +213,7 @@ def test_the_loss_has_both_curves_and_gaps_where_skipped() -> None:
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["training, each step", "mean of 7 points", "validation", "skipped, not finite (2)"]
     raw, mean, validation, _ = axes.get_lines()
-    assert [
-        step for step, loss in zip(raw.get_xdata(), raw.get_ydata(), strict=True) if math.isnan(loss)
-    ] == [40, 41]
+    assert [step for step, loss in zip(raw.get_xdata(), raw.get_ydata(), strict=True) if math.isnan(loss)] == [40, 41]
     assert np.isnan(mean.get_ydata()).sum() == 2
     assert list(validation.get_xdata()) == [30, 60, 90, 120, 150]
     assert axes.get_xlabel() == "optimizer step"
@@ -223,10 +221,7 @@ def test_the_loss_has_both_curves_and_gaps_where_skipped() -> None:
 
 
 def test_a_repeated_step_counts_once() -> None:
-    rows = [
-        {"kind": "train", "step": step, "loss": loss}
-        for step, loss in ((1, 5.0), (2, 4.0), (2, 3.0), (3, 2.0))
-    ]
+    rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 4.0), (2, 3.0), (3, 2.0))]
     line: Any = plots.loss_figure(rows).axes[0].get_lines()[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 3], [5.0, 3.0, 2.0])
 

@@ -10,9 +10,7 @@ from launcher.yaml_files import merge, parse_yaml, read_mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
-FRAGMENTS = sorted(
-    file for folder in ("models", "methods", "clusters") for file in (CONFIGS / folder).glob("*.yaml")
-)
+FRAGMENTS = sorted(file for folder in ("models", "methods", "clusters") for file in (CONFIGS / folder).glob("*.yaml"))
 # What a fragment of each folder may hold: nothing that another folder decides.
 SECTIONS = {"models": {"model"}, "methods": {"selection", "zero"}, "clusters": {"cluster"}}
 

@@ -136,9 +136,7 @@ def test_percent(value: object, text: str) -> None:
         (b"\xff", "is no valid JSON"),
     ],
 )
-def test_a_summary_that_cannot_be_read_is_named(
-    tmp_path: Path, content: str | bytes | None, message: str
-) -> None:
+def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "summary.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):

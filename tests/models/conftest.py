@@ -10,11 +10,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SENTENCES = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    "request.",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:\nHow many apples does Ada have?\n\n### Input:\n12 and 7\n\n### Response:\n12 + 7 = 19.",
-    "Question: Leo has 98 books and gives 5 to Mia. How many are left?\nAnswer: 98 - 5 = 93. The answer "
-    "is 93.",
+    "Question: Leo has 98 books and gives 5 to Mia. How many are left?\nAnswer: 98 - 5 = 93. The answer is 93.",
     "0 1 2 3 4 5 6 7 8 9 + - * / = dollars nuts baskets {curly} <angle> user assistant",
 ]
 

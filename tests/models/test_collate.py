@@ -43,9 +43,7 @@ def model(request):
 
 @torch.no_grad()
 def separate_logits(model, samples):
-    return [
-        model(input_ids=torch.tensor([sample.input_ids]), use_cache=False).logits[0] for sample in samples
-    ]
+    return [model(input_ids=torch.tensor([sample.input_ids]), use_cache=False).logits[0] for sample in samples]
 
 
 @torch.no_grad()
@@ -55,9 +53,7 @@ def batch_logits(model, batch):
 
 
 def test_pad_places_tokens_masks_and_labels():
-    batch = collate_pad(
-        [TokenizedSample([5, 6, 7], [IGNORED, 6, 7]), TokenizedSample([8], [8])], pad_token_id=9
-    )
+    batch = collate_pad([TokenizedSample([5, 6, 7], [IGNORED, 6, 7]), TokenizedSample([8], [8])], pad_token_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]

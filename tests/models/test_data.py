@@ -214,9 +214,7 @@ def test_unreachable_hub_names_both_readings_and_the_remedy(monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nmore lines")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        InputError, match=r"data\.train is 'owner/name'.*Couldn't reach the hub\).*download"
-    ) as caught:
+    with pytest.raises(InputError, match=r"data\.train is 'owner/name'.*Couldn't reach the hub\).*download") as caught:
         load_records(DataConfig(train="owner/name"), "train")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="a hub data set is named owner/name"):
@@ -305,9 +303,7 @@ def test_one_response_token_is_enough_and_none_is_an_error(tmp_path, tiny_tokeni
     assert len(sample.labels) == prompt_length + 1
     assert sample.labels[-1] != IGNORED
     config = DataConfig(train=path, template="plain", max_length=prompt_length)
-    with pytest.raises(
-        InputError, match=r"data\.max_length is \d+: not one of the 1 records of data\.train.*raise"
-    ):
+    with pytest.raises(InputError, match=r"data\.max_length is \d+: not one of the 1 records of data\.train.*raise"):
         load_samples(config, tiny_tokenizer, "train")
 
 
@@ -323,10 +319,6 @@ def test_many_records_keep_their_order(tmp_path, tiny_tokenizer):
     """More than one chunk of tokenization."""
     records = [{"instruction": f"{number}?", "output": f"{number}"} for number in range(2100)]
     path = write_json(tmp_path / "some.json", records)
-    loaded = load_samples(
-        DataConfig(train=path, template="plain", validation=path), tiny_tokenizer, "validation"
-    )
+    loaded = load_samples(DataConfig(train=path, template="plain", validation=path), tiny_tokenizer, "validation")
     answers = [[label for label in sample.labels if label != IGNORED] for sample in loaded.samples]
-    assert [tiny_tokenizer.decode(answer) for answer in answers] == [
-        f" {number}</s>" for number in range(2100)
-    ]
+    assert [tiny_tokenizer.decode(answer) for answer in answers] == [f" {number}</s>" for number in range(2100)]

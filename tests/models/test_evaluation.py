@@ -153,11 +153,13 @@ def train_to_answer(model: Any, tokenizer: Any, records: list[dict[str, str]], s
         prompt_ids = encode_prompts(tokenizer, [prompt], "plain")[0]
         samples.append((prompt_ids, tokenizer(response, add_special_tokens=False).input_ids))
     longest = max(len(prompt) + len(response) for prompt, response in samples)
-    ids, labels, mask = [], [], []
-    for prompt, response in samples:
-        padding = longest - len(prompt) - len(response)
-        ids.append(prompt + response + [3] * padding)
-        labels.append([-100] * len(prompt) + response + [-100] * padding)
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    mask: list[list[int]] = []
+    for prompt_ids, response_ids in samples:
+        padding = longest - len(prompt_ids) - len(response_ids)
+        ids.append(prompt_ids + response_ids + [3] * padding)
+        labels.append([-100] * len(prompt_ids) + response_ids + [-100] * padding)
         mask.append([1] * (longest - padding) + [0] * padding)
     batch = {
         "input_ids": torch.tensor(ids),
@@ -247,16 +249,12 @@ def test_given_options_replace_those_of_the_record(model: Any, tokenizer: Any) -
     config = EvaluationConfig(kind="choice", options=("answer1", "answer9"))
     found = evaluate_choice(model, tokenizer, choices_of(1), config, template="plain", fields=FIELDS)
     assert found.predictions[0].prediction in ("answer1", "answer9")
-    with pytest.raises(
-        InputError, match=r"record 2 of data.test has the answer 'answer2', .* \(answer1, answer9\)"
-    ):
+    with pytest.raises(InputError, match=r"record 2 of data.test has the answer 'answer2', .* \(answer1, answer9\)"):
         evaluate_choice(model, tokenizer, choices_of(2), config, template="plain", fields=FIELDS)
 
 
 @pytest.mark.parametrize("placement", ["inplace", "delta"])
-def test_sparse_layers_answer_like_the_model_that_they_replace(
-    taught: Any, tokenizer: Any, placement: Any
-) -> None:
+def test_sparse_layers_answer_like_the_model_that_they_replace(taught: Any, tokenizer: Any, placement: Any) -> None:
     records = records_of(4)
     config = EvaluationConfig(max_new_tokens=12)
     expected = evaluate_generate(taught, tokenizer, records, config, template="plain", fields=FIELDS)
@@ -335,12 +333,8 @@ def test_bad_problems_are_refused(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
-@pytest.mark.parametrize(
-    ("num_problems", "world_size", "batch_size"), [(7, 1, 3), (7, 2, 3), (2, 3, 4), (9, 4, 1)]
-)
-def test_ranks_share_every_problem_once(
-    num_problems: int, world_size: int, batch_size: int, lockstep: bool
-) -> None:
+@pytest.mark.parametrize(("num_problems", "world_size", "batch_size"), [(7, 1, 3), (7, 2, 3), (2, 3, 4), (9, 4, 1)])
+def test_ranks_share_every_problem_once(num_problems: int, world_size: int, batch_size: int, lockstep: bool) -> None:
     lengths = [(5 * index) % 7 + 1 for index in range(num_problems)]
     per_rank = [
         evaluation_module._batches_of_rank(lengths, batch_size, rank, world_size, lockstep)

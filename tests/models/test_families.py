@@ -87,9 +87,7 @@ def test_part_of_a_fused_projection_is_refused_by_name() -> None:
     model = small_model("phi3")
     found = module_map(model)
     assert "model.layers.0.self_attn.qkv_proj" in found.linears
-    with pytest.raises(
-        InputError, match=r"'\*\.self_attn\.k_proj' .* ask for all of it, \*\.self_attn\.qkv_proj"
-    ):
+    with pytest.raises(InputError, match=r"'\*\.self_attn\.k_proj' .* ask for all of it, \*\.self_attn\.qkv_proj"):
         check_not_fused(model, ("*.o_proj", "*.self_attn.{k,v}_proj"))
     with pytest.raises(InputError, match=r"ask for all of it, \*\.gate_up_proj"):
         check_not_fused(model, ("*.up_proj",))

@@ -24,6 +24,7 @@ from models.loading import (
 from models.weight_files import read_safetensors_header
 from sparse_zero.errors import InputError
 from tests.models.tiny import CORPUS, tiny_llama, tiny_tokenizer, write_tiny_llama
+from tests.models.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 
 def test_bad_places_are_refused(folder: Path) -> None:
-    for settings, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"name_or_path": str(folder / "nothing")}, "there is no such folder, and a hub name has the form"),
         ({"name_or_path": str(folder / "config.json")}, "a file: name the folder that holds it"),
         ({"name_or_path": str(folder), "revision": "main"}, "model.revision is 'main', but .* is a folder"),
@@ -254,15 +255,37 @@ def test_bad_places_are_refused(folder: Path) -> None:
             "model.tokenizer is '/no/such/folder'",
         ),
         ({"name_or_path": str(folder), "gguf_file": "no.gguf"}, "model.gguf_file is 'no.gguf', which"),
-    ):
+    )
+    for settings, message in cases:
         with pytest.raises(InputError, match=message):
             validate_model_source(ModelConfig(**settings))
 
 
-def test_missing_packages_name_their_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(InputError, match="flash_attn"):
+    with pytest.raises(InputError, match=r"'flash_attention_2', which needs the package flash-attn: .* use sdpa"):
         validate_model_source(ModelConfig(name_or_path=str(folder), attention="flash_attention_2"))
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    (folder / "q.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"'q.gguf', which needs the package accelerate"):
+        validate_model_source(ModelConfig(name_or_path=str(folder), gguf_file="q.gguf"))
+
+
+@pytest.mark.parametrize(("quantized", "tolerance"), [(False, 0.0), (True, 1e-3)])
+def test_gguf_loads_dense_and_saves_as_safetensors(tmp_path: Path, quantized: bool, tolerance: float) -> None:
+    pytest.importorskip("gguf")
+    expected = tiny_llama(layers=2)
+    write_tiny_gguf(tmp_path / "tiny.gguf", expected, quantized=quantized)
+    config = ModelConfig(name_or_path=str(tmp_path), gguf_file="tiny.gguf")
+    model = load_model(config)
+    for name, parameter in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], parameter, rtol=0.0, atol=tolerance), name
+    tokenizer = load_tokenizer(config)
+    assert tokenizer("Tom has").input_ids == tiny_tokenizer(bos=False)("Tom has").input_ids
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
+    model.save_pretrained(tmp_path / "plain")
+    again = load_model(ModelConfig(name_or_path=str(tmp_path / "plain")))
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
 def test_broken_gguf_is_refused(folder: Path) -> None:
@@ -289,9 +312,7 @@ def test_hub_name_offline_is_refused_with_a_remedy() -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_unreachable_hub_falls_back_to_its_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unreachable_hub_falls_back_to_its_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -393,9 +414,7 @@ def test_missing_and_damaged_tokenizers_are_refused(folder: Path) -> None:
 def test_tokenizer_larger_than_the_embedding_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     check_tokenizer_fits(tiny_llama(layers=1, vocab=len(tokenizer)), tokenizer)
-    with pytest.raises(
-        InputError, match=rf"has {len(tokenizer)} tokens, the model embeds {len(tokenizer) - 1}"
-    ):
+    with pytest.raises(InputError, match=rf"has {len(tokenizer)} tokens, the model embeds {len(tokenizer) - 1}"):
         check_tokenizer_fits(tiny_llama(layers=1, vocab=len(tokenizer) - 1), tokenizer)
 
 

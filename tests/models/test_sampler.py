@@ -54,9 +54,7 @@ def test_union_over_ranks_is_the_global_batch_at_any_world_size(given_arguments,
         dealt = [index for plan in plans for batch in plan.micro_batches for index in batch]
         assert sorted(dealt) == sorted(reference.global_indices)
         assert {len(plan.micro_batches) for plan in plans} == {samplers[0].micro_batches_per_step}
-        assert all(
-            len(b) <= given_arguments["micro_batch_size"] for plan in plans for b in plan.micro_batches
-        )
+        assert all(len(b) <= given_arguments["micro_batch_size"] for plan in plans for b in plan.micro_batches)
         # The micro-batches are the same too; only who computes them, and the empty ones, differ.
         in_order = [plan.micro_batches[m] for m in range(len(plans[0].micro_batches)) for plan in plans]
         assert [batch for batch in in_order if batch] == [batch for batch in reference.micro_batches if batch]
@@ -95,9 +93,7 @@ def test_micro_batches_hold_like_lengths_longest_first():
 
 
 def test_ranks_take_turns_and_get_empty_micro_batches():
-    plans = [
-        make(7, world_size=3, rank=rank, global_batch_size=7, shuffle=False).step(0) for rank in range(3)
-    ]
+    plans = [make(7, world_size=3, rank=rank, global_batch_size=7, shuffle=False).step(0) for rank in range(3)]
     assert [plan.micro_batches for plan in plans] == [((0, 1), (6,)), ((2, 3), ()), ((4, 5), ())]
 
 

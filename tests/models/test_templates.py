@@ -45,9 +45,7 @@ def test_plain_text(tiny_tokenizer):
 def test_chat_is_the_tokenizers_own_template_cut_at_the_generation_prompt(tiny_tokenizer):
     prompt, response = render("chat", RECORD, tiny_tokenizer, FIELDS)
     assert prompt == "<s><|im_start|>user\nAdd {both}.\n\n12 and 7</s>\n<|im_start|>assistant\n"
-    assert (
-        response == "12 + 7 = 19.</s>"
-    )  # without the line break that the template writes before the next turn
+    assert response == "12 + 7 = 19.</s>"  # without the line break that the template writes before the next turn
 
 
 def test_chat_template_that_ends_without_eos_gets_one(train_tokenizer):
@@ -83,12 +81,8 @@ def test_unusable_tokenizers_are_named_errors(train_tokenizer, template, argumen
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("adds_eos", [True, False])
-def test_prompt_has_one_bos_where_wanted_and_no_eos(
-    train_tokenizer, tiny_tokenizer, template, adds_bos, adds_eos
-):
-    tokenizer = train_tokenizer(
-        adds_bos=adds_bos, adds_eos=adds_eos, chat_template=tiny_tokenizer.chat_template
-    )
+def test_prompt_has_one_bos_where_wanted_and_no_eos(train_tokenizer, tiny_tokenizer, template, adds_bos, adds_eos):
+    tokenizer = train_tokenizer(adds_bos=adds_bos, adds_eos=adds_eos, chat_template=tiny_tokenizer.chat_template)
     prompt, response = render(template, RECORD, tokenizer, FIELDS)
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], template)
     (response_ids,) = encode_responses(tokenizer, [response])
@@ -125,9 +119,7 @@ def test_sentencepiece_response_does_not_gain_a_space(sentencepiece_tokenizer):
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=3))
 def test_any_response_comes_back_from_its_ids(tiny_tokenizer, texts):
     for text, ids in zip(texts, encode_responses(tiny_tokenizer, texts), strict=True):
-        assert (
-            tiny_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
-        )
+        assert tiny_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
 
 
 def test_no_texts_have_no_ids(tiny_tokenizer):

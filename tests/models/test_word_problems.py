@@ -97,12 +97,8 @@ def test_templates_are_filled_short_and_name_different_people(template):
 
 def test_same_seed_same_problems_and_test_set_independent_of_training_size(splits):
     assert generate_word_problems(num_train=4000, num_validation=100, num_test=200, seed=0) == splits
-    assert (
-        generate_word_problems(num_train=10, num_validation=5, num_test=200, seed=0)["test"] == splits["test"]
-    )
-    assert (
-        generate_word_problems(num_train=10, num_validation=5, num_test=200, seed=1)["test"] != splits["test"]
-    )
+    assert generate_word_problems(num_train=10, num_validation=5, num_test=200, seed=0)["test"] == splits["test"]
+    assert generate_word_problems(num_train=10, num_validation=5, num_test=200, seed=1)["test"] != splits["test"]
 
 
 def test_files_are_complete_and_readable_as_data(tmp_path, splits):

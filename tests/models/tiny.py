@@ -38,9 +38,7 @@ def tiny_tokenizer(*, vocab: int = 384, bos: bool = True, pad: bool = True) -> A
     backend.train_from_iterator(CORPUS, trainer)
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | (
-        {"pad_token": "<pad>"} if pad else {}
-    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if pad else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

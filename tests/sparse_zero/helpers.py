@@ -89,7 +89,9 @@ def mixed_selection(model: nn.Module, block_size: int = 6) -> Selection:
     """Blocks (ragged ones too), rows and columns that overlap, in the upper layers' projections."""
     weights: dict[str, WeightSelection] = {}
     shapes: Mapping[str, tuple[int, ...]] = {
-        name: tuple(p.shape) for name, p in model.named_parameters() if "_proj.weight" in name and "layers.0" not in name
+        name: tuple(p.shape)
+        for name, p in model.named_parameters()
+        if "_proj.weight" in name and "layers.0" not in name
     }
     for number, (name, shape) in enumerate(sorted(shapes.items())):
         grid = (-(-shape[0] // block_size), -(-shape[1] // block_size))

@@ -56,9 +56,7 @@ def test_without_permission_a_thread_samples(tmp_path: Path) -> None:
         assert before + SIZE - SLACK < peak.peak_bytes() < before + SIZE + SLACK
         assert peak.reset()
         assert peak.peak_bytes() < before + SLACK
-    assert not [thread for thread in threading.enumerate() if thread.name == "peak-memory"], (
-        "the thread has ended"
-    )
+    assert not [thread for thread in threading.enumerate() if thread.name == "peak-memory"], "the thread has ended"
     assert peak.peak_bytes() > 0
 
 

@@ -1,0 +1,44 @@
+"""Invariant 5: a checkpoint continues with the step that would have been, at any world size, stage and placement."""
+
+import pytest
+
+from tests.distributed.spawn import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    return run_ranks("tests.distributed.workers:write_checkpoints", 2, folder=str(folder))
+
+
+def test_invariant_5_resume_is_bitwise_at_equal_configuration(written):
+    assert [entry["stage"] for entry in written] == [0, 1, 2, 3]
+    for entry in written:
+        assert entry["resumed"] == entry["uninterrupted"], entry
+        assert entry["extra"] == {"step": 3}
+        assert entry["optimizer_step"] == 3
+
+
+def test_invariant_5_resume_at_another_world_size_and_stage(written, folder):
+    report = run_ranks("tests.distributed.workers:resume_elsewhere", 1, folder=str(folder), decay=0.1)
+    expected = {entry["stage"]: entry["uninterrupted"] for entry in written}
+    assert len(report) == 16
+    for entry in report:
+        if entry["stored"][1] == entry["into"][1]:
+            assert entry["error"] is None, entry
+            assert entry["losses"] == pytest.approx(expected[entry["stored"][0]], rel=1e-5), entry
+        else:
+            # Weight decay means something else there.
+            assert "weight decay means something else" in entry["error"], entry
+
+
+def test_invariant_5_the_other_placement_continues_alike_without_decay(tmp_path):
+    losses = run_ranks("tests.distributed.workers:checkpoints_without_decay", 1, folder=str(tmp_path))
+    report = run_ranks("tests.distributed.workers:resume_elsewhere", 2, folder=str(tmp_path), decay=0.0)
+    for entry in report:
+        assert entry["error"] is None, entry
+        assert entry["losses"] == pytest.approx(losses[entry["stored"][0]], rel=1e-5), entry

@@ -1,0 +1,386 @@
+"""The whole run on a tiny Llama, through every launcher: the same losses, clean stops, resumption, plain output."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from models.word_problems import write_word_problems
+from tests.models.tiny import write_tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama with its tokenizer, and few word problems."""
+    folder = tmp_path_factory.mktemp("base")
+    write_tiny_llama(folder / "model", tie=True)
+    # Wider weights than an initialisation's: the answers differ from problem to problem.
+    weights = load_file(folder / "model" / "model.safetensors")
+    wide = {name: tensor * (1.0 if "norm" in name else 4.0) for name, tensor in weights.items()}
+    save_file(wide, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    write_word_problems(folder / "data", 40, 8, 10, seed=0)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_config(base: Path, folder: Path, **changes: Any) -> Path:
+    """A run in ``folder / run``; changes are dotted keys with __ for dots."""
+    config: dict[str, Any] = {
+        "model": {"name_or_path": str(base / "model")},
+        "data": {
+            "train": str(base / "data" / "train.json"),
+            "validation": str(base / "data" / "validation.json"),
+            "test": str(base / "data" / "test.json"),
+            "template": "plain",
+            "batching": "pack",
+            "max_length": 160,
+            "evaluation": {"max_new_tokens": 8, "batch_size": 4},
+        },
+        "selection": {
+            "regions": [
+                {"kind": "block", "modules": ["*.self_attn.{q,k,v}_proj"], "block_size": 24},
+                {"kind": "row", "modules": ["*.mlp.up_proj"], "per_matrix": 2},
+                {"kind": "column", "modules": ["*.mlp.down_proj"], "per_matrix": 2},
+            ],
+            "budget": {"fraction": 0.05},
+            "calibration_batches": 3,
+            "calibration_batch_size": 2,
+        },
+        "training": {
+            "steps": STEPS,
+            "global_batch_size": 6,
+            "micro_batch_size": 2,
+            "learning_rate": 3e-3,
+            "validation_every": 3,
+        },
+        "zero": {"stage": 2},
+        "checkpoint": {"every": 2},
+        "output": {"folder": str(folder / "run"), "merged": True, "evaluate": True},
+        "cluster": {"ranks_per_node": 2, "master_port": free_port()},
+    }
+    for dotted, value in changes.items():
+        section = config
+        *parents, last = dotted.split("__")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(name, None)
+    path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], folder: Path, *, code: int = 0, timeout: float = 240) -> str:
+    """Run a command away from the checkout; its output, after checking the exit code."""
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output[-6000:]
+    return output
+
+
+def worker(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(config), *overrides]
+
+
+def cli(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "launcher", *arguments]
+
+
+def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(folder: Path) -> list[float]:
+    found = rows(folder)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in found]
+
+
+@pytest.fixture(scope="module")
+def single(base, tmp_path_factory):
+    """The run on one process, started by plain python: what the others are compared with."""
+    folder = tmp_path_factory.mktemp("single")
+    output = run(worker(write_config(base, folder)), folder)
+    return folder, output
+
+
+@pytest.fixture(scope="module")
+def launched(base, tmp_path_factory):
+    """The run on two ranks through the deepspeed launcher."""
+    folder = tmp_path_factory.mktemp("launched")
+    output = run(cli("launch", "--config", str(write_config(base, folder))), folder)
+    return folder, output
+
+
+def test_the_run_folder_holds_everything(launched):
+    folder, output = launched
+    run_folder = folder / "run"
+    names = {path.name for path in run_folder.iterdir()}
+    assert names >= {"config.yaml", "selection.safetensors", "metrics.jsonl", "checkpoints", "adapter", "merged"}
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["steps"] == STEPS
+    assert len(summary["peak_memory_bytes_per_rank"]) == 2
+    assert 0 < summary["parameters"]["trained"] <= 0.05 * summary["parameters"]["total"]
+    assert summary["adapter_bytes"] > 4 * summary["parameters"]["trained"]
+    assert set(summary["phases"]) == {"load", "evaluate_base", "calibrate", "train", "evaluate_tuned", "save"}
+    assert summary["accuracy"]["num_problems"] == 10
+    assert "Accuracy" in output
+    assert "Parameters trained" in output
+    assert [row["step"] for row in rows(folder, "validation")] == [3, 6]
+    # Two checkpoints are kept, the newest is marked.
+    assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == [
+        "latest",
+        "step-000004",
+        "step-000006",
+    ]
+    assert (run_folder / "checkpoints" / "latest").read_text() == "step-000006\n"
+    assert not [path for path in run_folder.rglob(".*") if path.is_file()]
+
+
+def test_invariant_3_the_loss_curve_does_not_depend_on_the_launcher_or_the_world_size(single, launched, base, tmp_path):
+    expected = losses(single[0])
+    assert expected[-1] < expected[0] - 0.02
+    assert losses(launched[0]) == pytest.approx(expected, rel=1e-5)
+    variants = {
+        "torchrun": ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"], {}),
+        "stage3": (
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
+            {
+                "zero__stage": 3,
+                "zero__placement": "delta",
+                "training__gradient_checkpointing": True,
+                "data__batching": "pad",
+            },
+        ),
+    }
+    for name, (command, changes) in variants.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        config = write_config(base, folder, **changes)
+        run([*command, "--master_port", str(free_port()), *worker(config)[1:]], folder)
+        assert losses(folder) == pytest.approx(expected, rel=1e-5), name
+        assert digest(folder) == digest(single[0])
+
+
+def digest(folder: Path) -> str:
+    return str(json.loads((folder / "run" / "adapter" / "adapter.json").read_text())["selection_digest"])
+
+
+def test_mpirun_starts_the_same_run(single, base, tmp_path):
+    mpirun = shutil.which("mpirun", path=environment()["PATH"])
+    if mpirun is None:
+        pytest.skip("no mpirun on this machine: install the extra 'dev', or an MPI")
+    config = write_config(base, tmp_path)
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+    options = ["-n", "2"]
+    if "Open MPI" in version or "OpenRTE" in version:
+        options += ["--allow-run-as-root", "--oversubscribe", "--mca", "btl_tcp_if_include", "lo"]
+    run([mpirun, *options, *worker(config)], tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(single[0]), rel=1e-5)
+
+
+PLAIN_PREDICTIONS = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+texts = []
+for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+assert not any(name.split(".")[0] in ("sparse_zero", "launcher", "models") for name in sys.modules)
+print(json.dumps([type(model).__name__, texts]))
+"""
+
+
+def test_invariant_6_the_merged_model_predicts_the_same_without_this_package(launched, base):
+    from models.data import FieldConfig
+    from models.loading import ModelConfig, load_tokenizer
+    from models.templates import render
+
+    folder, _ = launched
+    result = json.loads((folder / "run" / "evaluation" / "tuned.json").read_text())
+    records = json.loads((base / "data" / "test.json").read_text())
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(base / "model")))
+    prompts = [render("plain", record, tokenizer, FieldConfig())[0] for record in records]
+    kept = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_PREDICTIONS, str(folder / "run" / "merged"), json.dumps(prompts)],
+        cwd=folder,
+        env=kept,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    name, texts = json.loads(done.stdout.splitlines()[-1])
+    assert name == "LlamaForCausalLM"
+    assert texts == [prediction["text"] for prediction in result["predictions"]]
+    assert len(set(texts)) > 1
+
+
+def test_export_and_evaluate_give_what_the_run_gave(launched, base, tmp_path):
+    folder, _ = launched
+    config = str(folder / "run.yaml")
+    run(cli("export", "--config", config, "--out", str(tmp_path / "merged")), folder)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (folder / "run" / "merged" / name).read_bytes()
+    before = json.loads((folder / "run" / "evaluation" / "tuned.json").read_text())
+    output = run(
+        cli(
+            "evaluate",
+            "--config",
+            config,
+            "--adapter",
+            str(folder / "run" / "adapter"),
+            f"--output.folder={tmp_path}/e",
+        ),
+        folder,
+    )
+    assert f"{before['correct']} of 10 correct" in output
+    after = json.loads((tmp_path / "e" / "evaluation" / "tuned.json").read_text())
+    assert after["predictions"] == before["predictions"]
+
+
+def test_inspect_report_and_select_work_on_the_run(launched, tmp_path):
+    folder, _ = launched
+    run_folder = folder / "run"
+    assert "model.layers.1.mlp.up_proj.weight" in run(cli("inspect", str(run_folder / "adapter")), folder)
+    page = run(cli("report", str(run_folder)), folder)
+    assert "report.html" in page
+    assert (run_folder / "report" / "loss.png").stat().st_size > 5000
+    out = tmp_path / "again.safetensors"
+    run(cli("select", "--config", str(folder / "run.yaml"), "--out", str(out)), folder)
+    from sparse_zero.selection.selection import Selection
+
+    assert Selection.load(out) == Selection.load(run_folder / "selection.safetensors")
+
+
+def test_starting_a_finished_run_again_changes_nothing(single):
+    folder, _ = single
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
+    output = run(worker(folder / "run.yaml"), folder)
+    assert "complete already" in output
+    assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()} == before
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "run" / "metrics.jsonl"
+        if path.is_file() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()[0].decode()[-3000:]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base, tmp_path):
+    config = write_config(base, tmp_path, output__evaluate=False)
+    process = subprocess.Popen(
+        worker(config), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_step(tmp_path, 2, process)
+    if number == signal.SIGKILL:
+        # Nothing is saved on a kill: wait for a checkpoint, so that there is something to continue.
+        while not (tmp_path / "run" / "checkpoints" / "latest").is_file() and process.poll() is None:
+            time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0].decode()
+    done_before = len(rows(tmp_path))
+    if done_before < STEPS:
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
+    assert not (tmp_path / "run" / "summary.json").exists() or done_before == STEPS
+    output = run(worker(config), tmp_path)
+    assert "continuing from" in output
+    assert losses(tmp_path) == losses(single[0])
+    assert (tmp_path / "run" / "adapter" / "values.safetensors").read_bytes() == (
+        single[0] / "run" / "adapter" / "values.safetensors"
+    ).read_bytes()
+
+
+def test_interrupting_the_launcher_stops_all_ranks_cleanly(single, base, tmp_path):
+    config = write_config(base, tmp_path, output__evaluate=False)
+    process = subprocess.Popen(
+        cli("launch", "--config", str(config)),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    wait_for_step(tmp_path, 1, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGINT, output
+    # The group is empty: nobody was left behind.
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    if len(rows(tmp_path)) < STEPS:
+        assert "stopped by signal" in output
+        assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
+    run(cli("launch", "--config", str(config)), tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(single[0]), rel=1e-5)
+
+
+def test_another_config_in_the_same_folder_is_refused(single, base):
+    folder, _ = single
+    output = run(worker(folder / "run.yaml", "--training.learning_rate=0.5"), folder, code=2)
+    assert "training.learning_rate was 0.003 and is now 0.5" in output
+
+
+def test_too_many_non_finite_steps_end_the_run_with_a_clear_error(base, tmp_path):
+    config = write_config(
+        base,
+        tmp_path,
+        output__evaluate=False,
+        training__learning_rate=1e30,
+        training__warmup_fraction=0.0,
+        training__max_nonfinite_steps=2,
+        training__max_gradient_norm=None,
+        checkpoint__every=None,
+    )
+    output = run(worker(config), tmp_path, code=1)
+    assert "3 steps in a row up to step 4 had a non-finite loss or gradient" in output
+    assert "Traceback" not in output
+    assert [row["skipped"] for row in rows(tmp_path)] == [False, True, True, True]
+
+
+def test_an_error_on_one_rank_ends_all_with_one_line(base, tmp_path):
+    (tmp_path / "model").symlink_to(base / "model")
+    config = write_config(base, tmp_path, data__train=str(tmp_path / "missing.json"))
+    output = run(cli("launch", "--config", str(config)), tmp_path, code=2)
+    lines = [line for line in output.splitlines() if "sparse-zero: error" in line]
+    assert len(lines) == 1
+    assert "data.train" in lines[0]
+    assert not (tmp_path / "run").exists()
