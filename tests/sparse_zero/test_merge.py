@@ -110,8 +110,13 @@ def test_nothing_below_the_lowest_trained_layer_is_computed_in_backward():
     upper = sz.Selection({name: weight for name, weight in selection.weights.items() if "layers.3" in name})
     sz.sparsify(model, upper)
     entered: list[int] = []
+
+    def watch(number: int, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: entered.append(number))
+
     for number, layer in enumerate(model.layers):
-        layer.self_attn.register_full_backward_pre_hook(lambda *_, number=number: entered.append(number))
+        layer.self_attn.register_forward_hook(lambda _, __, output, number=number: watch(number, output))
     tiny_loss(model, torch.arange(18).reshape(2, 9)).backward()
     assert entered == [3]
 
