@@ -44,8 +44,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     # Computation dtype of the engine. fp32 is the choice on CPUs; bf16 on GPUs.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops.
-    max_nonfinite_steps: int = 5
+    # Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops. fp16 skips some
+    # at the start, until its loss scale has come down.
+    max_nonfinite_steps: int = 10
     # Steps between validations (needs data.validation); None: only after the last step.
     validation_every: int | None = None
     # Seed of the data order and of dropout.

@@ -76,7 +76,7 @@ def make_sampler(state: LoopState) -> BatchSampler:
     training = state.config.training
     return BatchSampler(
         len(state.train),
-        min(training.global_batch_size, len(state.train)),
+        training.global_batch_size,
         training.micro_batch_size,
         state.world.world_size,
         state.world.rank,
@@ -159,7 +159,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
         metrics: rank 0's log; None on the others.
 
     Raises:
-        NonFiniteError: more than ``training.max_nonfinite_steps`` skipped steps in a row; a checkpoint is not written.
+        NonFiniteError: ``training.max_nonfinite_steps`` skipped steps in a row; a checkpoint is not written then.
     """
     config, world = state.config, state.world
     sampler = make_sampler(state)
@@ -208,7 +208,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             progress.update(row)
             if metrics is not None and ((step + 1) % config.output.log_every == 0 or step + 1 == num_steps or skipped):
                 metrics.write(row)
-            if skipped_in_a_row > config.training.max_nonfinite_steps:
+            if skipped_in_a_row >= config.training.max_nonfinite_steps:
                 raise NonFiniteError(
                     f"{skipped_in_a_row} steps in a row up to step {step + 1} had a non-finite loss or gradient: "
                     "lower training.learning_rate, or check the data"

@@ -20,3 +20,13 @@ def test_invariants_1_and_3_every_combination_equals_the_dense_reference(world_s
         assert entry["dense_gradients"] == 0, combination
         excess = entry["optimizer_elements"] - entry["num_parameters"]
         assert 0 <= excess <= 32 * world_size * entry["num_groups"], combination
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_invariant_1_only_values_and_their_gradients_travel(stage):
+    report = run_ranks("tests.distributed.workers:communicated_bytes", 2, stage=stage)
+    assert report["calls"] > 0
+    # The values' gradients once, and from stage 1 on the updated values once; norms, flags and padding besides.
+    expected = report["value_bytes"] * (1 if stage == 0 else 2)
+    assert expected <= report["bytes"] <= 1.1 * expected + 512
+    assert report["dense_bytes"] > 5 * report["value_bytes"]

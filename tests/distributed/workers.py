@@ -365,3 +365,49 @@ def write_back_calls() -> dict[str, int]:
     vars(engine_module)["write_back"] = write_back
     equal = all(torch.equal(model.get_parameter(name), weight) for name, weight in full_weights(engine).items())
     return {"at_start": at_start, "during_training": calls - at_start, "weights_equal_values": int(equal)}
+
+
+def communicated_bytes(stage: int) -> dict[str, int]:
+    """Bytes of the tensors that this rank hands to collectives in one optimizer step after the first."""
+    counted = {"bytes": 0, "calls": 0}
+    names = (
+        "all_reduce",
+        "reduce",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+        "reduce_scatter",
+    )
+    # Of the gathers, the first argument is the output: as large as what all ranks send together.
+    real = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else next(iter(kwargs.values()))
+            tensors = first if isinstance(first, list) else [first]
+            counted["bytes"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            counted["calls"] += 1
+            return real[name](*args, **kwargs)
+
+        return call
+
+    engine = sparse_engine(stage, "inplace")
+    batches = make_batches(2)
+    size = GLOBAL_BATCH // dist.get_world_size()
+    train_whole(engine, batches[:1])
+    for name in real:
+        setattr(dist, name, counting(name))
+    try:
+        start = dist.get_rank() * size
+        engine.backward(tiny_loss(engine, batches[1][start : start + size]))
+        engine.step()
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+    values = selection_of(engine.module).num_parameters
+    dense = sum(parameter.numel() for parameter in engine.module.parameters())
+    engine.destroy()
+    return {**counted, "value_bytes": 4 * values, "dense_bytes": 4 * dense}

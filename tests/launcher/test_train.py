@@ -366,7 +366,7 @@ def test_too_many_non_finite_steps_end_the_run_with_a_clear_error(base, tmp_path
         output__evaluate=False,
         training__learning_rate=1e30,
         training__warmup_fraction=0.0,
-        training__max_nonfinite_steps=2,
+        training__max_nonfinite_steps=3,
         training__max_gradient_norm=None,
         checkpoint__every=None,
     )
