@@ -29,8 +29,9 @@ REQUIRES = [
     # Imported only when an MPI launcher started the process.
     "mpi4py>=4",
     "safetensors>=0.5",
-    # GGUF weights, read through transformers.
-    "gguf>=0.10",
+    # GGUF weights, read through transformers, which asks for both.
+    "accelerate>=1.1",
+    "gguf>=0.17",
     "numpy>=1.26",
     "packaging>=23",
     "pydantic>=2.6",

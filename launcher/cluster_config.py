@@ -18,16 +18,18 @@ class ClusterConfig:
     ranks_per_node: int | None = None
     # DeepSpeed hostfile ("name slots=8" a line); needed by pdsh.
     hostfile: str | None = None
-    # Address and port of rank 0's rendezvous; the address is needed by torchrun on several nodes.
+    # Address of rank 0's rendezvous; needed by torchrun on several nodes.
     master_address: str | None = None
-    master_port: int = 29500
+    # Its port. None: a free one when there is one node, so that two runs on it do not meet; 29500 across nodes, each
+    # of which must know it.
+    master_port: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_nodes < 1:
             raise InputError(f"cluster.num_nodes is {self.num_nodes}: it must be at least 1")
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
             raise InputError(f"cluster.ranks_per_node is {self.ranks_per_node}: a world needs at least one rank")
-        if not 1 <= self.master_port <= 65535:
+        if self.master_port is not None and not 1 <= self.master_port <= 65535:
             raise InputError(f"cluster.master_port is {self.master_port}: it must lie in 1 to 65535")
         if self.launcher == "pdsh" and self.hostfile is None:
             raise InputError("cluster.hostfile is missing: the pdsh launcher reads the nodes from it")

@@ -29,6 +29,7 @@ def worker_command(
     *,
     python: str,
     num_gpus: int | None,
+    master_port: int,
     devices: Sequence[str] | None = None,
     script: str | None = None,
 ) -> list[str]:
@@ -40,6 +41,7 @@ def worker_command(
         overrides: ``--section.key=value`` as given, handed on too.
         python: the interpreter; on several nodes it has the same path on each.
         num_gpus: ranks on each node; None leaves them to the launcher (every GPU, or the hostfile's slots).
+        master_port: port of the ranks' rendezvous, in place of ``cluster.master_port``, which may leave it open.
         devices: ids of the GPUs that local ranks may use; the first ``num_gpus`` are taken. None: all.
         script: the worker; None is the installed one.
 
@@ -50,7 +52,7 @@ def worker_command(
     worker = [script or worker_script(), "--config", str(Path(config_path).absolute()), *overrides]
     # The launchers say the local rank in the environment; the worker needs no argument for it.
     deepspeed = [python, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
-    port = ["--master_port", str(cluster.master_port)]
+    port = ["--master_port", str(master_port)]
     if cluster.launcher == "local":
         # Without a hostfile named, DeepSpeed would follow /job/hostfile where there is one.
         command = [*deepspeed, "--hostfile", devnull, *port]
@@ -69,7 +71,7 @@ def worker_command(
     if cluster.num_nodes == 1:
         return [*command, "--master_addr", "127.0.0.1", *port, *worker]
     # Every node runs this same command; the rendezvous tells them apart.
-    endpoint = f"{cluster.master_address}:{cluster.master_port}"
+    endpoint = f"{cluster.master_address}:{master_port}"
     return [
         *command,
         "--rdzv_backend",

@@ -1,14 +1,19 @@
 """Which DeepSpeed config does a run need, and does the user's own one agree with it?"""
 
 import copy
+import difflib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.config import RunConfig
 from launcher.yaml_files import read_text
 from sparse_zero.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _AUTO = "auto"
 # Sections that would take over what the run itself does.
@@ -29,6 +34,11 @@ _SOURCES = {
 }
 # Sections in which DeepSpeed has a default for every key, so that an "auto" there can simply be left out.
 _SECTIONS_WITH_DEFAULTS = ("zero_optimization", "bf16", "fp16")
+# What follows from the run only when the world size is known.
+_OF_THE_WORLD = ("train_batch_size", "gradient_accumulation_steps")
+# Keys that hold a secret: one of the words, whole (a tokenizer is none). Capitals inside a key start a word.
+_SECRET = re.compile(r"(?<![a-z])(api[_-]?key|token|password|secret)s?(?![a-z])", re.IGNORECASE)
+_WORD_START = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
@@ -38,28 +48,28 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return -(-config.training.global_batch_size // (config.training.micro_batch_size * world_size))
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int | None) -> dict[str, Any]:
     """The DeepSpeed config of ``config`` on ``world_size`` ranks.
 
     An own config (``zero.config``) is the start: what it leaves open or says ``"auto"`` to is filled in.
+
+    Args:
+        config: the run.
+        world_size: ranks; None while nobody knows, which leaves out what depends on it: an own value is then not
+            compared, and an "auto" not filled.
 
     Raises:
         InputError: where the own config contradicts the run, by dotted name and with both values.
     """
     own = read_own_config(config)
-    accumulation = accumulation_steps(config, world_size)
-    decided = _decided(config)
-    decided["gradient_accumulation_steps"] = accumulation
-    # DeepSpeed insists on this product. It exceeds the run's global batch where that does not divide: the
-    # surplus is masked samples, which count nowhere.
-    product = config.training.micro_batch_size * accumulation * world_size
-    batch = own.get("train_batch_size", _AUTO)
-    if batch not in (_AUTO, product, config.training.global_batch_size):
-        _refuse("train_batch_size", batch, config.training.global_batch_size)
-    own["train_batch_size"] = product
-
-    for name, value in decided.items():
+    for name, value in _decided(config).items():
         _fill(own, name, value)
+    if world_size is None:
+        for name in _OF_THE_WORLD:
+            if own.get(name) == _AUTO:
+                del own[name]
+    else:
+        _fill_batch_sizes(own, config, world_size)
     # Quiet: the run writes its own metrics. Own settings win, since they change no result.
     own.setdefault("steps_per_print", 2**31 - 1)
     own.setdefault("wall_clock_breakdown", False)
@@ -69,10 +79,30 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def check_own_config(config: RunConfig) -> None:
     """Refuse an own DeepSpeed config that contradicts the run in what does not depend on the world size."""
-    own = read_own_config(config)
-    for name, value in _decided(config).items():
-        _fill(own, name, value)
-    _drop_open(own)
+    deepspeed_config(config, None)
+
+
+def validate_with_deepspeed(settings: Mapping[str, Any], world_size: int) -> None:
+    """Let DeepSpeed itself read ``settings``, a result of :func:`deepspeed_config`. Needs no process group.
+
+    Raises:
+        InputError: a key that DeepSpeed does not know, or a value that it refuses, by its dotted name.
+    """
+    import torch.distributed as dist  # both take seconds to import
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    tried = copy.deepcopy(dict(settings))
+    if not dist.is_initialized():
+        # DeepSpeed then takes one rank for granted, and would find the product of the batch sizes wrong.
+        tried["train_batch_size"] //= world_size
+    try:
+        DeepSpeedConfig(tried)
+    except ValidationError as error:
+        raise InputError(_told_by_pydantic(settings, error)) from error
+    except Exception as error:  # assertions, ValueErrors, and TypeErrors where a section is no object
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"DeepSpeed refuses the config of zero.config and zero.options: {problem}") from error
 
 
 def read_own_config(config: RunConfig) -> dict[str, Any]:
@@ -92,6 +122,14 @@ def read_own_config(config: RunConfig) -> dict[str, Any]:
     for section, remedy in _REFUSED.items():
         if section in own:
             raise InputError(f"{section} is set in the DeepSpeed config zero.config: remove it, {remedy}")
+    for path, value in _entries(own):
+        texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str) and each]
+        if texts and _SECRET.search(_WORD_START.sub("_", path[-1])):
+            # Its value is not told: the message may end in a log.
+            raise InputError(
+                f"{'.'.join(path)} is a secret in the DeepSpeed config zero.config, which is saved with the run: "
+                "remove it, and give it in the environment variable that the service reads"
+            )
     return copy.deepcopy(own)
 
 
@@ -110,6 +148,18 @@ def _decided(config: RunConfig) -> dict[str, Any]:
     for key, value in config.zero.options.items():
         decided[f"zero_optimization.{key}"] = value
     return decided
+
+
+def _fill_batch_sizes(own: dict[str, Any], config: RunConfig, world_size: int) -> None:
+    accumulation = accumulation_steps(config, world_size)
+    _fill(own, "gradient_accumulation_steps", accumulation)
+    # DeepSpeed insists on this product. It exceeds the run's global batch where that does not divide: the
+    # surplus is masked samples, which count nowhere.
+    product = config.training.micro_batch_size * accumulation * world_size
+    batch = own.get("train_batch_size", _AUTO)
+    if batch not in (_AUTO, product, config.training.global_batch_size):
+        _refuse("train_batch_size", batch, config.training.global_batch_size)
+    own["train_batch_size"] = product
 
 
 def _fill(own: dict[str, Any], name: str, value: Any) -> None:
@@ -137,24 +187,51 @@ def _refuse(name: str, present: Any, value: Any) -> None:
 
 def _drop_open(own: dict[str, Any]) -> None:
     """Take out every "auto" that DeepSpeed has a default for; name any other."""
-    for path in list(_find_auto(own, ())):
+    for path in [path for path, value in _entries(own) if value == _AUTO]:
         if path[0] not in _SECTIONS_WITH_DEFAULTS:
             raise InputError(
                 f'{".".join(path)} is "auto" in the DeepSpeed config zero.config, unknown to the run: '
                 "write a value, or remove it"
             )
-        target = own
+        target: Any = own
         for key in path[:-1]:
-            target = target[key]
+            target = target[int(key)] if isinstance(target, list) else target[key]
         del target[path[-1]]
 
 
-def _find_auto(value: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for key, item in value.items():
-        if item == _AUTO:
-            yield (*path, key)
-        elif isinstance(item, dict):
-            yield from _find_auto(item, (*path, key))
+def _entries(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The path and value of every key in ``value``, at any depth; indices stand for places in lists."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield (*path, key), item
+            yield from _entries(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _entries(item, (*path, str(index)))
+
+
+def _told_by_pydantic(settings: Mapping[str, Any], error: "ValidationError") -> str:
+    """The first complaint of DeepSpeed's validation, in one line."""
+    first = error.errors(include_url=False)[0]
+    # DeepSpeed validates each section by itself: the place that is named starts inside of it.
+    inside = tuple(str(key) for key in first["loc"])
+    path = next((found for found, _ in _entries(settings) if found[-len(inside) :] == inside), inside)
+    name = ".".join(path)
+    source = "zero.config"
+    if path[0] == "zero_optimization":
+        source += f" or zero.options ({'.'.join(('zero.options', *path[1:]))})"
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(inside[-1], _known_keys(path[:-1]), n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "remove it"
+        return f"{name} is unknown to DeepSpeed: it stands in {source}; {hint}"
+    return f"{name} is {first['input']!r}, which DeepSpeed refuses ({first['msg']}): change it in {source}"
+
+
+def _known_keys(section: tuple[str, ...]) -> list[str]:
+    """The keys of the section that runs mostly change; none of the others."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return list(DeepSpeedZeroConfig.model_fields) if section == ("zero_optimization",) else []
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,16 +1,21 @@
 """How well are the test problems answered, by the base, by an adapter, or by the model that was just trained?"""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig
 from launcher.exporting import load_merged
-from launcher.run_folder import RunFolder
+from launcher.run_folder import RunFolder, check_out_file
 from launcher.world import World, join_world, leave_world
 from models.data import load_records
 from models.evaluation import EvaluationResult, evaluate, write_result
-from sparse_zero.collectives import failing_together
+from sparse_zero.collectives import PeerError, failing_together
+from sparse_zero.errors import InputError
+
+# Exit code of wrong input.
+_EXIT_INPUT = 2
 
 
 def evaluate_model(
@@ -44,22 +49,63 @@ def evaluate_model(
     return result
 
 
-def evaluate_run(config: RunConfig, adapter: Path | None) -> int:
-    """Evaluate the base, or an adapter on it, on ``data.test``; prints the accuracy and returns 0."""
+def evaluation_file(config: RunConfig, adapter: Path | None) -> Path:
+    """Where an evaluation goes unless it is told: named by who answered what, and never a run's own file.
+
+    That is ``evaluation/<who>-<what>.json`` in ``output.folder``: ``base``, or the folder that holds the adapter
+    (``mine`` for ``runs/mine/adapter``), and the test data's name without folder and suffix.
+    """
+    assert config.data.test is not None
+    who = "base"
+    if adapter is not None:
+        name = adapter.resolve().parent.name
+        who = "adapter" if name in ("", "base") else name
+    parts = (who, Path(config.data.test).stem)
+    name = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
+    return RunFolder(config.output.folder).evaluation / f"{name}.json"
+
+
+def evaluate_run(config: RunConfig, adapter: Path | None, out: Path | None = None) -> int:
+    """Evaluate the base, or an adapter on it, on ``data.test``; prints the accuracy. Collective.
+
+    Args:
+        config: the run; its folder is not read, and need not hold this run.
+        adapter: its folder; None: the base answers.
+        out: the file of the predictions; None: :func:`evaluation_file`.
+
+    Returns:
+        0; 2 where another rank, or another process of this node, reports what is wrong.
+
+    Raises:
+        InputError: the data, the model or the adapter cannot be used; only on the ranks that are to report it.
+    """
+    if out is None:
+        out = evaluation_file(config, adapter)
+        check_out_file(out, "the evaluation in output.folder")
     world = join_world()
     try:
-        with failing_together():
-            records = load_records(config.data, "test")
-            model, tokenizer = load_merged(config, adapter)
-        model.to(world.device)
-        name = "base" if adapter is None else "tuned"
-        out = RunFolder(config.output.folder).evaluation / f"{name}.json"
-        result = evaluate_model(config, world, model, tokenizer, records, out, f"evaluating the {name} model")
-        if world.is_main:
-            print(
-                f"{name}: {result.correct} of {result.num_problems} correct ({100 * result.accuracy:.1f}%); "
-                f"every prediction in {out}"
-            )
-    finally:
+        _evaluate_in_world(config, world, adapter, out)
+    except PeerError:
         leave_world()
+        return _EXIT_INPUT
+    except InputError as error:
+        leave_world()
+        if error.speaks_for_all or world.local_rank == 0:
+            raise
+        return _EXIT_INPUT
+    leave_world()
     return 0
+
+
+def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, out: Path) -> None:
+    with failing_together():
+        records = load_records(config.data, "test")
+        model, tokenizer = load_merged(config, adapter)
+    model.to(world.device)
+    name = "base" if adapter is None else str(adapter)
+    result = evaluate_model(config, world, model, tokenizer, records, out, f"evaluating {name}")
+    if world.is_main:
+        print(
+            f"{name}: {result.correct} of {result.num_problems} correct ({100 * result.accuracy:.1f}%); "
+            f"every prediction in {out}"
+        )

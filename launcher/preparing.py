@@ -1,18 +1,19 @@
 """What must be right and ready before training: checks without cost, then model, data, selection, engine?"""
 
+import dataclasses
+import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.config import RunConfig
-from launcher.deepspeed_config import check_own_config, deepspeed_config
-from launcher.run_folder import RunFolder, check_same_run, find_start
+from launcher.deepspeed_config import check_own_config, deepspeed_config, validate_with_deepspeed
+from launcher.run_folder import RunFolder, check_same_run, check_writable, find_start
 from launcher.world import World
 from models.base_identity import base_identity
 from models.collate import collate
@@ -23,10 +24,12 @@ from models.loading import check_tokenizer_fits, load_model, load_tokenizer, mod
 from models.loss import response_nll
 from models.sampler import BatchSampler
 from sparse_zero.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sparse_zero.checkpoint.folders import MANIFEST, file_sha256
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import check_fits, sparsify
+from sparse_zero.optional import require
 from sparse_zero.selection.select import check_selection, select
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.engine import initialize
@@ -63,11 +66,14 @@ class Prepared:
     test: list[dict[str, str]]
     base: BaseIdentity
     checkpoint: Checkpoint | None
-    checkpoint_path: Path | None
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, *, continues: bool = True) -> None:
     """Everything that can be checked without loading a model or writing a file.
+
+    Args:
+        config: the run.
+        continues: whether the run will write to its folder, so that what lies there must be the same run.
 
     Raises:
         InputError: the first thing found wrong.
@@ -79,26 +85,75 @@ def check_run(config: RunConfig) -> None:
             f"training.precision is {config.training.precision} but model.dtype is {config.model.dtype}: "
             f"set model.dtype to {wanted}, or training.precision to match"
         )
+    if config.zero.stage == 0 and config.training.precision != "fp32":
+        raise InputError(
+            f"zero.stage is 0 with training.precision {config.training.precision}, whose masters DeepSpeed does not "
+            "give back: use zero.stage 1, 2 or 3, or fp32"
+        )
     if config.training.precision != "fp32" and not torch.cuda.is_available():
         warnings.warn(
-            f"training.precision {config.training.precision} on a CPU is slow, and fp16 does not run: "
-            "fp32 is the choice here",
+            f"training.precision {config.training.precision} is slow on most CPUs: fp32 is the choice here",
             stacklevel=2,
         )
-    if config.output.evaluate and config.data.test is None:
-        raise InputError("output.evaluate is true but data.test is missing: name the test data, or set it to false")
-    path = Path(config.output.folder)
-    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not existing.is_dir():
-        raise InputError(f"output.folder is {path}, but {existing} is a file: name another folder")
-    folder = RunFolder(path)
-    check_same_run(folder, config)
-    find_start(folder, config)
+    if config.output.report:
+        require("matplotlib", extra="plots", purpose="draw the report (output.report)")
+    if config.output.tensorboard:
+        require("tensorboard", extra="tracking", purpose="write the metrics for TensorBoard (output.tensorboard)")
+    if continues:
+        folder = RunFolder(config.output.folder)
+        check_writable(folder)
+        check_same_run(folder, config)
+        find_start(folder, config)
     validate_model_source(config.model)
 
 
-def prepare(config: RunConfig, world: World) -> Prepared:
+def _check_context(model: Any, samples: SampleSet) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(samples.lengths)
+    if context is not None and longest > context:
+        raise InputError(
+            f"data.max_length lets samples have up to {longest} tokens, and the model has room for {context}: "
+            "lower data.max_length"
+        )
+
+
+def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose selection was made by another config: it would win silently."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(config.selection)))
+    found = checkpoint.selection.metadata.get("config")
+    if config.selection.file is not None:
+        if Selection.load(config.selection.file) != checkpoint.selection:
+            raise InputError(
+                f"{checkpoint.folder} has another selection than selection.file {config.selection.file}: "
+                "name the same file, or start anew in another output.folder"
+            )
+    elif found is not None and found != wanted:
+        key = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
+        raise InputError(
+            f"{checkpoint.folder} was selected with {key}={found.get(key)!r}, and selection.{key} is "
+            f"{wanted.get(key)!r}: continue with the same selection, or start anew in another output.folder"
+        )
+
+
+def _agree_on_checkpoint(checkpoint: Checkpoint | None) -> None:
+    """Raise on all ranks unless they all continue from the same checkpoint, or all start anew. Collective."""
+    mine = None if checkpoint is None else file_sha256(checkpoint.folder / MANIFEST)
+    everyone = gather_json(mine)
+    different = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
+    if different:
+        raise InputError(
+            f"ranks {different} see another checkpoint in output.folder than rank 0, or none: "
+            "put output.folder on a file system that all nodes share"
+        )
+
+
+def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepared:
     """Load tokenizer, data, model and, on a resumed run, its checkpoint. Collective.
+
+    Args:
+        config: the run.
+        world: this process's place in it.
+        continues: False for a selection only, which reads no checkpoint and writes no run folder.
 
     Raises:
         InputError: something named by the config cannot be used; nothing has been written then.
@@ -106,28 +161,38 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     folder = RunFolder(config.output.folder)
     base: BaseIdentity | None = None
     with failing_together():
-        check_run(config)
-        checkpoint_path = find_start(folder, config)
+        check_run(config, continues=continues)
+        validate_with_deepspeed(deepspeed_config(config, world.world_size), world.world_size)
+        checkpoint_path = find_start(folder, config) if continues else None
         checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
+        if checkpoint is not None:
+            _check_same_selection(config, checkpoint)
+    _agree_on_checkpoint(checkpoint)
+    with failing_together():
         tokenizer = load_tokenizer(config.model)
         train = load_samples(config.data, tokenizer, "train")
         validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
         model = load_model(config.model)
         check_tokenizer_fits(model, tokenizer)
+        for samples in (train, validation):
+            if samples is not None:
+                _check_context(model, samples)
         check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
-        if checkpoint is None:
-            check_selection(model, config.selection, module_map(model))
-        else:
+        if checkpoint is not None:
             check_fits(model, checkpoint.selection)
+        elif config.selection.file is not None:
+            check_fits(model, Selection.load(config.selection.file))
+        else:
+            check_selection(model, config.selection, module_map(model))
         if world.is_main:
             base = base_identity(model_folder(config.model), config.model.gguf_file)
     found = gather_json({"name": base.name, "sha256": base.sha256} if base else None)[0]
     base = BaseIdentity(name=found["name"], sha256=found["sha256"])
     if checkpoint is not None and checkpoint.base is not None and checkpoint.base.sha256 != base.sha256:
         raise InputError(
-            f"{checkpoint_path} was trained on the base {checkpoint.base.name} ({checkpoint.base.sha256[:12]}), not on "
-            f"{base.name} ({base.sha256[:12]}): load that base, or start in another output.folder"
+            f"{checkpoint.folder} was trained on the base {checkpoint.base.name} ({checkpoint.base.sha256[:12]}), not "
+            f"on {base.name} ({base.sha256[:12]}): load that base, or start in another output.folder"
         )
     model.to(world.device)
     if config.training.gradient_checkpointing:
@@ -142,7 +207,6 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         test=test,
         base=base,
         checkpoint=checkpoint,
-        checkpoint_path=checkpoint_path,
     )
 
 
@@ -170,11 +234,13 @@ def calibration_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def choose_selection(prepared: Prepared, world: World) -> Selection:
-    """Calibrate and select. Collective; a progress bar on rank 0."""
+    """Calibrate and select, or read ``selection.file``. Collective; a progress bar on rank 0."""
     from rich.console import Console
     from rich.progress import Progress
 
     config = prepared.config
+    if config.selection.file is not None:
+        return Selection.load(config.selection.file)
     batches = calibration_batches(config, prepared.train.samples, pad_token_id(prepared.tokenizer), world.device)
     console = Console(stderr=True, quiet=not (world.is_main and config.selection.needs_data))
     with Progress(console=console, transient=True) as progress:

@@ -23,8 +23,6 @@ PAGE_NAME = "report.html"
 _MAX_EXAMPLES_OF_A_SORT = 4
 _MAX_EXAMPLE_CHARACTERS = 900
 _MAX_EVENTS = 200
-# A fraction of the trained parameters is told for so many modules at most.
-_MAX_MODULES = 40
 
 _SORTS = {
     (False, True): ("Wrong before, right after", "good"),
@@ -162,21 +160,21 @@ def _predictions_section(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -
 def _tiles(content: Mapping[str, Any]) -> str:
     """The numbers that a reader looks for first."""
     rows = dict(summary.summary_rows(content))
-    accuracy = content.get("accuracy") or {}
-    parameters = content.get("parameters") or {}
-    peaks = [peak for peak in content.get("peak_memory_bytes_per_rank") or [] if isinstance(peak, (int, float))]
-    total, trained = parameters.get("total"), parameters.get("trained")
+    number, accuracy = summary.as_number, summary.as_mapping(content.get("accuracy"))
+    parameters, peaks = summary.as_mapping(content.get("parameters")), content.get("peak_memory_bytes_per_rank")
+    known = [peak for peak in map(number, peaks if isinstance(peaks, list) else ()) if peak is not None]
+    total, trained = number(parameters.get("total")), number(parameters.get("trained"))
     tiles = []
-    if accuracy.get("tuned") is not None:
+    if number(accuracy.get("tuned")) is not None:
         before = summary.format_percent(accuracy.get("base"))
         tiles.append((summary.format_percent(accuracy["tuned"]), f"accuracy (before: {before})"))
     if total and trained is not None:
         tiles.append((summary.format_percent(trained / total), f"of {summary.format_count(total)} parameters trained"))
-    if peaks:
-        tiles.append((summary.format_bytes(max(peaks)), "peak memory of a rank"))
-    if content.get("tokens_per_second") is not None:
+    if known:
+        tiles.append((summary.format_bytes(max(known)), "peak memory of a rank"))
+    if number(content.get("tokens_per_second")) is not None:
         tiles.append((rows["Tokens per second"], "tokens per second"))
-    if content.get("adapter_bytes"):
+    if number(content.get("adapter_bytes")):
         tiles.append((rows["Adapter"], "adapter"))
     inner = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in tiles)
     return f'<div class="tiles">{inner}</div>' if tiles else ""
@@ -278,9 +276,6 @@ def write_report(run_folder: Path) -> Path:
         )
     else:
         body = _tiles(content) + _table(summary.summary_rows(content))
-        by_module = content.get("by_module")
-        if isinstance(by_module, Mapping) and by_module:
-            body += f"<h3>By module</h3>{_table(flatten(by_module)[:_MAX_MODULES])}"
         sections.append(_section("Summary", body, identifier="summary"))
     sections.append(_section("Training", _training_section(rows, folder), identifier="training"))
     if selection is not None:

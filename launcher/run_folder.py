@@ -1,20 +1,36 @@
 """What lies in a run folder, which run is it, and where does a start continue?"""
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher.config import RunConfig, resolved_yaml
+from launcher.yaml_files import parse_yaml, read_mapping
 from sparse_zero.checkpoint.folders import MANIFEST
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text
 
-# Sections in which a run may differ from the one that it continues: they do not change what is learned.
-FREE_SECTIONS = ("checkpoint", "output", "cluster")
+# Sections and settings in which a start may differ from the run that it continues: they change how it runs and what
+# is measured, not what is learned. (Stored state is converted to another ZeRO stage or placement.)
+FREE_KEYS = (
+    "checkpoint",
+    "output",
+    "cluster",
+    "training.micro_batch_size",
+    "training.gradient_checkpointing",
+    "training.max_nonfinite_steps",
+    "training.validation_every",
+    "data.evaluation",
+    "data.validation",
+    "data.validation_split",
+    "zero.stage",
+    "zero.options",
+    "zero.config",
+    "zero.placement",
+)
 
 
 class RunFolder:
@@ -39,17 +55,62 @@ class RunFolder:
         if not self.checkpoints.is_dir():
             return []
         found = [path for path in self.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-        return sorted((path for path in found if (path / MANIFEST).is_file()), key=lambda path: int(path.name[5:]))
+        return sorted((path for path in found if (path / MANIFEST).is_file()), key=_step)
 
     def mark_latest(self, checkpoint: Path, keep: int) -> None:
-        """Point ``checkpoints/latest`` to a committed checkpoint, then delete all but the ``keep`` newest."""
+        """Point ``checkpoints/latest`` to a committed checkpoint, and delete what came before its ``keep`` newest.
+
+        Counted are the checkpoints up to this one: neither it nor a later one is ever deleted.
+        """
         atomic_write_text(self.checkpoints / "latest", checkpoint.name + "\n")
-        for old in self.complete_checkpoints()[:-keep]:
+        complete = self.complete_checkpoints()
+        for old in [path for path in complete if _step(path) <= _step(checkpoint)][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def size_of(self, folder: Path) -> int:
         """Bytes of all files below ``folder``; 0 if there is none."""
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def check_writable(folder: RunFolder) -> None:
+    """Raise unless the run folder, or the nearest parent that exists, is a folder in which files can be made.
+
+    Raises:
+        InputError: names the file in the way, or the folder that does not allow it.
+    """
+    check_can_write_in(folder.path, f"output.folder is {folder.path}")
+
+
+def check_can_write_in(folder: Path, given: str) -> None:
+    """Raise unless files can be made in ``folder``, which need not exist and is not created.
+
+    Args:
+        folder: where something is to be written.
+        given: what the user has said, for the start of the message: "--out is a/b".
+
+    Raises:
+        InputError: names the file in the way, or the folder that does not allow it.
+    """
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if os.path.exists(parent))
+    if not existing.is_dir():
+        raise InputError(f"{given}, but {existing} is a file: name another place")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{given}, but {existing} is not writable for this user: name another place")
+
+
+def check_out_file(out: Path, option: str = "--out") -> None:
+    """Raise unless a file ``out`` can be written; an older file there will be replaced.
+
+    Raises:
+        InputError: it is a folder, or :func:`check_can_write_in` refuses the folder of it.
+    """
+    if out.is_dir():
+        raise InputError(f"{option} is {out}, which is a folder: name a file, in it or elsewhere")
+    check_can_write_in(out.parent, f"{option} is {out}")
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -63,20 +124,25 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
 
 
 def check_same_run(folder: RunFolder, config: RunConfig) -> None:
-    """Raise unless the folder is new or holds this very run (outputs, checkpoints and cluster aside).
+    """Raise unless the folder is new or holds this very run (up to :data:`FREE_KEYS`).
 
     Raises:
-        InputError: names the first setting that differs.
+        InputError: names the first setting that differs, or the run's config if it is damaged.
     """
     if not folder.config.is_file():
         return
-    if folder.path.is_dir() and not folder.complete_checkpoints() and not folder.summary.is_file():
+    if not folder.complete_checkpoints() and not folder.summary.is_file():
         return  # Nothing was trained yet: the folder may be taken over.
-    old = yaml.safe_load(folder.config.read_text())
-    new = yaml.safe_load(resolved_yaml(config))
-    for section in FREE_SECTIONS:
-        old.pop(section, None)
-        new.pop(section, None)
+    try:
+        old = read_mapping(folder.config)
+    except InputError as error:
+        raise InputError(
+            f"{error}; it says which run output.folder {folder.path} holds: restore it, or name another folder"
+        ) from error
+    new = parse_yaml(resolved_yaml(config), "the config")
+    for key in FREE_KEYS:
+        _remove(old, key)
+        _remove(new, key)
     difference = _first_difference(old, new)
     if difference:
         raise InputError(
@@ -84,11 +150,23 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
         )
 
 
+def _remove(mapping: dict[str, Any], dotted: str) -> None:
+    *sections, last = dotted.split(".")
+    target: Any = mapping
+    for section in sections:
+        target = target.get(section) if isinstance(target, dict) else None
+    if isinstance(target, dict):
+        target.pop(last, None)
+
+
 def find_start(folder: RunFolder, config: RunConfig) -> Path | None:
     """The checkpoint to continue from, or None for a start from the base.
 
+    A run that was started from another run's checkpoint, and has written some of its own since, continues from those.
+
     Raises:
-        InputError: resume is never and the folder has checkpoints, or the named checkpoint does not exist.
+        InputError: resume is never and the folder has checkpoints; or it names no complete checkpoint, or one of this
+            folder after which the run went on.
     """
     resume = config.checkpoint.resume
     complete = folder.complete_checkpoints()
@@ -99,9 +177,21 @@ def find_start(folder: RunFolder, config: RunConfig) -> Path | None:
                 "delete this one, or set checkpoint.resume to auto"
             )
         return None
+    newest = complete[-1] if complete else None
     if resume == "auto":
-        return complete[-1] if complete else None
+        return newest
     path = Path(resume)
+    is_own = path.resolve().parent == folder.checkpoints.resolve()
+    if newest is not None and not is_own:
+        return newest
     if not (path / MANIFEST).is_file():
         raise InputError(f"checkpoint.resume is {resume}: no complete checkpoint there; name a step-… folder, or auto")
+    if is_own:
+        later = folder.summary if folder.summary.is_file() else newest
+        if later is not None and later.resolve() != path.resolve():
+            # What came later would be mixed with what comes now, in the metrics and among the checkpoints.
+            raise InputError(
+                f"checkpoint.resume is {resume}, but the run in output.folder {folder.path} went on after it ({later}): "
+                "name another output.folder, or delete what is later"
+            )
     return path

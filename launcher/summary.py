@@ -30,20 +30,21 @@ _PHASE_NAMES = {
 }
 
 
-def _number(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """``value`` as a number; None when it is missing, no number or not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return value
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """``value`` if it is an object, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def format_bytes(value: object) -> str:
     """Bytes in the binary unit that leaves three digits or four: ``1.37 GiB``, ``512 KiB``."""
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         return ABSENT
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -56,7 +57,7 @@ def format_bytes(value: object) -> str:
 
 def format_count(value: object) -> str:
     """A count in at most five characters: ``940``, ``12.3k``, ``1.24M``, ``6.74B``."""
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         return ABSENT
     unit = ""
@@ -71,7 +72,7 @@ def format_count(value: object) -> str:
 
 def format_duration(value: object) -> str:
     """Seconds as ``8.3 s``, ``4 min 05 s`` or ``2 h 03 min``."""
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         return ABSENT
     if number < 59.95:
@@ -85,7 +86,7 @@ def format_duration(value: object) -> str:
 
 def format_percent(fraction: object) -> str:
     """A fraction in percent with at least three significant digits up to one percent: ``0.412 %``."""
-    number = _number(fraction)
+    number = as_number(fraction)
     if number is None:
         return ABSENT
     percent = 100 * number
@@ -95,26 +96,26 @@ def format_percent(fraction: object) -> str:
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> str:
-    base, tuned = _number(accuracy.get("base")), _number(accuracy.get("tuned"))
+    base, tuned = as_number(accuracy.get("base")), as_number(accuracy.get("tuned"))
     if base is None and tuned is None:
         return "not evaluated"
     text = f"{format_percent(base)} → {format_percent(tuned)}"
     if base is not None and tuned is not None:
         text += f"  ({100 * (tuned - base):+.1f} points"
-        problems = _number(accuracy.get("num_problems"))
+        problems = as_number(accuracy.get("num_problems"))
         text += f", {problems:.0f} problems)" if problems is not None else ")"
     return text
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:
-    trained, total = _number(parameters.get("trained")), _number(parameters.get("total"))
+    trained, total = as_number(parameters.get("trained")), as_number(parameters.get("total"))
     if trained is None or not total:
         return ABSENT if trained is None else f"{trained:,.0f}"
     return f"{trained:,.0f} of {total:,.0f}  ({format_percent(trained / total)})"
 
 
 def _peak_memory(peaks: object) -> str:
-    numbers = [_number(peak) for peak in peaks] if isinstance(peaks, Sequence) and not isinstance(peaks, str) else []
+    numbers = [as_number(peak) for peak in peaks] if isinstance(peaks, Sequence) and not isinstance(peaks, str) else []
     known = [number for number in numbers if number is not None]
     if not known:
         return ABSENT
@@ -129,11 +130,11 @@ def _peak_memory(peaks: object) -> str:
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table's lines as (name, value); what the run did not measure is marked as absent."""
-    loss, steps, ranks = (_number(summary.get(name)) for name in ("final_loss", "steps", "world_size"))
-    speed = _number(summary.get("tokens_per_second"))
+    loss, steps, ranks = (as_number(summary.get(name)) for name in ("final_loss", "steps", "world_size"))
+    speed = as_number(summary.get("tokens_per_second"))
     rows = [
-        ("Accuracy before → after", _accuracy(_mapping(summary.get("accuracy")))),
-        ("Parameters trained", _parameters(_mapping(summary.get("parameters")))),
+        ("Accuracy before → after", _accuracy(as_mapping(summary.get("accuracy")))),
+        ("Parameters trained", _parameters(as_mapping(summary.get("parameters")))),
         ("Peak memory per rank", _peak_memory(summary.get("peak_memory_bytes_per_rank"))),
         ("Tokens per second", ABSENT if speed is None else f"{speed:,.0f}"),
         ("Adapter", format_bytes(summary.get("adapter_bytes"))),
@@ -142,7 +143,10 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Ranks", ABSENT if ranks is None else f"{ranks:,.0f}"),
         ("Last training loss", ABSENT if loss is None else f"{loss:.4f}"),
     ]
-    phases = _mapping(summary.get("phases"))
+    resumed = as_number(summary.get("resumed_after_step"))
+    if resumed:
+        rows.append(("Continued after step", f"{resumed:,.0f}; the times are those of the last start"))
+    phases = as_mapping(summary.get("phases"))
     order = [
         *(name for name in _PHASE_NAMES if name in phases),
         *(name for name in phases if name not in _PHASE_NAMES),
@@ -151,7 +155,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"Time, {_PHASE_NAMES.get(name, name.replace('_', ' '))}", format_duration(phases[name])) for name in order
     ]
     if phases:
-        rows.append(("Time, total", format_duration(sum(_number(seconds) or 0.0 for seconds in phases.values()))))
+        rows.append(("Time, total", format_duration(sum(as_number(seconds) or 0.0 for seconds in phases.values()))))
     return rows
 
 

@@ -9,7 +9,7 @@ python launcher/train.py --config run.yaml
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from launcher.preparing import (
     pad_token_id,
     prepare,
 )
+from launcher.process_ranks import find_ranks
+from launcher.report import write_report
 from launcher.run_folder import RunFolder
+from launcher.stopping import Stopped, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
-from launcher.world import World, join_world, leave_world
+from launcher.world import World, join_world, leave_world, speak_once
 from models.gather import gather_json
 from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint
@@ -66,9 +69,8 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
 
 def _select(prepared: Prepared, world: World) -> Selection:
     """The checkpoint's selection, or a new one; written to the run folder."""
-    if prepared.checkpoint is not None:
-        return prepared.checkpoint.selection
-    selection = choose_selection(prepared, world)
+    checkpoint = prepared.checkpoint
+    selection = choose_selection(prepared, world) if checkpoint is None else checkpoint.selection
     if world.is_main:
         selection.save(prepared.folder.selection)
     return selection
@@ -76,10 +78,11 @@ def _select(prepared: Prepared, world: World) -> Selection:
 
 def _train(prepared: Prepared, engine: Any, world: World) -> TrainingResult:
     """Continue from the checkpoint if there is one, and train to the end or to a signal."""
-    first_step = 0
-    if prepared.checkpoint_path is not None:
-        first_step = int(load_checkpoint(engine, prepared.checkpoint_path).extra["step"])
-        _say(world, f"continuing from {prepared.checkpoint_path} after step {first_step}")
+    earlier: dict[str, Any] = {}
+    if prepared.checkpoint is not None:
+        earlier = load_checkpoint(engine, prepared.checkpoint.folder).extra
+        _say(world, f"continuing from {prepared.checkpoint.folder} after step {earlier['step']}")
+    first_step = int(earlier.get("step", 0))
     state = LoopState(
         config=prepared.config,
         world=world,
@@ -90,6 +93,7 @@ def _train(prepared: Prepared, engine: Any, world: World) -> TrainingResult:
         folder=prepared.folder,
         base=prepared.base,
         first_step=first_step,
+        earlier=earlier,
     )
     if not world.is_main:
         return train(state, None)
@@ -135,6 +139,7 @@ def _write_summary(
             "merged_bytes": folder.size_of(folder.merged),
             "world_size": world.world_size,
             "steps": result.step,
+            "resumed_after_step": 0 if prepared.checkpoint is None else prepared.checkpoint.extra["step"],
             "final_loss": result.final_loss,
             "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},
         },
@@ -147,7 +152,7 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     with phases.measure("load"):
         prepared = prepare(config, world)
     if all(gather_json(folder.summary.is_file())) and config.checkpoint.resume == "auto":
-        _say(world, f"the run in {folder.path} is complete already")
+        _say(world, f"the run in {folder.path} is complete already; for another merged model or report: export, report")
         if world.is_main:
             print_summary(folder.path)
         return 0
@@ -184,7 +189,37 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     _write_summary(prepared, world, phases, result, accuracy, counts)
     if world.is_main:
         print_summary(folder.path)
+        if config.output.report:
+            print(f"report: {write_report(folder.path)}")
     return 0
+
+
+def _in_world(work: Callable[[World], int], check: Callable[[], None]) -> int:
+    """Join the ranks, do ``work``, leave; the exit code. Signals outside the training loop end it at once.
+
+    An unexpected error leaves the process group as it is: leaving might wait for ranks that wait for this one, and the
+    launcher ends them when this process ends.
+    """
+    if find_ranks(os.environ).world_size == 1:
+        check()  # Alone, what is wrong is said before anything is started.
+    with stoppable():
+        try:
+            world = join_world()
+            speak_once(world)
+            code = work(world)
+        except PeerError:
+            code = EXIT_INPUT
+        except NonFiniteError as error:
+            _say(world, f"sparse-zero: error: {error}")
+            code = EXIT_ERROR
+        except Stopped as stop:
+            print(f"sparse-zero: {stop} before there was anything to save", file=sys.stderr)
+            return EXIT_SIGNAL + stop.signal
+        except InputError:
+            leave_world()
+            raise
+        leave_world()
+        return code
 
 
 def run(config: RunConfig) -> int:
@@ -193,34 +228,20 @@ def run(config: RunConfig) -> int:
     Raises:
         InputError: the config cannot be used; nothing has been written then.
     """
-    check_run(config)
-    world = join_world()
-    try:
-        return _run_in_world(config, world)
-    except PeerError:
-        return EXIT_INPUT
-    except NonFiniteError as error:
-        _say(world, f"sparse-zero: error: {error}")
-        return EXIT_ERROR
-    finally:
-        leave_world()
+    return _in_world(lambda world: _run_in_world(config, world), lambda: check_run(config))
 
 
 def select_only(config: RunConfig, out: Path) -> int:
     """Calibrate, select, write the selection to ``out``, and stop; returns 0."""
-    check_run(config)
-    world = join_world()
-    try:
-        prepared = prepare(config, world)
-        selection = choose_selection(prepared, world)
+
+    def work(world: World) -> int:
+        selection = choose_selection(prepare(config, world, continues=False), world)
         if world.is_main:
             selection.save(out)
             print(f"{selection.num_parameters:,} parameters in {len(selection.weights)} weights written to {out}")
-    except PeerError:
-        return EXIT_INPUT
-    finally:
-        leave_world()
-    return 0
+        return 0
+
+    return _in_world(work, lambda: check_run(config, continues=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,10 +254,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(load_config(args.config, overrides))
     except InputError as error:
-        # Where all ranks met the same error, one line is enough.
-        if error.speaks_for_all or os.environ.get("RANK", "0") == "0":
+        if error.speaks_for_all or _is_first_here():
             print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_INPUT
+
+
+def _is_first_here() -> bool:
+    """Whether this process reports what every rank of its node meets: its local rank is 0, or unknown."""
+    try:
+        return find_ranks(os.environ).local_rank == 0
+    except InputError:
+        return True
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ class OutputConfig:
     merged: bool = False
     # Evaluate data.test before and after training.
     evaluate: bool = False
+    # Draw the report (pictures and one HTML page) at the end; needs the extra "plots".
+    report: bool = False
     # Also write the metrics for TensorBoard; needs the extra "tracking".
     tensorboard: bool = False
     # Steps between two rows of metrics.

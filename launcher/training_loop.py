@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,21 @@ class TrainingResult:
     stopped_by: int
     # Mean loss per response token of the last step; NaN when no step ran.
     final_loss: float
-    # Tokens (padding excluded) over all ranks per second of this start's steps, the first excepted.
-    tokens_per_second: float
-    # Peak over this start, per rank.
+    # Tokens (padding excluded) over all ranks, and seconds, of all steps but the first of each start.
+    tokens: float
+    seconds: float
+    # Peak over this start's steps, per rank.
     peak_memory_bytes: list[int]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all starts; 0 when nothing was timed."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a later start needs to go on counting."""
+        final_loss = self.final_loss if math.isfinite(self.final_loss) else None
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "final_loss": final_loss}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +70,9 @@ class LoopState:
     pad_token_id: int
     folder: RunFolder
     base: BaseIdentity | None
-    # Steps done before this start.
+    # Steps done before this start, and what their checkpoint told of them.
     first_step: int
+    earlier: Mapping[str, Any]
 
 
 def _gather(values: Sequence[float]) -> torch.Tensor:
@@ -117,10 +129,10 @@ def validation_loss(state: LoopState) -> tuple[float, int]:
     return float(sums[0] / sums[1]), int(sums[1])
 
 
-def save_run_checkpoint(state: LoopState, step: int) -> None:
-    """Write the checkpoint after ``step`` steps, and drop those beyond the number kept. Collective."""
-    checkpoint = state.folder.checkpoint(step)
-    save_checkpoint(state.engine, checkpoint, extra={"step": step}, base=state.base)
+def save_run_checkpoint(state: LoopState, result: TrainingResult) -> None:
+    """Write the checkpoint after the last step, and drop those beyond the number kept. Collective."""
+    checkpoint = state.folder.checkpoint(result.step)
+    save_checkpoint(state.engine, checkpoint, extra=result.to_json(), base=state.base)
     if state.world.is_main:
         state.folder.mark_latest(checkpoint, state.config.checkpoint.keep)
 
@@ -165,16 +177,19 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     sampler = make_sampler(state)
     num_steps = count_steps(config, sampler.steps_per_epoch)
     tokens_of = [response_tokens([sample]) for sample in state.train]
+    assert sampler.micro_batches_per_step == state.engine.gradient_accumulation_steps()
     memory = PeakMemory(world.device)
+    memory.reset()
+    earlier_loss = state.earlier.get("final_loss")
     result = TrainingResult(
         step=state.first_step,
         stopped_by=0,
-        final_loss=math.nan,
-        tokens_per_second=0.0,
+        final_loss=math.nan if earlier_loss is None else earlier_loss,
+        tokens=state.earlier.get("tokens", 0.0),
+        seconds=state.earlier.get("seconds", 0.0),
         peak_memory_bytes=[0] * world.world_size,
     )
-    counted_tokens, counted_seconds, skipped_in_a_row = 0.0, 0.0, 0
-    last_saved = state.first_step
+    skipped_in_a_row = 0
     state.engine.train()
     progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
     with stop_requests() as request, progress:
@@ -189,8 +204,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             skipped = not step_was_applied(state.engine)
             skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
             if step > state.first_step:
-                counted_tokens, counted_seconds = counted_tokens + float(sums[1]), counted_seconds + seconds
-                result.tokens_per_second = counted_tokens / counted_seconds
+                result.tokens, result.seconds = result.tokens + float(sums[1]), result.seconds + seconds
             norm = state.engine.get_global_grad_norm()
             row = {
                 "kind": "train",
@@ -222,13 +236,11 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             result.stopped_by = int(everyone[:, 2].max())
             due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
             if due or result.stopped_by or step + 1 == num_steps:
-                save_run_checkpoint(state, step + 1)
-                last_saved = step + 1
+                save_run_checkpoint(state, result)
             if result.stopped_by and step + 1 < num_steps:
                 if metrics is not None:
                     metrics.event(step + 1, f"stopped by signal {result.stopped_by}; checkpoint written")
                 break
             result.stopped_by = 0
-    assert last_saved == result.step
     memory.close()
     return result

@@ -1,11 +1,14 @@
 """Who is this process among the ranks of the run, on which device, and how does it join them?"""
 
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 from launcher.process_ranks import Ranks, export_ranks, find_ranks
+from sparse_zero.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +44,24 @@ def join_world() -> World:
     ranks = find_ranks(os.environ)
     export_ranks(ranks, os.environ)
     use_gpu = torch.cuda.is_available()
+    gpu = 0
     if use_gpu:
-        torch.cuda.set_device(ranks.local_rank)
+        # A batch system that binds one GPU to every task shows each of them a single device, number 0.
+        gpu = ranks.local_rank if torch.cuda.device_count() > 1 else 0
+        if gpu >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {ranks.local_rank} has no GPU: {torch.cuda.device_count()} are visible on this node; "
+                "start as many ranks as there are GPUs (cluster.ranks_per_node)"
+            )
+        os.environ["LOCAL_RANK"] = str(gpu)
+        torch.cuda.set_device(gpu)
     else:
         _share_cores(ranks)
     import deepspeed
 
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cuda", ranks.local_rank) if use_gpu else torch.device("cpu")
+    device = torch.device("cuda", gpu) if use_gpu else torch.device("cpu")
     return World(
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -57,6 +69,19 @@ def join_world() -> World:
         device=device,
         launcher=ranks.launcher,
     )
+
+
+def speak_once(world: World) -> None:
+    """Show each warning about the run as one line, on rank 0 only, and leave out those about libraries' own code."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        print(f"sparse-zero: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+    if world.is_main:
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.simplefilter("ignore", FutureWarning)
+    else:
+        warnings.simplefilter("ignore")
 
 
 def leave_world() -> None:

@@ -66,7 +66,7 @@ class DataConfig:
     # Records whose loss is measured during training; None: no validation.
     validation: str | None = None
     validation_split: str = "validation"
-    # Problems answered before and after training; None: no evaluation.
+    # Problems answered before and after training; None: no evaluation. Not with fields.text, which has no prompts.
     test: str | None = None
     test_split: str = "test"
     # How files are parsed. auto goes by the suffix, and takes owner/name for a hub name if no such path
@@ -100,6 +100,11 @@ class DataConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"data.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.fields.text is not None and self.test is not None:
+            raise InputError(
+                f"data.test is {self.test!r} but data.fields.text is {self.fields.text!r}: a model of plain text has "
+                "no prompt to answer; leave data.test out"
+            )
         if self.max_length < 2:
             raise InputError(f"data.max_length is {self.max_length}: a prompt and a response need at least 2 tokens")
         if self.limit is not None and self.limit < 1:

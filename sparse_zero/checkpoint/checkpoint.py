@@ -27,15 +27,27 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint read from disk; tensors on the host."""
+    """A verified checkpoint on disk. The selection is in memory, the tensors are read when asked for."""
 
+    folder: Path
     selection: Selection
     placement: Placement
-    state: TrainingState
+    # Steps that the optimizer had taken.
+    optimizer_step: int
     # What the caller of save_checkpoint added: JSON values, such as the step of the data order.
     extra: dict[str, Any]
     base: BaseIdentity | None
     base_fingerprints: dict[str, dict[str, str]]
+
+    def read_state(self) -> TrainingState:
+        """Masters and moments, whole fp32 tensors on the host."""
+        masters, _ = read_safetensors(self.folder / "masters.safetensors", FORMAT)
+        flat, _ = read_safetensors(self.folder / "moments.safetensors", FORMAT)
+        moments: dict[str, dict[str, Any]] = {}
+        for key, tensor in flat.items():
+            moment, _, name = key.partition("/")
+            moments.setdefault(moment, {})[name] = tensor
+        return TrainingState(masters=masters, moments=moments, step=self.optimizer_step)
 
 
 def save_checkpoint(
@@ -50,8 +62,9 @@ def save_checkpoint(
         base: identity of the base's files.
     """
     folder = Path(folder)
-    state = read_training_state(engine)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    state = read_training_state(engine, keep=is_writer)
+    if is_writer:
         with new_folder(folder) as temporary:
             selection_of(engine.module).save(temporary / "selection.safetensors")
             write_safetensors(temporary / "masters.safetensors", state.masters, {"format": FORMAT})
@@ -87,17 +100,12 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder} has checkpoint format {header.get('format')!r} version {header.get('version')}, "
             f"not {FORMAT!r} up to {FORMAT_VERSION}: update sparse-zero"
         )
-    masters, _ = read_safetensors(folder / "masters.safetensors", FORMAT)
-    flat, _ = read_safetensors(folder / "moments.safetensors", FORMAT)
-    moments: dict[str, dict[str, Any]] = {}
-    for key, tensor in flat.items():
-        moment, _, name = key.partition("/")
-        moments.setdefault(moment, {})[name] = tensor
     base = header["base"]
     return Checkpoint(
+        folder=folder,
         selection=Selection.load(folder / "selection.safetensors"),
         placement=header["placement"],
-        state=TrainingState(masters=masters, moments=moments, step=header["optimizer_step"]),
+        optimizer_step=header["optimizer_step"],
         extra=header["extra"],
         base=None if base is None else BaseIdentity(name=base["name"], sha256=base["sha256"]),
         base_fingerprints=header["base_fingerprints"],
@@ -127,7 +135,7 @@ def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
             f"{folder} was trained with placement {checkpoint.placement!r}, the engine has {placement!r}, and weight "
             "decay means something else there: keep the placement, or set training.weight_decay to 0"
         )
-    state = checkpoint.state
+    state = checkpoint.read_state()
     masters = convert_values(state.masters, originals_by_name(model), checkpoint.placement, placement)
     write_training_state(engine, TrainingState(masters=masters, moments=state.moments, step=state.step))
     return checkpoint

@@ -14,6 +14,9 @@ from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import PLACEMENTS, Placement
 
+# Attribute of a sparsified model: the metadata of its selection.
+_METADATA = "_sparse_zero_selection_metadata"
+
 
 def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     """Every sparse linear of the model, by module name, in the order of the model."""
@@ -23,7 +26,7 @@ def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The selection that the model's sparse linears carry.
+    """The selection that the model's sparse linears carry, with the metadata that :func:`sparsify` was given.
 
     Raises:
         InputError: the model has none.
@@ -31,7 +34,7 @@ def selection_of(model: nn.Module) -> Selection:
     weights = {f"{name}.weight": layer.selection for name, layer in sparse_linears(model)}
     if not weights:
         raise InputError("the model has no sparse linears: call sparsify or load_adapter first")
-    return Selection(weights)
+    return Selection(weights, getattr(model, _METADATA, None))
 
 
 def placement_of(model: nn.Module) -> Placement:
@@ -109,6 +112,8 @@ def sparsify(
     selections = {weight.removesuffix(".weight"): chosen for weight, chosen in selection.weights.items()}
     keeps_input = _keeps_input(selections, module_map or default_module_map(model))
     model.requires_grad_(False)
+    # How the selection came about travels with the model into checkpoints and adapters.
+    setattr(model, _METADATA, dict(selection.metadata))
     for name, chosen in selections.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

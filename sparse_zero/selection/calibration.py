@@ -25,6 +25,7 @@ from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.config import Kind
 
 Key = tuple[str, Kind]
+FP16_LOSS_SCALE = 1024.0
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -162,6 +163,9 @@ def gradient_scores(
         by_module[candidate.module].append(candidate)
     accumulators: dict[str, _Accumulator] = {}
     num_batches = 0
+    # The gradients of a mean loss underflow in fp16; a power of two scales them up without rounding.
+    in_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    scale = FP16_LOSS_SCALE if in_fp16 else 1.0
     with ExitStack() as stack:
         stack.enter_context(_only_scored_gradients(model))
         for module, group in by_module.items():
@@ -172,7 +176,7 @@ def gradient_scores(
         for index, batch in enumerate(batches):
             num_batches += 1
             if index % world_size == rank:
-                loss_fn(model, batch).backward()
+                (loss_fn(model, batch) * scale).backward()
                 if on_batch is not None:
                     on_batch(index)
     if num_batches == 0:
@@ -190,6 +194,6 @@ def gradient_scores(
     for candidate in candidates:
         sizes = region_sizes(candidate)
         sums = flat[offset : offset + sizes.numel()].reshape(sizes.shape)
-        scores[candidate.weight, candidate.kind] = sums.abs() / (sizes * num_batches)
+        scores[candidate.weight, candidate.kind] = sums.abs() / (sizes * num_batches * scale)
         offset += sizes.numel()
     return scores, num_batches

@@ -85,6 +85,10 @@ def check_trainable_linear(model: nn.Module, module: str, tied: dict[str, list[s
         linear = model.get_submodule(module)
     except AttributeError:
         raise InputError(f"the model has no module {module!r}: the selection belongs to another model") from None
+    if hasattr(getattr(linear, "weight", None), "ds_id"):
+        raise InputError(
+            f"the weight of {module!r} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
+        )
     if type(linear) is not nn.Linear:
         raise InputError(f"module {module!r} is a {type(linear).__name__}, not a torch.nn.Linear: leave it out")
     if f"{module}.weight" in tied:

@@ -78,7 +78,9 @@ class SelectionConfig:
     """What :func:`sparse_zero.select` chooses among, and how."""
 
     # Candidate families; they may mix kinds and overlap (a block owns an entry before a row, a row before a column).
-    regions: tuple[RegionConfig, ...]
+    regions: tuple[RegionConfig, ...] = ()
+    # A selection saved earlier, used as it is instead of regions and budget.
+    file: str | None = None
     # Score of families that name none. abs_of_mean is SMT's: |mean gradient| over the region.
     score: Score = "abs_of_mean"
     # Needed when a family competes (has no per_matrix); also an upper bound on everything together.
@@ -91,8 +93,14 @@ class SelectionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.file is not None:
+            if self.regions or self.budget is not None:
+                raise InputError(
+                    f"selection.file is {self.file} and selection.regions or budget are set too: keep one of them"
+                )
+            return
         if not self.regions:
-            raise InputError("selection.regions is empty: name at least one family of regions")
+            raise InputError("selection.regions is empty: name at least one family of regions, or a selection.file")
         if self.score not in SCORES:
             raise InputError(f"selection.score is {self.score!r}: choose one of {', '.join(SCORES)}")
         if self.calibration_batches < 1:

@@ -62,6 +62,8 @@ def check_selection(model: nn.Module, config: SelectionConfig, module_map: Modul
 
     Works on a model on the meta device. Returns the candidates that :func:`select` will score.
     """
+    if config.file is not None:
+        raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
     candidates = find_candidates(model, config, module_map or default_module_map(model))
     max_parameters(config.budget, num_parameters(model))
     return candidates

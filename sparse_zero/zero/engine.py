@@ -1,12 +1,14 @@
 """How does DeepSpeed get the values and nothing else, and when are they written back into the weights?"""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_zero.errors import InputError
+from sparse_zero.files import read_json
 from sparse_zero.layers.sparsify import parameter_groups, placement_of, sparse_linears, trainable_parameters, write_back
 from sparse_zero.zero import compat
 
@@ -27,7 +29,7 @@ def _zero_stage(config: Mapping[str, Any]) -> int:
 def initialize(
     *,
     model: nn.Module,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | str | Path,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
     model_parameters: Any = None,
     **kwargs: Any,
@@ -36,7 +38,7 @@ def initialize(
 
     Args:
         model: a model that :func:`sparse_zero.sparsify` has prepared, on every rank alike.
-        config: DeepSpeed's config.
+        config: DeepSpeed's config, or the name of its JSON file.
         optimizer: an optimizer over :func:`sparse_zero.parameter_groups`, or a function from those groups
             to one; default: what ``config`` names.
         model_parameters: optimizer groups; default: one group per region kind.
@@ -46,11 +48,18 @@ def initialize(
         ``(engine, optimizer, loader, scheduler)``, as DeepSpeed does.
 
     Raises:
-        InputError: something besides values requires grad, or an inplace model at stage 3.
+        InputError: something besides values requires grad, an inplace model at stage 3, or stage 0 without fp32.
     """
     import deepspeed
 
+    if isinstance(config, str | Path):
+        config = read_json(Path(config))
     _check_only_values_train(model)
+    low = [name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")]
+    if low and _zero_stage(config) == 0:
+        raise InputError(
+            f"zero stage 0 with {low[0]} is not supported (its masters cannot be saved): use stage 1 to 3, or fp32"
+        )
     if _zero_stage(config) == 3 and placement_of(model) == "inplace":
         raise InputError(
             "zero stage 3 shards the weights that placement 'inplace' writes into: "

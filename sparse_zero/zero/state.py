@@ -23,22 +23,25 @@ class TrainingState:
     step: int
 
 
-def _host(tensor: Tensor) -> Tensor:
+def _host(tensor: Tensor, keep: bool) -> Tensor:
+    """A fp32 copy on the host; an empty one on ranks that only take part in the collective."""
+    if not keep:
+        return torch.empty(0)
     return tensor.detach().to("cpu", torch.float32, copy=True).reshape(-1)
 
 
-def read_masters(engine: Any) -> dict[str, Tensor]:
-    """The fp32 masters of all values, whole, on the host of every rank. Collective."""
+def read_masters(engine: Any, *, keep: bool = True) -> dict[str, Tensor]:
+    """The fp32 masters of all values, whole, on the host. Collective; ranks with ``keep`` False get empty tensors."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {
-        name: _host(safe_get_full_fp32_param(parameter) if compat.is_partitioned(parameter) else parameter)
+        name: _host(safe_get_full_fp32_param(parameter) if compat.is_partitioned(parameter) else parameter, keep)
         for name, parameter in trainable_parameters(engine.module).items()
     }
 
 
-def read_training_state(engine: Any) -> TrainingState:
-    """Masters, moments and step counter, whole, on the host of every rank. Collective."""
+def read_training_state(engine: Any, *, keep: bool = True) -> TrainingState:
+    """Masters, moments and step counter, whole, on the host. Collective; see :func:`read_masters` for ``keep``."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = compat.optimizer_step_count(engine)
@@ -49,10 +52,10 @@ def read_training_state(engine: Any) -> TrainingState:
         moments[key] = {}
         for name, parameter in trainable_parameters(engine.module).items():
             if compat.is_partitioned(parameter):
-                moments[key][name] = _host(safe_get_full_optimizer_state(parameter, key))
+                moments[key][name] = _host(safe_get_full_optimizer_state(parameter, key), keep)
             else:
-                moments[key][name] = _host(compat.inner_optimizer(engine).state[parameter][key])
-    return TrainingState(masters=read_masters(engine), moments=moments, step=step)
+                moments[key][name] = _host(compat.inner_optimizer(engine).state[parameter][key], keep)
+    return TrainingState(masters=read_masters(engine, keep=keep), moments=moments, step=step)
 
 
 @torch.no_grad()

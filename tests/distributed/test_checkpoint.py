@@ -23,6 +23,14 @@ def test_invariant_5_resume_is_bitwise_at_equal_configuration(written):
         assert entry["optimizer_step"] == 3
 
 
+def test_invariant_5_resume_is_bitwise_in_bf16(tmp_path):
+    report = run_ranks("tests.distributed.workers:write_checkpoints", 2, folder=str(tmp_path), bf16=True)
+    assert [entry["stage"] for entry in report] == [1, 2, 3]
+    for entry in report:
+        assert entry["resumed"] == entry["uninterrupted"], entry
+        assert entry["uninterrupted"] != entry["before"][:2]
+
+
 def test_invariant_5_resume_at_another_world_size_and_stage(written, folder):
     report = run_ranks("tests.distributed.workers:resume_elsewhere", 1, folder=str(folder), decay=0.1)
     expected = {entry["stage"]: entry["uninterrupted"] for entry in written}

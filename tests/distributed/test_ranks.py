@@ -31,6 +31,14 @@ def test_adapters_and_merge_reproduce_what_training_used(world_size, tmp_path):
             assert "sharded by ZeRO-3" in entry["merge_error"]
 
 
+def test_adapters_hold_the_fp32_masters_of_a_bf16_run(tmp_path):
+    for entry in run_ranks("tests.distributed.workers:adapters", 2, folder=str(tmp_path), bf16=True):
+        assert entry[f"{entry['placement']}_difference"] == 0.0, entry
+        if entry["stage"] < 3:
+            # Under delta the sum is rounded once.
+            assert entry["merged_equals_training"] or entry["placement"] == "delta", entry
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_non_finite_gradient_skips_the_step_on_all_ranks(world_size):
     for entry in run_ranks("tests.distributed.workers:non_finite_steps", world_size):
@@ -43,6 +51,7 @@ def test_initialize_refuses_what_would_not_train_as_asked():
     assert "no trainable values" in found["dense"]
     assert "lm_head.weight requires grad" in found["extra"]
     assert "placement='delta'" in found["stage3"]
+    assert "zero stage 0 with bf16" in found["stage0"]
 
 
 def test_values_are_written_back_once_per_accumulation_boundary():

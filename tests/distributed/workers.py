@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sparse_zero as sz
 import sparse_zero.zero.engine as engine_module
 from sparse_zero.layers.sparsify import selection_of, write_back
-from sparse_zero.zero.compat import inner_optimizer
+from sparse_zero.zero.compat import inner_optimizer, is_partitioned, link_optimizer_states
 from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.state import read_masters
 from tests.sparse_zero.helpers import TinyModel, mixed_selection, owner_matrix, tiny_loss
@@ -20,10 +22,11 @@ GLOBAL_BATCH, LENGTH, VOCABULARY = 8, 9, 32
 LEARNING_RATE, DECAY, CLIP = 3e-2, 0.1, 0.5
 
 
-def make_model() -> TinyModel:
+def make_model(bf16: bool = False) -> TinyModel:
     """The same weights on every rank and in every combination."""
     torch.manual_seed(7)
-    return TinyModel(vocabulary=VOCABULARY)
+    model = TinyModel(vocabulary=VOCABULARY)
+    return model.bfloat16() if bf16 else model
 
 
 def make_batches(steps: int) -> Tensor:
@@ -59,7 +62,9 @@ def dense_reference(placement: Placement, steps: int, decay: float = DECAY) -> t
     return losses, {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def make_engine(model: nn.Module, stage: int, micro_batch: int, accumulation: int, decay: float = DECAY) -> Any:
+def make_engine(
+    model: nn.Module, stage: int, micro_batch: int, accumulation: int, decay: float = DECAY, bf16: bool = False
+) -> Any:
     """A real engine over the values, AdamW from torch."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -67,6 +72,7 @@ def make_engine(model: nn.Module, stage: int, micro_batch: int, accumulation: in
         "gradient_clipping": CLIP,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
     }
     engine, *_ = sz.initialize(
@@ -165,11 +171,17 @@ def invariants_1_and_3(steps: int) -> list[dict[str, Any]]:
     return report
 
 
-def sparse_engine(stage: int, placement: Placement, decay: float = DECAY, selection: sz.Selection | None = None) -> Any:
+def sparse_engine(
+    stage: int,
+    placement: Placement,
+    decay: float = DECAY,
+    selection: sz.Selection | None = None,
+    bf16: bool = False,
+) -> Any:
     """An engine over the tiny model whose micro-batch fills the global batch at this world size."""
-    model = make_model()
+    model = make_model(bf16)
     sz.sparsify(model, selection or mixed_selection(model), placement)
-    return make_engine(model, stage, GLOBAL_BATCH // dist.get_world_size(), 1, decay)
+    return make_engine(model, stage, GLOBAL_BATCH // dist.get_world_size(), 1, decay, bf16)
 
 
 def train_whole(engine: Any, batches: Tensor) -> list[float]:
@@ -182,19 +194,24 @@ PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "delta"), (2, "
 OTHER_PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "inplace"), (2, "delta"), (3, "delta"))
 
 
-def write_checkpoints(folder: str) -> list[dict[str, Any]]:
+def places(bf16: bool) -> tuple[tuple[int, Placement], ...]:
+    """Stage 0 is for fp32 only."""
+    return PLACES[1:] if bf16 else PLACES
+
+
+def write_checkpoints(folder: str, bf16: bool = False) -> list[dict[str, Any]]:
     """Train three steps, save, train two more; a second engine loads and trains the two again."""
     report = []
-    for stage, placement in PLACES:
+    for stage, placement in places(bf16):
         batches = make_batches(5)
-        engine = sparse_engine(stage, placement)
+        engine = sparse_engine(stage, placement, bf16=bf16)
         before = train_whole(engine, batches[:3])
         path = Path(folder) / f"stage{stage}"
         sz.save_checkpoint(engine, path, extra={"step": 3})
         uninterrupted = train_whole(engine, batches[3:])
         engine.destroy()
         checkpoint = sz.read_checkpoint(path)
-        resumed_engine = sparse_engine(stage, placement, selection=checkpoint.selection)
+        resumed_engine = sparse_engine(stage, placement, selection=checkpoint.selection, bf16=bf16)
         loaded = sz.load_checkpoint(resumed_engine, path)
         resumed = train_whole(resumed_engine, batches[3:])
         resumed_engine.destroy()
@@ -205,7 +222,7 @@ def write_checkpoints(folder: str) -> list[dict[str, Any]]:
                 "uninterrupted": uninterrupted,
                 "resumed": resumed,
                 "extra": loaded.extra,
-                "optimizer_step": checkpoint.state.step,
+                "optimizer_step": checkpoint.optimizer_step,
             }
         )
     return report
@@ -262,12 +279,12 @@ def select_on_ranks() -> dict[str, Any]:
     return {"digests": digests, "disagreement": caught}
 
 
-def adapters(folder: str) -> list[dict[str, Any]]:
+def adapters(folder: str, bf16: bool = False) -> list[dict[str, Any]]:
     """Train, save an adapter from the engine, load it on a fresh base in both placements, and merge."""
     report = []
     batch = make_batches(1)[0]
-    for stage, placement in PLACES:
-        engine = sparse_engine(stage, placement, decay=0.0)
+    for stage, placement in places(bf16):
+        engine = sparse_engine(stage, placement, decay=0.0, bf16=bf16)
         train_whole(engine, make_batches(3))
         engine.eval()
         with torch.no_grad():
@@ -276,7 +293,7 @@ def adapters(folder: str) -> list[dict[str, Any]]:
         sz.save_adapter(engine, path, base=sz.BaseIdentity(name="tiny", sha256="0" * 64))
         entry: dict[str, Any] = {"stage": stage, "placement": placement}
         for loaded_placement in PLACEMENTS:
-            model = make_model()
+            model = make_model(bf16)
             sz.load_adapter(model, path, placement=loaded_placement)
             with torch.no_grad():
                 entry[f"{loaded_placement}_difference"] = float((model(batch) - trained).abs().max())
@@ -286,7 +303,7 @@ def adapters(folder: str) -> list[dict[str, Any]]:
             sz.merge(engine.module)
             merged = dict(engine.module.named_parameters())
             entry["merged_equals_training"] = all(
-                torch.equal(merged[name], weight) for name, weight in in_engine.items()
+                torch.equal(merged[name], weight.to(merged[name].dtype)) for name, weight in in_engine.items()
             )
         else:
             try:
@@ -334,13 +351,15 @@ def non_finite_steps() -> list[dict[str, Any]]:
 def refusals() -> dict[str, str]:
     """What initialize refuses by name."""
     found = {}
-    cases = {"dense": make_model(), "extra": make_model(), "stage3": make_model()}
+    cases = {"dense": make_model(), "extra": make_model(), "stage3": make_model(), "stage0": make_model(bf16=True)}
+    sz.sparsify(cases["stage0"], mixed_selection(cases["stage0"]), "inplace")
     sz.sparsify(cases["extra"], mixed_selection(cases["extra"]), "inplace")
     cases["extra"].lm_head.weight.requires_grad_(True)
     sz.sparsify(cases["stage3"], mixed_selection(cases["stage3"]), "inplace")
     for name, model in cases.items():
         try:
-            make_engine(model, 3 if name == "stage3" else 2, GLOBAL_BATCH, 1)
+            stage = {"stage3": 3, "stage0": 0}.get(name, 2)
+            make_engine(model, stage, GLOBAL_BATCH, 1, bf16=name == "stage0")
         except sz.InputError as error:
             found[name] = str(error)
     return found
@@ -367,47 +386,61 @@ def write_back_calls() -> dict[str, int]:
     return {"at_start": at_start, "during_training": calls - at_start, "weights_equal_values": int(equal)}
 
 
+class _CountTraffic(TorchDispatchMode):
+    """Bytes that collectives move: of each, the largest tensor handed to it (a gather's output, say)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.bytes += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+            self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
 def communicated_bytes(stage: int) -> dict[str, int]:
-    """Bytes of the tensors that this rank hands to collectives in one optimizer step after the first."""
-    counted = {"bytes": 0, "calls": 0}
-    names = (
-        "all_reduce",
-        "reduce",
-        "broadcast",
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_single",
-        "reduce_scatter_tensor",
-        "reduce_scatter_single",
-        "reduce_scatter",
-    )
-    # Of the gathers, the first argument is the output: as large as what all ranks send together.
-    real = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
-
-    def counting(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            tensors = first if isinstance(first, list) else [first]
-            counted["bytes"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            counted["calls"] += 1
-            return real[name](*args, **kwargs)
-
-        return call
-
+    """Bytes that collectives move in one optimizer step after the first."""
     engine = sparse_engine(stage, "inplace")
     batches = make_batches(2)
     size = GLOBAL_BATCH // dist.get_world_size()
     train_whole(engine, batches[:1])
-    for name in real:
-        setattr(dist, name, counting(name))
-    try:
-        start = dist.get_rank() * size
+    start = dist.get_rank() * size
+    with _CountTraffic() as traffic:
         engine.backward(tiny_loss(engine, batches[1][start : start + size]))
         engine.step()
-    finally:
-        for name, function in real.items():
-            setattr(dist, name, function)
     values = selection_of(engine.module).num_parameters
     dense = sum(parameter.numel() for parameter in engine.module.parameters())
     engine.destroy()
-    return {**counted, "value_bytes": 4 * values, "dense_bytes": 4 * dense}
+    return {"bytes": traffic.bytes, "calls": traffic.calls, "value_bytes": 4 * values, "dense_bytes": 4 * dense}
+
+
+def private_names() -> dict[str, Any]:
+    """What sparse_zero.zero.compat relies on, as this DeepSpeed has it."""
+    found: dict[str, Any] = {}
+    for stage, placement in PLACES[1:]:
+        engine = sparse_engine(stage, placement)
+        optimizer = engine.optimizer
+        parameter = next(iter(sz.trainable_parameters(engine.module).values()))
+        entry: dict[str, Any] = {
+            "inner_is_torch": isinstance(optimizer.optimizer, torch.optim.AdamW),
+            "overflow": hasattr(optimizer, "overflow"),
+            "partitioned": is_partitioned(parameter),
+        }
+        train_whole(engine, make_batches(1))
+        if stage < 3:
+            entry["links"] = hasattr(optimizer, "_hp_optimizer_states_linked")
+            values = list(sz.trainable_parameters(engine.module).values())
+            mapped = [p for p in values if p._hp_mapping is not None]
+            entry["linked_before"] = sum("exp_avg" in p._hp_mapping.optim_fragment for p in mapped) == len(mapped)
+            link_optimizer_states(engine)
+            entry["linked_after"] = sum("exp_avg" in p._hp_mapping.optim_fragment for p in mapped) == len(mapped)
+        else:
+            entry["flat_groups"] = len(optimizer.fp32_partitioned_groups_flat)
+            entry["shard"] = hasattr(parameter, "ds_tensor") and hasattr(parameter, "ds_process_group")
+        found[str(stage)] = entry
+        engine.destroy()
+    return found

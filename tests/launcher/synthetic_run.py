@@ -101,7 +101,6 @@ def summary() -> dict[str, Any]:
         "world_size": 2,
         "steps": 150,
         "final_loss": 0.3622,
-        "by_module": {"q_proj": 400_000, "k_proj": 300_000, "v_proj": 676_256},
     }  # fmt: skip
 
 

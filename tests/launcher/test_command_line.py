@@ -27,13 +27,16 @@ def make(**cluster: Any) -> RunConfig:
     )
 
 
-def command(num_gpus: int | None, devices: list[str] | None = None, **cluster: Any) -> list[str]:
+def command(
+    num_gpus: int | None, devices: list[str] | None = None, master_port: int = 29500, **cluster: Any
+) -> list[str]:
     return worker_command(
         make(**cluster),
         "/c/run.yaml",
         OVERRIDES,
         python="py",
         num_gpus=num_gpus,
+        master_port=master_port,
         devices=devices,
         script="/s/train.py",
     )
@@ -75,7 +78,9 @@ def test_deepspeed_understands_the_commands() -> None:
 def test_pdsh_refuses_what_it_would_change() -> None:
     def pdsh(override: str) -> list[str]:
         config = make(launcher="pdsh", hostfile="hosts")
-        return worker_command(config, "/c/run.yaml", [override], python="py", num_gpus=2, script="/s/train.py")
+        return worker_command(
+            config, "/c/run.yaml", [override], python="py", num_gpus=2, master_port=7, script="/s/train.py"
+        )
 
     assert pdsh("--data.train=my data.json")[-1] == "--data.train=my data.json"  # quoted by DeepSpeed
     for unsafe in ("--data.train=my $HOME", "--data.train=a `b`", "--data.train=%h"):
@@ -120,5 +125,5 @@ def test_torchrun_understands_the_commands() -> None:
 
 def test_config_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    built = worker_command(make(), "run.yaml", [], python="py", num_gpus=1, script="/s/train.py")
+    built = worker_command(make(), "run.yaml", [], python="py", num_gpus=1, master_port=7, script="/s/train.py")
     assert built[-1] == str(tmp_path / "run.yaml")

@@ -1,18 +1,26 @@
 """Do the commands that need no training do what they say?"""
 
+import json
 import re
 import shlex
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launcher import evaluating
 from launcher.__main__ import main
+from launcher.config import parse_config
+from launcher.world import World
 from launcher.yaml_files import dump_yaml
+from sparse_zero.collectives import PeerError
+from sparse_zero.errors import InputError
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
-from tests.launcher.test_bad_input import run_mapping
+from tests.launcher.test_bad_input import clear_ranks, run_mapping
+from tests.models.tiny import write_tiny_llama
 
 
 @pytest.fixture
@@ -56,6 +64,112 @@ def test_launch_returns_the_launchers_exit_code(run_file: Path, monkeypatch: pyt
     failing = [sys.executable, "-c", "raise SystemExit(7)"]
     monkeypatch.setattr("launcher.commands.launch.worker_command", lambda *_, **__: failing)
     assert main(["launch", "--config", str(run_file), "--cluster.ranks_per_node=2"]) == 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the number of ranks is that of a machine without GPUs")
+def test_two_runs_on_one_machine_get_two_ports(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def port(*overrides: str) -> int:
+        assert main(["launch", "--config", str(run_file), "--dry-run", *overrides]) == 0
+        words = shlex.split(capsys.readouterr().out)
+        if "--master_port" in words:
+            return int(words[words.index("--master_port") + 1])
+        return int(words[words.index("--rdzv_endpoint") + 1].rpartition(":")[2])
+
+    for launcher in ("local", "torchrun"):
+        found = port(f"--cluster.launcher={launcher}")
+        with socket.socket() as first:
+            first.bind(("", found))  # The port was free, and with a run on it the next run gets another.
+            assert port(f"--cluster.launcher={launcher}") != found
+        assert port(f"--cluster.launcher={launcher}", "--cluster.master_port=1234") == 1234
+    # Several nodes have no way to tell each other a free one.
+    across = ("--cluster.launcher=torchrun", "--cluster.num_nodes=2", "--cluster.master_address=node0")
+    assert port(*across) == 29500
+    assert port(*across, "--cluster.master_port=7") == 7
+
+
+TEST_RECORDS = json.dumps([{"instruction": f"Add {i} and 3.", "output": "", "answer": str(i + 3)} for i in range(3)])
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, problems and a run that has evaluated for itself; the ranks' variables are undone."""
+    clear_ranks(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_tiny_llama(tmp_path / "model-folder")
+    (tmp_path / "sums.v2.json").write_text(TEST_RECORDS, encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(dump_yaml(run_mapping()), encoding="utf-8")
+    for name in ("base", "tuned"):
+        path = tmp_path / "out" / "evaluation" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("the run's own")
+    return tmp_path
+
+
+EVALUATE = ["evaluate", "--config", "run.yaml", "--data.test=sums.v2.json", "--data.evaluation.max_new_tokens=2"]
+
+
+def test_evaluate_leaves_the_runs_own_evaluation_alone(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(EVALUATE) == 0
+    assert "of 3 correct" in capsys.readouterr().out
+    folder = evaluated / "out" / "evaluation"
+    assert sorted(path.name for path in folder.iterdir()) == ["base-sums.v2.json", "base.json", "tuned.json"]
+    assert {(folder / name).read_text() for name in ("base.json", "tuned.json")} == {"the run's own"}
+    assert json.loads((folder / "base-sums.v2.json").read_text())["num_problems"] == 3
+
+    assert main([*EVALUATE, "--out", "new/answers.json"]) == 0
+    assert (evaluated / "new" / "answers.json").read_bytes() == (folder / "base-sums.v2.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "test", "name"),
+    [
+        (None, "data/test.json", "base-test"),
+        ("runs/mine/adapter", "data/test.json", "mine-test"),
+        ("runs/mine/adapter", "data/", "mine-data"),
+        ("runs/mine/adapter", "owner/name:main", "mine-name-main"),
+        ("runs/a b/adapter", "test.json", "a-b-test"),
+        ("runs/base/adapter", "test.json", "adapter-test"),
+        ("/adapter", "test.json", "adapter-test"),
+    ],
+)
+def test_evaluations_are_named_by_who_answered_what(adapter: str | None, test: str, name: str) -> None:
+    config = parse_config({**run_mapping(), "data": {"train": "t.json", "test": test}})
+    found = evaluating.evaluation_file(config, None if adapter is None else Path(adapter))
+    assert found == Path("out/evaluation") / f"{name}.json"
+
+
+def test_evaluate_ends_with_2_where_another_rank_failed(
+    evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise PeerError("rank 1 failed")
+
+    monkeypatch.setattr(evaluating, "load_merged", fails)
+    assert main(EVALUATE) == 2
+    assert "error" not in capsys.readouterr().err
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("local_rank", "speaks", "lines"), [(0, False, 1), (1, False, 0), (1, True, 1)])
+def test_what_all_ranks_find_wrong_is_said_once(
+    evaluated: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_rank: int,
+    speaks: bool,
+    lines: int,
+) -> None:
+    def fails(*_: object) -> None:
+        error = InputError("a problem is too long")
+        error.speaks_for_all = speaks
+        raise error
+
+    world = World(rank=local_rank, world_size=2, local_rank=local_rank, device=torch.device("cpu"), launcher="test")
+    monkeypatch.setattr(evaluating, "join_world", lambda: world)
+    monkeypatch.setattr(evaluating, "load_merged", lambda *_: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(evaluating, "evaluate_model", fails)
+    assert main(EVALUATE) == 2
+    assert capsys.readouterr().err.count("a problem is too long") == lines
 
 
 @pytest.fixture

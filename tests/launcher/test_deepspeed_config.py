@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from launcher.config import RunConfig, parse_config
-from launcher.deepspeed_config import accumulation_steps, check_own_config, deepspeed_config
+from launcher.deepspeed_config import (
+    accumulation_steps,
+    check_own_config,
+    deepspeed_config,
+    validate_with_deepspeed,
+)
 from sparse_zero.errors import InputError
 
 
@@ -103,6 +108,73 @@ def test_own_config_is_the_start_and_its_auto_values_are_filled(tmp_path: Path) 
     expected = {"stage": 2, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu"}}
     assert settings["zero_optimization"] == expected
     assert "auto" not in json.dumps(settings)
+
+
+def test_before_the_world_is_known_what_depends_on_it_is_left_alone() -> None:
+    own = {"train_batch_size": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+    check_own_config(make(own=own))
+    settings = deepspeed_config(make(own=own), None)
+    assert not {"train_batch_size", "gradient_accumulation_steps"} & set(settings)
+    assert settings["gradient_clipping"] == 1.0
+    # 3 steps may be right or wrong: 32 samples in micro-batches of 4 take as many on 3 ranks, and 4 on 2.
+    fixed = make(own={"gradient_accumulation_steps": 3, "train_batch_size": 32})
+    assert deepspeed_config(fixed, None)["gradient_accumulation_steps"] == 3
+    assert deepspeed_config(fixed, 3)["gradient_accumulation_steps"] == 3
+    with pytest.raises(InputError, match="^gradient_accumulation_steps is 3 .* but 4 by training.global_batch_size"):
+        deepspeed_config(fixed, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 16])
+def test_deepspeed_accepts_the_settings_of_any_world(world_size: int) -> None:
+    settings = deepspeed_config(make(own=OWN), world_size)
+    before = json.dumps(settings)
+    validate_with_deepspeed(settings, world_size)
+    assert json.dumps(settings) == before
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "message"),
+    [
+        ({}, {"overlap_com": True}, r"^zero_optimization\.overlap_com is unknown to DeepSpeed: .*\(zero\.options\.overlap_com\); did you mean overlap_comm\?$"),
+        ({}, {"offload_optimizer": {"device": "cpu", "pin": True}}, r"^zero_optimization\.offload_optimizer\.pin is unknown .*; remove it$"),
+        ({}, {"reduce_bucket_size": "many"}, r"^zero_optimization\.reduce_bucket_size is 'many', which DeepSpeed refuses"),
+        ({}, {"offload_optimizer": {"device": "gpu"}}, r"^zero_optimization\.offload_optimizer\.device is 'gpu', which DeepSpeed refuses"),
+        ({"fp16": {"loss_scale_windo": 3}}, {}, r"^fp16\.loss_scale_windo is unknown to DeepSpeed: it stands in zero\.config; remove it$"),
+        ({"tensorboard": {"enabled": True, "foo": 1}}, {}, r"^tensorboard\.foo is unknown to DeepSpeed"),
+        ({"communication_data_type": "x"}, {}, r"^DeepSpeed refuses the config of zero\.config .*communication_data_type"),
+        ({"elasticity": {"enabled": True}}, {}, r"^DeepSpeed refuses .*'elasticity'"),
+        ({"activation_checkpointing": 3}, {}, r"^DeepSpeed refuses the config"),
+    ],
+    ids=lambda value: "",
+)  # fmt: skip
+def test_what_deepspeed_refuses_is_one_line_with_the_key(own: Any, options: dict[str, Any], message: str) -> None:
+    settings = deepspeed_config(make(own=own, options=options), 2)
+    with pytest.raises(InputError, match=message) as error:
+        validate_with_deepspeed(settings, 2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        ({"wandb": {"enabled": True, "api_key": "1234"}}, "wandb.api_key"),
+        ({"comet": {"API-Key": "1234"}}, "comet.API-Key"),
+        ({"a": {"b": [{"hf_token": "1234"}]}}, "a.b.0.hf_token"),
+        ({"accessToken": "1234"}, "accessToken"),
+        ({"login": {"passwords": ["1234"]}}, "login.passwords"),
+        ({"client_secret": "1234"}, "client_secret"),
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(own: Any, name: str) -> None:
+    with pytest.raises(InputError, match="environment variable") as error:
+        check_own_config(make(own=own))
+    assert str(error.value).startswith(f"{name} is a secret in the DeepSpeed config zero.config")
+    assert "1234" not in str(error.value)
+
+
+def test_what_only_looks_like_a_secret_passes() -> None:
+    own = {"tokenizer": "x", "max_tokens": 5, "wandb": {"api_key": "", "token": None}, "secretary": "y"}
+    assert deepspeed_config(make(own=own), None)["tokenizer"] == "x"
 
 
 def test_values_that_agree_are_accepted() -> None:

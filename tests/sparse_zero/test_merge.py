@@ -164,7 +164,7 @@ def adapter(tmp_path):
     torch.manual_seed(0)
     base = TinyModel()
     model = copy.deepcopy(base)
-    sz.sparsify(model, mixed_selection(model), "inplace")
+    sz.sparsify(model, sz.Selection(mixed_selection(model).weights, {"made by": "the test"}), "inplace")
     with torch.no_grad():
         for values in sz.trainable_parameters(model).values():
             values.add_(torch.randn_like(values))
@@ -179,6 +179,7 @@ def test_an_adapter_is_small_and_loads_on_its_base(adapter):
     tokens = torch.arange(18).reshape(2, 9)
     loaded = copy.deepcopy(base)
     selection = sz.load_adapter(loaded, folder, trainable=True)
+    assert selection.metadata == {"made by": "the test"}
     assert torch.equal(loaded(tokens), model(tokens))
     assert sum(p.numel() for p in sz.trainable_parameters(loaded).values()) == selection.num_parameters
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -247,6 +247,13 @@ def test_bad_selections_are_named(make_config, message):
         sz.select(make_model(tie=True), None, make_config())
 
 
+def test_a_saved_selection_leaves_nothing_to_select():
+    with pytest.raises(InputError, match="keep one of them"):
+        sz.SelectionConfig(file="chosen.safetensors", budget=sz.BudgetConfig(parameters=10))
+    with pytest.raises(InputError, match="nothing is left to select"):
+        sz.select(make_model(), None, sz.SelectionConfig(file="chosen.safetensors"))
+
+
 def test_gradient_scores_without_batches_are_refused():
     with pytest.raises(InputError, match="pass calibration batches"):
         sz.select(make_model(), None, config(), tiny_loss)
