@@ -1,12 +1,14 @@
 """Which command did the user type, and how does a wrong one end?"""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from launcher.commands import evaluate, export, inspect, launch, report, select, train
 from launcher.commands.common import Parser
+from launcher.process_ranks import reports_errors
 from sparse_zero.errors import InputError
 
 _COMMANDS = (train, launch, select, inspect, evaluate, export, report)
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except InputError as error:
-        print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if reports_errors(error, os.environ):
+            print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparse-zero: interrupted", file=sys.stderr)

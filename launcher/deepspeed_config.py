@@ -88,12 +88,12 @@ def validate_with_deepspeed(settings: Mapping[str, Any], world_size: int) -> Non
     Raises:
         InputError: a key that DeepSpeed does not know, or a value that it refuses, by its dotted name.
     """
-    import torch.distributed as dist  # both take seconds to import
+    from deepspeed import comm  # takes seconds
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
     tried = copy.deepcopy(dict(settings))
-    if not dist.is_initialized():
+    if not comm.is_initialized():
         # DeepSpeed then takes one rank for granted, and would find the product of the batch sizes wrong.
         tried["train_batch_size"] //= world_size
     try:

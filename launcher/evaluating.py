@@ -74,10 +74,10 @@ def evaluate_run(config: RunConfig, adapter: Path | None, out: Path | None = Non
         out: the file of the predictions; None: :func:`evaluation_file`.
 
     Returns:
-        0; 2 where another rank, or another process of this node, reports what is wrong.
+        0; 2 where another rank reports what is wrong.
 
     Raises:
-        InputError: the data, the model or the adapter cannot be used; only on the ranks that are to report it.
+        InputError: the data, the model or the adapter cannot be used.
     """
     if out is None:
         out = evaluation_file(config, adapter)
@@ -88,11 +88,9 @@ def evaluate_run(config: RunConfig, adapter: Path | None, out: Path | None = Non
     except PeerError:
         leave_world()
         return _EXIT_INPUT
-    except InputError as error:
+    except InputError:
         leave_world()
-        if error.speaks_for_all or world.local_rank == 0:
-            raise
-        return _EXIT_INPUT
+        raise
     leave_world()
     return 0
 

@@ -237,6 +237,16 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     )
 
 
+def reports_errors(error: InputError, environ: Mapping[str, str]) -> bool:
+    """Whether this process prints ``error``: what all ranks of a node met is said once, by local rank 0."""
+    if error.speaks_for_all:
+        return True
+    try:
+        return find_ranks(environ).local_rank == 0
+    except InputError:
+        return True
+
+
 def first_host(node_list: str) -> str:
     """The first name of Slurm's compressed list: ``node[007-009,12],big1`` gives ``node007``.
 

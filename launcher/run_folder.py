@@ -23,7 +23,6 @@ FREE_KEYS = (
     "training.gradient_checkpointing",
     "training.max_nonfinite_steps",
     "training.validation_every",
-    "data.evaluation",
     "data.validation",
     "data.validation_split",
     "zero.stage",
@@ -191,7 +190,7 @@ def find_start(folder: RunFolder, config: RunConfig) -> Path | None:
         if later is not None and later.resolve() != path.resolve():
             # What came later would be mixed with what comes now, in the metrics and among the checkpoints.
             raise InputError(
-                f"checkpoint.resume is {resume}, but the run in output.folder {folder.path} went on after it ({later}): "
-                "name another output.folder, or delete what is later"
+                f"checkpoint.resume is {resume}, but the run in output.folder {folder.path} went on after it "
+                f"({later}): name another output.folder, or delete what is later"
             )
     return path

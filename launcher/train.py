@@ -26,7 +26,7 @@ from launcher.preparing import (
     pad_token_id,
     prepare,
 )
-from launcher.process_ranks import find_ranks
+from launcher.process_ranks import find_ranks, reports_errors
 from launcher.report import write_report
 from launcher.run_folder import RunFolder
 from launcher.stopping import Stopped, stoppable
@@ -254,17 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(load_config(args.config, overrides))
     except InputError as error:
-        if error.speaks_for_all or _is_first_here():
+        if reports_errors(error, os.environ):
             print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_INPUT
-
-
-def _is_first_here() -> bool:
-    """Whether this process reports what every rank of its node meets: its local rank is 0, or unknown."""
-    try:
-        return find_ranks(os.environ).local_rank == 0
-    except InputError:
-        return True
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def speak_once(world: World) -> None:
         print(f"sparse-zero: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
     if world.is_main:
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         warnings.simplefilter("ignore", FutureWarning)
     else:
         warnings.simplefilter("ignore")

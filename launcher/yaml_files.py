@@ -48,6 +48,16 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+# Line ends of Unicode that YAML folds into spaces unless the text is in double quotes.
+_LINE_ENDS = frozenset("\x85\u2028\u2029")
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _LINE_ENDS & set(text) else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
 # The loader knows only these three, null and the merge key; the dumper knows them besides the 1.1 ones.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.run_folder import check_out_file
+from sparse_zero.errors import InputError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
     config = read_run(args)
     out = Path(args.out) if args.out else Path(config.output.folder) / "selection.safetensors"
+    if not args.out and out.exists():
+        raise InputError(f"{out} belongs to the run in output.folder: name another file with --out")
     check_out_file(out, "--out" if args.out else "the selection file in output.folder")
     from launcher import train  # heavy: torch and DeepSpeed
 

@@ -52,15 +52,14 @@ def initialize(
     """
     import deepspeed
 
-    if isinstance(config, str | Path):
-        config = read_json(Path(config))
+    settings: Mapping[str, Any] = config if isinstance(config, Mapping) else read_json(Path(config))
     _check_only_values_train(model)
-    low = [name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")]
-    if low and _zero_stage(config) == 0:
+    low = [name for name in ("bf16", "fp16") if (settings.get(name) or {}).get("enabled")]
+    if low and _zero_stage(settings) == 0:
         raise InputError(
             f"zero stage 0 with {low[0]} is not supported (its masters cannot be saved): use stage 1 to 3, or fp32"
         )
-    if _zero_stage(config) == 3 and placement_of(model) == "inplace":
+    if _zero_stage(settings) == 3 and placement_of(model) == "inplace":
         raise InputError(
             "zero stage 3 shards the weights that placement 'inplace' writes into: "
             "sparsify with placement='delta', or use a stage up to 2"
@@ -69,7 +68,7 @@ def initialize(
         model=model,
         optimizer=optimizer,
         model_parameters=parameter_groups(model) if model_parameters is None else model_parameters,
-        config=dict(config),
+        config=dict(settings),
         **kwargs,
     )
     attach(engine)

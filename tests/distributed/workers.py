@@ -433,7 +433,7 @@ def private_names() -> dict[str, Any]:
         train_whole(engine, make_batches(1))
         if stage < 3:
             entry["links"] = hasattr(optimizer, "_hp_optimizer_states_linked")
-            values = list(sz.trainable_parameters(engine.module).values())
+            values: list[Any] = list(sz.trainable_parameters(engine.module).values())
             mapped = [p for p in values if p._hp_mapping is not None]
             entry["linked_before"] = sum("exp_avg" in p._hp_mapping.optim_fragment for p in mapped) == len(mapped)
             link_optimizer_states(engine)

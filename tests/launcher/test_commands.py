@@ -164,6 +164,8 @@ def test_what_all_ranks_find_wrong_is_said_once(
         error.speaks_for_all = speaks
         raise error
 
+    for name, value in {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     world = World(rank=local_rank, world_size=2, local_rank=local_rank, device=torch.device("cpu"), launcher="test")
     monkeypatch.setattr(evaluating, "join_world", lambda: world)
     monkeypatch.setattr(evaluating, "load_merged", lambda *_: (torch.nn.Linear(1, 1), None))

@@ -120,7 +120,7 @@ def test_before_the_world_is_known_what_depends_on_it_is_left_alone() -> None:
     fixed = make(own={"gradient_accumulation_steps": 3, "train_batch_size": 32})
     assert deepspeed_config(fixed, None)["gradient_accumulation_steps"] == 3
     assert deepspeed_config(fixed, 3)["gradient_accumulation_steps"] == 3
-    with pytest.raises(InputError, match="^gradient_accumulation_steps is 3 .* but 4 by training.global_batch_size"):
+    with pytest.raises(InputError, match=r"^gradient_accumulation_steps is 3 .* but 4 by training\.global_batch_size"):
         deepspeed_config(fixed, 2)
 
 

@@ -256,6 +256,7 @@ def test_inspect_report_and_select_work_on_the_run(launched, base, tmp_path):
     page = run(cli("report", str(run_folder)), folder)
     assert "report.html" in page
     assert (run_folder / "report" / "loss.png").stat().st_size > 5000
+    assert "name another file with --out" in run(cli("select", "--config", str(folder / "run.yaml")), folder, code=2)
     out = tmp_path / "again.safetensors"
     run(cli("select", "--config", str(folder / "run.yaml"), "--out", str(out)), folder)
     from sparse_zero.selection.selection import Selection

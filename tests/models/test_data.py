@@ -328,6 +328,6 @@ def test_plain_text_has_no_problems_to_answer():
     plain = FieldConfig(text="body")
     assert DataConfig(train="t.json", validation="v.json", fields=plain).test is None
     with pytest.raises(
-        InputError, match="^data.test is 'x.json' but data.fields.text is 'body': .* leave data.test out"
+        InputError, match=r"^data\.test is 'x\.json' but data\.fields\.text is 'body': .* leave data.test out"
     ):
         DataConfig(train="t.json", test="x.json", fields=plain)

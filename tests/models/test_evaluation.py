@@ -226,7 +226,7 @@ def test_taught_model_chooses_right(taught: Any, tokenizer: Any) -> None:
 def test_choice_is_the_likeliest_response(model: Any, tokenizer: Any, batch_size: int) -> None:
     records: list[dict[str, str]] = [*choices_of(4), {"instruction": "Is it so?", "answer": "no"}]
     config = EvaluationConfig(kind="choice", batch_size=batch_size)
-    with pytest.raises(InputError, match=r"record 5 of data.test offers no options"):
+    with pytest.raises(InputError, match=r"record 5 of data.test offers no options .* data\.evaluation\.kind"):
         evaluate_choice(model, tokenizer, records, config, template="alpaca", fields=FIELDS)
     records[4]["instruction"] += " Answer format: yes, of course/no"
     result = evaluate_choice(model, tokenizer, records, config, template="alpaca", fields=FIELDS)

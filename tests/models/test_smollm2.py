@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from models import smollm2
 from models.loading import ModelConfig, load_model, load_tokenizer
@@ -174,3 +177,15 @@ def test_script_prints_the_folder(packaged: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(packaged)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "cache" / NAME)), done.stderr
+
+
+def test_what_reads_gguf_files_is_installed_with_the_package() -> None:
+    from transformers.utils.import_utils import ACCELERATE_MIN_VERSION, GGUF_MIN_VERSION
+
+    setup = (Path(smollm2.__file__).resolve().parent.parent / "setup.py").read_text(encoding="utf-8")
+    needed = setup.partition("REQUIRES = [")[2].partition("]")[0]
+    for package, minimum in (("accelerate", ACCELERATE_MIN_VERSION), ("gguf", GGUF_MIN_VERSION)):
+        (requirement,) = [Requirement(text) for text in re.findall(r'"(.+?)"', needed) if text.startswith(package)]
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert Version(bound.version) >= Version(minimum)
