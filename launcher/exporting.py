@@ -6,7 +6,8 @@ from typing import Any
 from launcher.config import RunConfig
 from models.base_identity import base_identity
 from models.loading import load_model, load_tokenizer, model_folder, validate_model_source
-from sparse_zero.checkpoint.adapter import load_adapter, read_adapter_base
+from sparse_zero.checkpoint.adapter import read_adapter_base
+from sparse_zero.checkpoint.adapter_set import load_adapter
 from sparse_zero.checkpoint.folders import new_folder
 from sparse_zero.errors import InputError
 from sparse_zero.layers.merge import merge

@@ -7,7 +7,8 @@ engine, *_ = sz.initialize(model=model, config=deepspeed_config)
 sz.save_adapter(engine, "adapter")
 """
 
-from sparse_zero.checkpoint.adapter import load_adapter, save_adapter
+from sparse_zero.checkpoint.adapter import save_adapter
+from sparse_zero.checkpoint.adapter_set import load_adapter, set_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
@@ -49,6 +50,7 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "select",
+    "set_adapter",
     "sparsify",
     "trainable_parameters",
     "unmerge",

@@ -86,7 +86,7 @@ assert len(ours) == len(names)
 """
 
 
-def test_importing_every_module_does_nothing(tmp_path: Path) -> None:
+def test_invariant_8_importing_every_module_does_nothing(tmp_path: Path) -> None:
     """Invariant 8: no process group, no environment, no output, no file."""
     script = tmp_path / "script" / "import_all.py"
     script.parent.mkdir()

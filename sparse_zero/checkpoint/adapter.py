@@ -1,39 +1,25 @@
-"""How are the values and the selection stored as an adapter, and put on a base again?
+"""How are the values and the selection stored as an adapter?
 
 Format 1, a folder: ``adapter.json`` (format, version, placement, digest of the selection, fingerprints of the base's
 entries, identity of the base), ``selection.safetensors``, ``values.safetensors`` (1-D, named
 ``<module>.values_<kind>``), and ``manifest.json`` (size and hash of each).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from sparse_zero.checkpoint.conversion import (
-    check_base,
-    convert_values,
-    fingerprints,
-    model_fingerprints,
-    originals_by_name,
-)
+from sparse_zero.checkpoint.conversion import model_fingerprints
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
-from sparse_zero.layers.entries import gather_entries
-from sparse_zero.layers.sparsify import (
-    check_fits,
-    placement_of,
-    selection_of,
-    sparse_linears,
-    sparsify,
-    trainable_parameters,
-)
+from sparse_zero.layers.sparsify import placement_of, selection_of, sparse_linears
 from sparse_zero.selection.selection import Selection
-from sparse_zero.zero.config import PLACEMENTS, Placement
+from sparse_zero.zero.config import Placement
 from sparse_zero.zero.state import read_masters
 
 FORMAT = "sparse_zero.adapter"
@@ -106,46 +92,32 @@ def read_adapter_base(folder: str | Path) -> BaseIdentity | None:
     return None if base is None else BaseIdentity(name=base["name"], sha256=base["sha256"])
 
 
-def load_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    placement: Placement = "inplace",
-    trainable: bool = False,
-) -> Selection:
-    """Put an adapter on its base, in place.
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A verified adapter in memory; values on the host, in the form of ``placement``."""
 
-    Args:
-        model: the dense base, unsharded.
-        folder: what :func:`save_adapter` wrote.
-        placement: where the values shall act; the stored form is converted when it is the other one.
-        trainable: whether the values require grad afterwards.
+    selection: Selection
+    placement: Placement
+    # By name of the values (``<module>.values_<kind>``): 1-D.
+    values: dict[str, Tensor]
+    # By weight and kind: hashes of the base's entries under the values.
+    base_fingerprints: dict[str, dict[str, str]]
+    source: Path
 
-    Returns:
-        The adapter's selection.
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and verify what :func:`save_adapter` wrote.
 
     Raises:
-        InputError: not an adapter, damaged, of a newer version, or of another base; the model is unchanged then.
+        InputError: not an adapter, damaged, or of a newer version.
     """
     folder = Path(folder)
-    if placement not in PLACEMENTS:
-        raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     header = _read_header(folder)
-    selection = Selection.load(folder / "selection.safetensors")
     values, _ = read_safetensors(folder / "values.safetensors", VALUES_FORMAT)
-    check_fits(model, selection)
-    parameters = dict(model.named_parameters())
-    found = {
-        name: fingerprints({kind: gather_entries(parameters[name], chosen, kind).cpu() for kind in chosen.kinds()})
-        for name, chosen in selection.weights.items()
-    }
-    check_base(header["base_fingerprints"], found, folder)
-    sparsify(model, selection, placement)
-    converted = convert_values(values, originals_by_name(model), header["placement"], placement)
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
-            parameter.copy_(converted[name])
-            parameter.requires_grad_(trainable)
-    for _, layer in sparse_linears(model):
-        layer.write_back()
-    return selection
+    return Adapter(
+        selection=Selection.load(folder / "selection.safetensors"),
+        placement=header["placement"],
+        values=values,
+        base_fingerprints=header["base_fingerprints"],
+        source=folder,
+    )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparse_zero.errors import InputError
 from sparse_zero.layers.entries import gather_entries, scatter_entries
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.layers.sparsify import replace_module, selection_of, sparse_linears
+from sparse_zero.layers.sparsify import ADAPTERS, replace_module, selection_of, sparse_linears
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
 
@@ -62,7 +62,19 @@ def merge(model: nn.Module) -> MergeUndo:
                 merged = (entries.to(wide) + values.to(wide)).to(entries.dtype)
                 scatter_entries(layer.weight, layer.selection, kind, merged)
         replace_module(model, name, dense_linear(layer))
+    # The merged weights are a base of their own: adapters loaded before do not belong to it.
+    vars(model).pop(ADAPTERS, None)
     return MergeUndo(selection=selection, originals=originals)
+
+
+@torch.no_grad()
+def remove_values(model: nn.Module) -> None:
+    """Take the values out of a sparsified model, in place: a plain model with the base's entries, bit for bit."""
+    for name, layer in list(sparse_linears(model)):
+        if layer.placement == "inplace":
+            for kind, entries in layer.originals.items():
+                scatter_entries(layer.weight, layer.selection, kind, entries)
+        replace_module(model, name, dense_linear(layer))
 
 
 @torch.no_grad()

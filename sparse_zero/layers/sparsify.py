@@ -14,8 +14,9 @@ from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import PLACEMENTS, Placement
 
-# Attribute of a sparsified model: the metadata of its selection.
+# Attributes of a model: the metadata of its selection, and the adapters loaded on it.
 _METADATA = "_sparse_zero_selection_metadata"
+ADAPTERS = "_sparse_zero_adapters"
 
 
 def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:

@@ -233,7 +233,7 @@ def assert_refused(code: int, out: str, err: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CONFIG_CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_wrong_config(
+def test_invariant_7_a_wrong_config_is_never_silent(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -293,7 +293,7 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("case", RUN_CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_wrong_run(
+def test_invariant_7_a_wrong_run_is_never_silent(
     case: Case,
     prepared: Path,
     tmp_path: Path,

@@ -380,6 +380,27 @@ def test_another_selection_than_the_checkpoint_of_another_folder_is_refused(sing
     assert [row["loss"] for row in rows(tmp_path)] == losses(single[0])[8:]
 
 
+def test_a_resumed_run_draws_the_dropout_that_it_would_have_drawn(base, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(base / "model", model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.3}))
+    curves = {}
+    for name, resume in {"whole": "auto", "resumed": str(tmp_path / "whole/run/checkpoints/step-000008")}.items():
+        (tmp_path / name).mkdir()
+        config = write_config(
+            base,
+            tmp_path / name,
+            model__name_or_path=str(model),
+            output__evaluate=False,
+            checkpoint__resume=resume,
+        )
+        run(worker(config), tmp_path)
+        curves[name] = [row["loss"] for row in rows(tmp_path / name)]
+    assert curves["resumed"] == curves["whole"][8:]
+    assert len(set(curves["whole"])) == STEPS
+
+
 def test_too_many_non_finite_steps_end_the_run_with_a_clear_error(base, tmp_path):
     config = write_config(
         base,

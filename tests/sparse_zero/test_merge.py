@@ -191,6 +191,45 @@ def test_an_adapter_is_small_and_loads_on_its_base(adapter):
     assert (folder.parent / "again" / "values.safetensors").read_bytes() == (folder / "values.safetensors").read_bytes()
 
 
+def test_several_adapters_are_exchanged_bit_for_bit(adapter, tmp_path):
+    base, first, folder = adapter
+    second = copy.deepcopy(base)
+    sz.sparsify(second, llama_like_rows(second), "delta")
+    with torch.no_grad():
+        for values in sz.trainable_parameters(second).values():
+            values.add_(torch.randn_like(values))
+    sz.save_adapter(second, tmp_path / "second")
+    tokens = torch.arange(18).reshape(2, 9)
+    expected = {"first": first(tokens), "second": second(tokens), None: base(tokens)}
+
+    model = copy.deepcopy(base)
+    sz.load_adapter(model, folder, name="first")
+    sz.load_adapter(model, tmp_path / "second", name="second", placement="delta")
+    for name in ("second", "first", None, "second", None, "first", "first"):
+        sz.set_adapter(model, name)
+        assert torch.equal(model(tokens), expected[name]), name
+    sz.set_adapter(model, None)
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert not any(isinstance(module, sz.SparseLinear) for module in model.modules())
+
+    sz.set_adapter(model, "second")
+    with pytest.raises(InputError, match=r"'third' is loaded \(loaded: 'first', 'second'\)"):
+        sz.set_adapter(model, "third")
+    with pytest.raises(InputError, match="'first' is loaded already"):
+        sz.load_adapter(model, folder, name="first")
+    with torch.no_grad():
+        model.layers[1].self_attn.q_proj.weight[0, 0] += 1e-3
+    with pytest.raises(InputError, match="another base"):
+        sz.load_adapter(model, folder, name="third")
+    # The failed load left the active adapter where it was.
+    assert any(isinstance(module, sz.SparseLinear) for module in model.modules())
+
+
+def llama_like_rows(model: nn.Module) -> sz.Selection:
+    region = sz.RegionConfig(kind="row", modules=("*.v_proj",), per_matrix=2)
+    return sz.select(model, None, sz.SelectionConfig(regions=(region,), score="first"))
+
+
 def damage(folder, case):
     values = folder / "values.safetensors"
     if case == "cut":

@@ -1,0 +1,127 @@
+"""Which of several adapters acts on a base, and how are they exchanged bit for bit?
+
+The base's entries under the active adapter are kept on the host by its layers; going to another adapter puts them
+back, so that no sequence of exchanges changes the base.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparse_zero.checkpoint.adapter import Adapter, read_adapter
+from sparse_zero.checkpoint.conversion import check_base, convert_values, fingerprints, originals_by_name
+from sparse_zero.errors import InputError
+from sparse_zero.layers.entries import gather_entries
+from sparse_zero.layers.merge import remove_values
+from sparse_zero.layers.sparsify import ADAPTERS, check_fits, sparse_linears, sparsify
+from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.config import PLACEMENTS, Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    adapter: Adapter
+    placement: Placement
+    trainable: bool
+
+
+@dataclass(kw_only=True)
+class _AdapterSet:
+    """The adapters of one model, by name, and the name of the active one."""
+
+    loaded: dict[str, _Loaded] = field(default_factory=dict)
+    active: str | None = None
+
+
+def _check_base_of(model: nn.Module, adapter: Adapter) -> None:
+    """Raise unless the dense ``model`` is the base that the adapter was trained on."""
+    check_fits(model, adapter.selection)
+    parameters = dict(model.named_parameters())
+    found = {
+        name: fingerprints({kind: gather_entries(parameters[name], chosen, kind).cpu() for kind in chosen.kinds()})
+        for name, chosen in adapter.selection.weights.items()
+    }
+    check_base(adapter.base_fingerprints, found, adapter.source)
+
+
+@torch.no_grad()
+def _activate(model: nn.Module, loaded: _Loaded) -> None:
+    """Put an adapter's values on the dense base."""
+    adapter = loaded.adapter
+    sparsify(model, adapter.selection, loaded.placement)
+    values = convert_values(adapter.values, originals_by_name(model), adapter.placement, loaded.placement)
+    for name, layer in sparse_linears(model):
+        for kind, parameter in layer.values().items():
+            parameter.copy_(values[f"{name}.values_{kind}"])
+            parameter.requires_grad_(loaded.trainable)
+        layer.write_back()
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    placement: Placement = "inplace",
+    trainable: bool = False,
+) -> Selection:
+    """Put an adapter on its base, in place; it becomes the active one.
+
+    Args:
+        model: the dense base, unsharded, or one with other adapters loaded.
+        folder: what :func:`save_adapter` wrote.
+        name: under which :func:`set_adapter` finds it again.
+        placement: where the values shall act; the stored form is converted when it is the other one.
+        trainable: whether the values require grad while it is active.
+
+    Returns:
+        The adapter's selection.
+
+    Raises:
+        InputError: not an adapter, damaged, of a newer version or of another base, or the name is taken; the model
+            is unchanged then.
+    """
+    if placement not in PLACEMENTS:
+        raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
+    adapters: _AdapterSet = getattr(model, ADAPTERS, None) or _AdapterSet()
+    if name in adapters.loaded:
+        raise InputError(f"an adapter named {name!r} is loaded already: give another name, or set_adapter to use it")
+    adapter = read_adapter(folder)
+    before = adapters.active
+    if before is not None:
+        set_adapter(model, None)
+    try:
+        _check_base_of(model, adapter)
+    except InputError:
+        if before is not None:
+            set_adapter(model, before)
+        raise
+    adapters.loaded[name] = _Loaded(adapter=adapter, placement=placement, trainable=trainable)
+    setattr(model, ADAPTERS, adapters)
+    set_adapter(model, name)
+    return adapter.selection
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make a loaded adapter the active one; None: none, the plain base bit for bit.
+
+    Values that were trained since they were loaded belong to the model: save them first, for a change of the active
+    adapter goes back to what was loaded.
+
+    Raises:
+        InputError: no adapter of that name is loaded; the model is unchanged then.
+    """
+    adapters: _AdapterSet = getattr(model, ADAPTERS, None) or _AdapterSet()
+    if name is not None and name not in adapters.loaded:
+        known = ", ".join(map(repr, adapters.loaded)) or "none"
+        raise InputError(f"no adapter named {name!r} is loaded (loaded: {known}): call load_adapter first")
+    if name == adapters.active:
+        return
+    if adapters.active is not None:
+        remove_values(model)
+        adapters.active = None
+    if name is not None:
+        _activate(model, adapters.loaded[name])
+        adapters.active = name
