@@ -8,10 +8,10 @@ from typing import Any
 from launcher.config import RunConfig
 from launcher.exporting import load_merged
 from launcher.run_folder import RunFolder, check_out_file
-from launcher.world import World, join_world, leave_world
+from launcher.world import World, join_world
 from models.data import load_records
 from models.evaluation import EvaluationResult, evaluate, write_result
-from sparse_zero.collectives import PeerError, failing_together
+from sparse_zero.collectives import PeerError, failing_together, leave_process_group
 from sparse_zero.errors import InputError
 
 # Exit code of wrong input.
@@ -86,12 +86,12 @@ def evaluate_run(config: RunConfig, adapter: Path | None, out: Path | None = Non
     try:
         _evaluate_in_world(config, world, adapter, out)
     except PeerError:
-        leave_world()
+        leave_process_group()
         return _EXIT_INPUT
     except InputError:
-        leave_world()
+        leave_process_group()
         raise
-    leave_world()
+    leave_process_group()
     return 0
 
 

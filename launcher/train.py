@@ -32,11 +32,11 @@ from launcher.run_folder import RunFolder
 from launcher.stopping import Stopped, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
-from launcher.world import World, join_world, leave_world, speak_once
+from launcher.world import World, join_world, speak_once
 from models.gather import gather_json
 from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint
-from sparse_zero.collectives import PeerError
+from sparse_zero.collectives import PeerError, leave_process_group
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
 from sparse_zero.layers.merge import merge
@@ -216,9 +216,9 @@ def _in_world(work: Callable[[World], int], check: Callable[[], None]) -> int:
             print(f"sparse-zero: {stop} before there was anything to save", file=sys.stderr)
             return EXIT_SIGNAL + stop.signal
         except InputError:
-            leave_world()
+            leave_process_group()
             raise
-        leave_world()
+        leave_process_group()
         return code
 
 

@@ -82,9 +82,3 @@ def speak_once(world: World) -> None:
         warnings.simplefilter("ignore", FutureWarning)
     else:
         warnings.simplefilter("ignore")
-
-
-def leave_world() -> None:
-    """Leave the process group, if this process is in one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

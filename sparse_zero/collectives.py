@@ -1,6 +1,7 @@
 """How do ranks agree on small facts, so that they fail together instead of hanging?"""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,9 @@ import torch
 import torch.distributed as dist
 
 from sparse_zero.errors import InputError
+
+# The threads need microseconds; a loaded machine may be slow to run them.
+_RELEASE_SECONDS = 0.3
 
 
 def collective_device() -> torch.device:
@@ -30,6 +34,18 @@ def check_equal_on_all_ranks(text: str, what: str) -> None:
     different = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
     if different:
         raise RuntimeError(f"{what} differs between rank 0 and ranks {different}: every rank must get equal input")
+
+
+def leave_process_group() -> None:
+    """Leave the default process group, if this process is in one.
+
+    A gloo thread may still hold the tensors of the last collective, and gives them back under Python's lock. Where the
+    interpreter ends meanwhile, the thread aborts the process (seen with torch 2.13: exit code 134 after everything was
+    written). A pause without the lock lets it finish.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(_RELEASE_SECONDS)
 
 
 class PeerError(RuntimeError):

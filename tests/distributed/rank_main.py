@@ -16,6 +16,8 @@ def main() -> None:
     import deepspeed
     import torch.distributed as dist
 
+    from sparse_zero.collectives import leave_process_group
+
     job = json.loads(sys.argv[1])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deepspeed.init_distributed(
@@ -32,7 +34,7 @@ def main() -> None:
     if rank == 0:
         Path(job["result"]).write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -248,14 +248,15 @@ def test_invariant_7_a_wrong_config_is_never_silent(
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, data and adapters, whole ones and broken ones."""
-    from launcher.world import join_world, leave_world
+    from launcher.world import join_world
+    from sparse_zero.collectives import leave_process_group
 
     with pytest.MonkeyPatch.context() as patch:
         # DeepSpeed probes for libaio when a process first joins a world. The linker's complaint, which it hides
         # from a terminal, is not hidden from pytest's capture: it is let out here, before the tests.
         clear_ranks(patch)
         join_world()
-        leave_world()
+        leave_process_group()
 
     from models.base_identity import base_identity
     from models.loading import load_model
