@@ -20,7 +20,7 @@ from tests.models.tiny import write_tiny_llama
 from tests.plain_predictions import plain_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def write_config(base: Path, folder: Path, **changes: Any) -> Path:
             "global_batch_size": 6,
             "micro_batch_size": 2,
             "learning_rate": 5e-4,
-            "validation_every": 6,
+            "validation_every": 12,
         },
         "zero": {"stage": 2},
-        "checkpoint": {"every": 4},
+        "checkpoint": {"every": 8},
         "output": {"folder": str(folder / "run"), "merged": True, "evaluate": True},
         "cluster": {"ranks_per_node": 2, "master_port": free_port()},
     }
@@ -156,14 +156,14 @@ def test_the_run_folder_holds_everything(launched):
     assert summary["accuracy"]["num_problems"] == 10
     assert "Accuracy" in output
     assert "Parameters trained" in output
-    assert [row["step"] for row in rows(folder, "validation")] == [6, 12]
+    assert [row["step"] for row in rows(folder, "validation")] == [12, 24]
     # Two checkpoints are kept, the newest is marked.
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == [
         "latest",
-        "step-000008",
-        "step-000012",
+        "step-000016",
+        "step-000024",
     ]
-    assert (run_folder / "checkpoints" / "latest").read_text() == "step-000012\n"
+    assert (run_folder / "checkpoints" / "latest").read_text() == "step-000024\n"
     assert not [path for path in run_folder.rglob(".*") if path.is_file()]
 
 
@@ -370,14 +370,14 @@ def test_a_signal_before_training_ends_at_once_and_leaves_no_half_files(base, tm
 
 
 def test_another_selection_than_the_checkpoint_of_another_folder_is_refused(single, base, tmp_path):
-    checkpoint = single[0] / "run" / "checkpoints" / "step-000008"
+    checkpoint = single[0] / "run" / "checkpoints" / "step-000016"
     config = write_config(base, tmp_path, checkpoint__resume=str(checkpoint), selection__budget={"fraction": 0.02})
     output = run(worker(config), tmp_path, code=2)
     assert "was selected with budget=" in output
     assert not (tmp_path / "run").exists()
     config = write_config(base, tmp_path, checkpoint__resume=str(checkpoint), output__evaluate=False)
     run(worker(config), tmp_path)
-    assert [row["loss"] for row in rows(tmp_path)] == losses(single[0])[8:]
+    assert [row["loss"] for row in rows(tmp_path)] == losses(single[0])[16:]
 
 
 def test_a_resumed_run_draws_the_dropout_that_it_would_have_drawn(base, tmp_path):
@@ -386,7 +386,7 @@ def test_a_resumed_run_draws_the_dropout_that_it_would_have_drawn(base, tmp_path
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.3}))
     curves = {}
-    for name, resume in {"whole": "auto", "resumed": str(tmp_path / "whole/run/checkpoints/step-000008")}.items():
+    for name, resume in {"whole": "auto", "resumed": str(tmp_path / "whole/run/checkpoints/step-000016")}.items():
         (tmp_path / name).mkdir()
         config = write_config(
             base,
@@ -397,7 +397,7 @@ def test_a_resumed_run_draws_the_dropout_that_it_would_have_drawn(base, tmp_path
         )
         run(worker(config), tmp_path)
         curves[name] = [row["loss"] for row in rows(tmp_path / name)]
-    assert curves["resumed"] == curves["whole"][8:]
+    assert curves["resumed"] == curves["whole"][16:]
     assert len(set(curves["whole"])) == STEPS
 
 
