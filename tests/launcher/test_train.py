@@ -69,7 +69,7 @@ def write_config(base: Path, folder: Path, **changes: Any) -> Path:
             "steps": STEPS,
             "global_batch_size": 6,
             "micro_batch_size": 2,
-            "learning_rate": 5e-4,
+            "learning_rate": 2e-4,
             "validation_every": 12,
         },
         "zero": {"stage": 2},
@@ -337,7 +337,7 @@ def test_interrupting_the_launcher_stops_all_ranks_cleanly(single, base, tmp_pat
 def test_another_config_in_the_same_folder_is_refused(single, base):
     folder, _ = single
     output = run(worker(folder / "run.yaml", "--training.learning_rate=0.5"), folder, code=2)
-    assert "training.learning_rate was 0.0005 and is now 0.5" in output
+    assert "training.learning_rate was 0.0002 and is now 0.5" in output
 
 
 def test_fewer_samples_than_the_global_batch_train_like_one_batch_of_them(base, tmp_path):
