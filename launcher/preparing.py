@@ -20,7 +20,14 @@ from models.collate import collate
 from models.data import SampleSet, TokenizedSample, load_records, load_samples
 from models.families import check_not_fused, module_map
 from models.gather import gather_json
-from models.loading import check_tokenizer_fits, load_model, load_tokenizer, model_folder, validate_model_source
+from models.loading import (
+    check_tokenizer_fits,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    pad_token_id,
+    validate_model_source,
+)
 from models.loss import response_nll
 from models.sampler import BatchSampler
 from sparse_zero.checkpoint.checkpoint import Checkpoint, read_checkpoint
@@ -208,11 +215,6 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         base=base,
         checkpoint=checkpoint,
     )
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills padded batches; labels and attention hide it."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def calibration_batches(

@@ -259,7 +259,8 @@ def first_host(node_list: str) -> str:
     return match[1] + (match[2] or "") + (match[3] or "")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this node that nobody listens on now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
@@ -294,7 +295,7 @@ def _meet_through_mpi(ranks: Ranks, environ: Mapping[str, str]) -> Rendezvous:
         source = "MPI" if not address or port is None else "rank 0's environment, told through MPI"
         chosen = (
             address or ("127.0.0.1" if one_node else socket.gethostname()),
-            port or _free_port(),
+            port or free_port(),
             source,
         )
     told = MPI.COMM_WORLD.bcast(chosen, root=0)
@@ -333,7 +334,7 @@ def export_ranks(ranks: Ranks, environ: MutableMapping[str, str]) -> Rendezvous:
     elif ranks.launcher == "slurm":
         meeting = _meet_through_slurm(environ)
     elif ranks.world_size == 1:
-        meeting = Rendezvous(address=address or "127.0.0.1", port=port or _free_port(), source="a single process")
+        meeting = Rendezvous(address=address or "127.0.0.1", port=port or free_port(), source="a single process")
     else:
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise InputError(

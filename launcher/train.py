@@ -23,7 +23,6 @@ from launcher.preparing import (
     check_run,
     choose_selection,
     make_engine,
-    pad_token_id,
     prepare,
 )
 from launcher.process_ranks import find_ranks, reports_errors
@@ -34,6 +33,7 @@ from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
 from models.gather import gather_json
+from models.loading import pad_token_id
 from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint
 from sparse_zero.collectives import PeerError, leave_process_group

@@ -19,7 +19,7 @@ from launcher.world import World
 from models.collate import collate, micro_batch, response_tokens
 from models.data import TokenizedSample
 from models.loss import response_nll
-from models.sampler import BatchSampler
+from models.sampler import BatchSampler, StepPlan
 from sparse_zero.checkpoint.checkpoint import save_checkpoint
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import collective_device
@@ -138,16 +138,14 @@ def save_run_checkpoint(state: LoopState, result: TrainingResult) -> None:
 
 
 def _optimizer_step(
-    state: LoopState, sampler: BatchSampler, tokens_of: Sequence[int], step: int, num_steps: int
-) -> tuple[float, int, float]:
-    """One optimizer step of this rank: (summed loss, input tokens, learning rate)."""
+    state: LoopState, plan: StepPlan, num_response_tokens: int, step: int, rate: float
+) -> tuple[float, int]:
+    """One optimizer step of this rank: (its share of the step's loss, input tokens)."""
     config, world, engine = state.config, state.world, state.engine
-    plan = sampler.step(step)
     # The loss of the step is a mean over the response tokens of the whole global batch. The engine divides by
     # the number of micro-batches and ranks, which is undone here.
-    response = max(1, sum(tokens_of[index] for index in plan.global_indices))
-    scale = sampler.micro_batches_per_step * world.world_size / response
-    rate = learning_rate(config.training, step, num_steps)
+    response = max(1, num_response_tokens)
+    scale = len(plan.micro_batches) * world.world_size / response
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     # Dropout depends on the step and the rank alone, so a resumed run draws what it would have drawn.
@@ -160,7 +158,7 @@ def _optimizer_step(
         engine.step()
         total += nll.detach()
         input_tokens += sum(len(sample.input_ids) for sample in samples) if indices else 0
-    return float(total) / response, input_tokens, rate
+    return float(total) / response, input_tokens
 
 
 def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
@@ -195,7 +193,9 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     with stop_requests() as request, progress:
         for step in range(state.first_step, num_steps):
             started = time.perf_counter()
-            loss, input_tokens, rate = _optimizer_step(state, sampler, tokens_of, step, num_steps)
+            plan, rate = sampler.step(step), learning_rate(config.training, step, num_steps)
+            num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)
+            loss, input_tokens = _optimizer_step(state, plan, num_response_tokens, step, rate)
             everyone = _gather([loss, input_tokens, request.signal, memory.peak_bytes()])
             seconds = time.perf_counter() - started
             sums = everyone.sum(0)
@@ -213,7 +213,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "learning_rate": rate,
                 "gradient_norm": None if norm is None else float(norm),
                 "tokens_per_second": float(sums[1]) / seconds,
-                "response_tokens": sum(tokens_of[index] for index in sampler.step(step).global_indices),
+                "response_tokens": num_response_tokens,
                 "step_seconds": seconds,
                 "peak_memory_bytes": max(result.peak_memory_bytes),
                 "epoch": (step + 1) / sampler.steps_per_epoch,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.answers import judge, normalize, options_in
 from models.gather import gather_json
+from models.loading import pad_token_id
 from models.templates import Template, encode_prompts, encode_responses, render
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
@@ -160,13 +161,15 @@ def evaluate_generate(
         do_sample=False,
         use_cache=True,
         eos_token_id=_stop_ids(model, tokenizer),
-        pad_token_id=_pad_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
     )
     batches = _batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
     predictions = []
     with _evaluating(model, greedy), torch.inference_mode():
         for batch, is_real in _with_progress(batches, progress):
-            input_ids, mask = _left_padded([prompt_ids[index] for index in batch], _pad_id(tokenizer), model.device)
+            input_ids, mask = _left_padded(
+                [prompt_ids[index] for index in batch], pad_token_id(tokenizer), model.device
+            )
             output = model.generate(input_ids=input_ids, attention_mask=mask, synced_gpus=lockstep)
             if not is_real:
                 continue
@@ -212,7 +215,7 @@ def evaluate_choice(
     with _evaluating(model, None), torch.inference_mode():
         for batch, is_real in _with_progress(batches, progress):
             flat = [(prompt, response) for index in batch for prompt, response, _ in rows[index]]
-            scores = _log_likelihoods(model, flat, _pad_id(tokenizer))
+            scores = _log_likelihoods(model, flat, pad_token_id(tokenizer))
             for index in batch if is_real else ():
                 own, scores = scores[: len(rows[index])], scores[len(rows[index]) :]
                 best = own.index(max(own))
@@ -291,10 +294,6 @@ def _check_context(model: PreTrainedModel, num_tokens: int) -> None:
             f"a problem of data.test needs {num_tokens} tokens, data.evaluation.max_new_tokens included, and "
             f"the model has room for {context}: lower that setting, or leave the problem out"
         )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

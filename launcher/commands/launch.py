@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from launcher.command_line import worker_command
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
+from launcher.process_ranks import free_port
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
@@ -130,6 +130,4 @@ def _master_port(config: RunConfig) -> int:
         return cluster.master_port
     if cluster.num_nodes > 1:
         return _PORT_ACROSS_NODES
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
