@@ -1,28 +1,80 @@
-"""What must be known of a model's family: which linears there are, their layer, role, and shared inputs?"""
+"""What must be known of a model's family: which matrices there are, their layer, role, and shared inputs?"""
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-Role = Literal["attention", "mlp", "head", "other"]
+Role = Literal["attention", "mlp", "head", "embedding", "other"]
+# How a parameter is stored: W[out, in] as in torch.nn.Linear, or W[in, out] as in the Conv1D of GPT-2.
+Layout = Literal["out_in", "in_out"]
 
 # Projections that read the same tensor in Llama-like layers, by the last component of their names.
 _SHARED_INPUT_NAMES = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+# Values that a sparse model registers beside the weights start with this; they are no weights themselves.
+VALUES_PREFIX = "values_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One parameter seen as a matrix W[out, in], or as a stack of them (the experts of one layer)."""
+
+    # What module patterns match: the module's name where the parameter is its ``weight``, else the parameter's.
+    name: str
+    # Every (module, attribute) that holds the parameter: several where it is tied. The first one names it.
+    owners: tuple[tuple[str, str], ...]
+    # (out, in) of each matrix, whatever the layout in memory.
+    shape: tuple[int, int]
+    # Number of matrices in a 3-D parameter; None for a 2-D one.
+    num_slices: int | None = None
+    layout: Layout = "out_in"
+    # Whether its only owner computes Y[..., out] = X[..., in] @ W.T (+ bias), so that X and Y tell the gradient.
+    is_product: bool = False
+    # Whether the owner is exactly an untied nn.Linear, which a SparseLinear can replace.
+    is_linear: bool = False
+    # Whether the numbers in memory are not the weight's own (4-bit, 8-bit).
+    is_quantized: bool = False
+
+    @property
+    def module(self) -> str:
+        """Name of the first owner."""
+        return self.owners[0][0]
+
+    @property
+    def parameter(self) -> str:
+        """Fully qualified name of the parameter."""
+        return ".".join(part for part in self.owners[0] if part)
+
+    def weights(self) -> list[str]:
+        """Names of the matrices in a selection: the parameter's, followed by ``[3]`` for the fourth of a stack."""
+        if self.num_slices is None:
+            return [self.parameter]
+        return [f"{self.parameter}[{number}]" for number in range(self.num_slices)]
+
+    def view(self, stored: Tensor, slice_index: int | None) -> Tensor:
+        """[out, in] view of one matrix in a tensor that is stored like the parameter (it, or its gradient)."""
+        matrix = stored if slice_index is None else stored[slice_index]
+        return matrix if self.layout == "out_in" else matrix.T
+
+    def names(self) -> list[str]:
+        """Everything that a module pattern may call it: by any of its owners."""
+        return [_pattern_name(module, attribute) for module, attribute in self.owners]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleMap:
-    """The linears of a model, by module name, in the order of the model."""
+    """The parameters of a model that can be trained in part or as a whole, in the order of the model."""
 
-    # Every nn.Linear with a 2-D weight of its own, tied ones included.
-    linears: tuple[str, ...]
+    # Every parameter with two or three dimensions, tied ones once.
+    matrices: tuple[Matrix, ...]
+    # Names of the parameters with one dimension (biases, norms): trained entirely or not at all.
+    vectors: tuple[str, ...] = ()
     # Groups of linears that read the very same input tensor: what backward keeps of it is kept once.
-    shared_inputs: tuple[tuple[str, ...], ...]
-    # Index of the decoder layer a linear lies in; absent outside the layers.
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    # Index of the decoder layer a matrix (by ``Matrix.name``) lies in; absent outside the layers.
     layer_of: Mapping[str, int]
     role_of: Mapping[str, Role]
 
@@ -30,6 +82,18 @@ class ModuleMap:
     def num_layers(self) -> int:
         """Number of decoder layers: one more than the highest index."""
         return 1 + max(self.layer_of.values(), default=-1)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the modules that multiply their input with a matrix, heads included."""
+        return tuple(
+            name for matrix in self.matrices for name in matrix.names()
+            if matrix.is_product or (len(matrix.owners) > 1 and self.role_of.get(name) == "head")
+        )  # fmt: skip
+
+    def by_parameter(self) -> dict[str, Matrix]:
+        """The matrices by the fully qualified names of their parameters."""
+        return {matrix.parameter: matrix for matrix in self.matrices}
 
 
 def layer_index(name: str) -> int | None:
@@ -39,31 +103,94 @@ def layer_index(name: str) -> int | None:
 
 
 def role_from_name(name: str) -> Role:
-    """Attention, MLP or head, judged by the components of a dotted module name."""
+    """Attention, MLP, head or embedding, judged by the components of a dotted module name."""
     components = name.lower().split(".")
     if any("attn" in part or "attention" in part for part in components):
         return "attention"
-    if any(part in ("mlp", "ffn", "feed_forward", "experts") for part in components):
+    if any(part in ("mlp", "ffn", "feed_forward", "experts", "intermediate") for part in components):
         return "mlp"
     if components[-1] in ("lm_head", "score", "classifier", "embed_out"):
         return "head"
+    if any("embed" in part or part in ("wte", "wpe") for part in components):
+        return "embedding"
     return "other"
 
 
-def default_module_map(model: nn.Module) -> ModuleMap:
-    """The map that module names alone tell; right for Llama-like models."""
+def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, also where ZeRO-3 holds it in shards."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _pattern_name(module: str, attribute: str) -> str:
+    return module if attribute == "weight" and module else ".".join(part for part in (module, attribute) if part)
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module, nn.Parameter]]]:
+    """By identity of each parameter: the modules and attributes that hold it, in the order of the model."""
+    found: dict[int, list[tuple[str, str, nn.Module, nn.Parameter]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not attribute.startswith(VALUES_PREFIX):
+                found[id(parameter)].append((name, attribute, module, parameter))
+    return found
+
+
+def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]]) -> Matrix | None:
     from sparse_zero.layers.sparse_linear import SparseLinear
 
-    linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear | SparseLinear))
+    name, attribute, module, parameter = places[0]
+    stored = parameter_shape(parameter)
+    single = len(places) == 1
+    # The names of classes, for neither transformers nor bitsandbytes is imported here.
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    is_product = single and attribute == "weight" and (isinstance(module, nn.Linear | SparseLinear) or is_conv1d)
+    is_quantized = False
+    layout: Layout = "in_out" if is_conv1d or getattr(module, "is_transposed", False) else "out_in"
+    if is_product and not is_conv1d:
+        features = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        is_quantized = not parameter.is_floating_point() or stored != features
+        stored = features
+    if len(stored) not in (2, 3):
+        return None
+    *stack, first, second = stored
+    return Matrix(
+        name=_pattern_name(name, attribute),
+        owners=tuple((place[0], place[1]) for place in places),
+        shape=(first, second) if layout == "out_in" else (second, first),
+        num_slices=stack[0] if stack else None,
+        layout=layout,
+        is_product=is_product,
+        is_linear=single and attribute == "weight" and type(module) is nn.Linear and not is_quantized,
+        is_quantized=is_quantized,
+    )
+
+
+def find_matrices(model: nn.Module) -> Iterator[Matrix]:
+    """Every parameter of the model with two or three dimensions, in the order of the model."""
+    for places in _owners(model).values():
+        matrix = _as_matrix(places)
+        if matrix is not None:
+            yield matrix
+
+
+def default_module_map(model: nn.Module) -> ModuleMap:
+    """The map that names and classes alone tell; right for Llama-like models."""
+    matrices = tuple(find_matrices(model))
     siblings: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for name in linears:
-        parent, _, last = name.rpartition(".")
+    for matrix in matrices:
+        parent, _, last = matrix.name.rpartition(".")
         for number, shared in enumerate(_SHARED_INPUT_NAMES):
-            if last in shared:
-                siblings[(parent, number)].append(name)
+            if matrix.is_product and last in shared:
+                siblings[(parent, number)].append(matrix.name)
+    names = [name for matrix in matrices for name in matrix.names()]
     return ModuleMap(
-        linears=linears,
+        matrices=matrices,
+        vectors=tuple(
+            ".".join(part for part in places[0][:2] if part)
+            for places in _owners(model).values()
+            if len(parameter_shape(places[0][3])) == 1
+        ),
         shared_inputs=tuple(tuple(group) for group in siblings.values() if len(group) > 1),
-        layer_of={name: index for name in linears if (index := layer_index(name)) is not None},
-        role_of={name: role_from_name(name) for name in linears},
+        layer_of={name: index for name in names if (index := layer_index(name)) is not None},
+        role_of={name: role_from_name(name) for name in names},
     )

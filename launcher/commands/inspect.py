@@ -66,7 +66,11 @@ def selection_table(selection: "Selection") -> "Table":
         for kind in KINDS:
             if not weight.num_regions(kind):
                 continue
-            label = f"block {weight.block_size}" if kind == "block" else kind
+            label = (
+                "block " + "x".join(str(side) for side in dict.fromkeys(weight.block_shape))
+                if kind == "block"
+                else kind
+            )
             number = by_kind.get(kind, 0)
             share = number / (weight.shape[0] * weight.shape[1])
             regions = f"{weight.num_regions(kind):,}"

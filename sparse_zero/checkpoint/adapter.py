@@ -17,7 +17,8 @@ from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
-from sparse_zero.layers.sparsify import placement_of, selection_of, sparse_linears
+from sparse_zero.layers.carriers import carriers
+from sparse_zero.layers.sparsify import placement_of, selection_of
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.state import read_masters
@@ -44,8 +45,8 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
     else:
         values = {
             f"{name}.values_{kind}": parameter.detach()
-            for name, layer in sparse_linears(model)
-            for kind, parameter in layer.values().items()
+            for name, carrier in carriers(model)
+            for kind, parameter in carrier.values().items()
         }
     selection = selection_of(model)
     if is_writer:

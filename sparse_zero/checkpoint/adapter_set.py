@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_zero.checkpoint.adapter import Adapter, read_adapter
 from sparse_zero.checkpoint.conversion import check_base, convert_values, fingerprints, originals_by_name
 from sparse_zero.errors import InputError
-from sparse_zero.layers.entries import gather_entries
+from sparse_zero.layers.carriers import carriers
 from sparse_zero.layers.merge import remove_values
-from sparse_zero.layers.sparsify import ADAPTERS, check_fits, sparse_linears, sparsify
+from sparse_zero.layers.sparse_parameter import stored_positions
+from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, check_fits, sparsify
+from sparse_zero.module_map import default_module_map
+from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import PLACEMENTS, Placement
 
@@ -37,12 +40,18 @@ class _AdapterSet:
 
 def _check_base_of(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless the dense ``model`` is the base that the adapter was trained on."""
-    check_fits(model, adapter.selection)
-    parameters = dict(model.named_parameters())
-    found = {
-        name: fingerprints({kind: gather_entries(parameters[name], chosen, kind).cpu() for kind in chosen.kinds()})
-        for name, chosen in adapter.selection.weights.items()
-    }
+    module_map = default_module_map(model)
+    check_fits(model, adapter.selection, module_map)
+    parameters, matrices = dict(model.named_parameters()), module_map.by_parameter()
+    found: dict[str, dict[str, str]] = {}
+    for name, chosen in by_parameter(adapter.selection).items():
+        flat = parameters[name].detach().reshape(-1)
+        layout = matrices[name].layout if name in matrices else "out_in"
+        entries: dict[Kind, Tensor] = {
+            kind: flat.index_select(0, stored_positions(chosen, kind, layout, flat.device)).cpu()
+            for kind in {kind: None for selection in chosen.values() for kind in selection.kinds()}
+        }
+        found[name] = fingerprints(entries)
     check_base(adapter.base_fingerprints, found, adapter.source)
 
 
@@ -52,11 +61,11 @@ def _activate(model: nn.Module, loaded: _Loaded) -> None:
     adapter = loaded.adapter
     sparsify(model, adapter.selection, loaded.placement)
     values = convert_values(adapter.values, originals_by_name(model), adapter.placement, loaded.placement)
-    for name, layer in sparse_linears(model):
-        for kind, parameter in layer.values().items():
+    for name, carrier in carriers(model):
+        for kind, parameter in carrier.values().items():
             parameter.copy_(values[f"{name}.values_{kind}"])
             parameter.requires_grad_(loaded.trainable)
-        layer.write_back()
+        carrier.write_back()
 
 
 def load_adapter(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.sparsify import sparse_linears
+from sparse_zero.layers.carriers import carriers, parameter_name
 from sparse_zero.selection.config import Kind
 from sparse_zero.zero.config import Placement
 
@@ -15,9 +15,9 @@ from sparse_zero.zero.config import Placement
 def originals_by_name(model: nn.Module) -> dict[str, Tensor]:
     """The base's entries under the values, on the host, by the values' names."""
     return {
-        f"{name}.values_{kind}": layer.originals[kind]
-        for name, layer in sparse_linears(model)
-        for kind in layer.values()
+        f"{name}.values_{kind}": carrier.originals[kind]
+        for name, carrier in carriers(model)
+        for kind in carrier.values()
     }
 
 
@@ -32,7 +32,7 @@ def convert_values(
 
 
 def fingerprints(originals: Mapping[Kind, Tensor]) -> dict[str, str]:
-    """SHA-256 of the base's entries of one weight, per kind; wider floats hash alike if they hold equal numbers."""
+    """SHA-256 of the base's entries of one parameter, per kind; wider floats hash alike if they hold equal numbers."""
     return {
         kind: hashlib.sha256(entries.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).hexdigest()
         for kind, entries in originals.items()
@@ -40,8 +40,8 @@ def fingerprints(originals: Mapping[Kind, Tensor]) -> dict[str, str]:
 
 
 def model_fingerprints(model: nn.Module) -> dict[str, dict[str, str]]:
-    """For each weight, the fingerprints of the base's entries that the selection covers."""
-    return {f"{name}.weight": fingerprints(layer.originals) for name, layer in sparse_linears(model)}
+    """For each parameter, the fingerprints of the base's entries that the selection covers."""
+    return {parameter_name(name, carrier): fingerprints(carrier.originals) for name, carrier in carriers(model)}
 
 
 def check_base(stored: Mapping[str, Mapping[str, str]], found: Mapping[str, Mapping[str, str]], source: object) -> None:

@@ -9,15 +9,17 @@ from sparse_zero.selection.regions import WeightSelection
 
 def _is_plain(selection: WeightSelection, kind: Kind) -> bool:
     """Whether the kind owns its regions whole, so that strided views reach them without an index per entry."""
-    if kind == "block" and any(extent % selection.block_size for extent in selection.shape):
+    if kind == "block" and any(
+        extent % side for extent, side in zip(selection.shape, selection.block_shape, strict=True)
+    ):
         return False
     return selection.owned_mask(kind) is None
 
 
 def _block_view(weight: Tensor, selection: WeightSelection) -> Tensor:
-    """[grid rows, S, grid columns, S] view of a weight that the block size divides."""
-    size = selection.block_size
-    return weight.view(weight.shape[0] // size, size, weight.shape[1] // size, size)
+    """[grid rows, H, grid columns, W] view of a weight that the blocks divide."""
+    height, width = selection.block_shape
+    return weight.view(weight.shape[0] // height, height, weight.shape[1] // width, width)
 
 
 @torch.no_grad()
@@ -47,5 +49,4 @@ def scatter_entries(weight: Tensor, selection: WeightSelection, kind: Kind, valu
         weight.index_copy_(1, selection.columns.to(device), values.view(-1, weight.shape[0]).T)
     else:
         rows, columns = selection.blocks.to(device).unbind(1)
-        size = selection.block_size
-        _block_view(weight, selection)[rows, :, columns, :] = values.view(-1, size, size)
+        _block_view(weight, selection)[rows, :, columns, :] = values.view(-1, *selection.block_shape)

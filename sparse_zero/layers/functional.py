@@ -2,15 +2,15 @@
 
 ``Y[T, O] = X[T, I] @ W.T`` has ``dW = dY.T @ X``. Of it only these are formed:
 
-    blocks (i, j) of size S   dY[:, strip i].T @ X[:, strip j]      one batched product
+    blocks (i, j)             dY[:, strip i].T @ X[:, strip j]      one batched product
     rows R                    dY[:, R].T @ X
     columns C                 X[:, C].T @ dY                        (one row of values per column of W)
 
 and ``dX = dY @ W``, with ``+ dY @ S(values)`` under the delta placement. What backward needs of ``X`` is kept:
 the whole of it, or only the column strips and columns that are read, as the plan says.
 
-Legend: T = tokens, O = out features, I = in features, N = regions of a kind, S = block size, U = distinct
-column strips of the blocks.
+Legend: T = tokens, O = out features, I = in features, N = regions of a kind, H, W = height and width of a block,
+S = either, U = distinct column strips of the blocks.
 """
 
 from typing import Any, NamedTuple
@@ -18,20 +18,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_zero.selection.config import KINDS, Kind
+from sparse_zero.selection.config import MATRIX_KINDS, Kind
 
 
 class BlockPlan(NamedTuple):
     """Where the blocks of one linear lie; int64 tensors on the linear's device."""
 
-    size: int
+    height: int
+    width: int
     rows: Tensor  # [N] grid row of each block
     strips: Tensor  # [U] distinct grid columns
     strip_of_block: Tensor  # [N] which of the strips each block reads
 
     def to_dense(self, values: Tensor, owned: Tensor | None) -> Tensor:
-        """[N, S, S] from flat values."""
-        return unpack_values(values, owned, (len(self.rows), self.size, self.size))
+        """[N, H, W] from flat values."""
+        return unpack_values(values, owned, (len(self.rows), self.height, self.width))
 
     def columns(self) -> Tensor:
         """[N] grid column of each block."""
@@ -64,7 +65,7 @@ def take_strips(x_TF: Tensor, strips: Tensor, size: int) -> Tensor:
 
 
 def pack_values(dense: Tensor, owned: Tensor | None) -> Tensor:
-    """Flat values from dense regions: [N, S, S], [N, I] or [N, O] to 1-D."""
+    """Flat values from dense regions: [N, H, W], [N, I] or [N, O] to 1-D."""
     flat = dense.reshape(-1)
     return flat if owned is None else flat.index_select(0, owned)
 
@@ -97,7 +98,7 @@ def _add_delta(y_TO: Tensor, x_TI: Tensor, values: tuple[Tensor | None, ...], pl
     if block is not None:
         assert plan.blocks is not None
         dense = plan.blocks.to_dense(block.to(y_TO.dtype), plan.owned[0])
-        x_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.size)
+        x_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.width)
         x_NTS = x_UTS.index_select(0, plan.blocks.strip_of_block)
         _add_strips(y_TO, torch.bmm(x_NTS, dense.transpose(1, 2)), plan.blocks.rows)
     if row is not None:
@@ -117,7 +118,7 @@ def _add_delta_input_gradient(dx_TI: Tensor, dy_TO: Tensor, values: tuple[Tensor
     if block is not None:
         assert plan.blocks is not None
         dense = plan.blocks.to_dense(block.to(dx_TI.dtype), plan.owned[0])
-        dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.size)
+        dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.height)
         _add_strips(dx_TI, torch.bmm(dy_NTS, dense), plan.blocks.columns())
     if row is not None:
         assert plan.rows is not None
@@ -130,7 +131,7 @@ def _add_delta_input_gradient(dx_TI: Tensor, dy_TO: Tensor, values: tuple[Tensor
 
 
 class _SparseLinear(torch.autograd.Function):
-    """Forward of a linear; backward to its input and to the values, never to the dense weight."""
+    """Forward of a linear; backward to its input, bias and values, never to the dense weight."""
 
     @staticmethod
     def forward(
@@ -163,7 +164,7 @@ class _SparseLinear(torch.autograd.Function):
         else:
             if trained[0]:
                 assert plan.blocks is not None
-                kept[1] = take_strips(x_TI, plan.blocks.strips, plan.blocks.size)
+                kept[1] = take_strips(x_TI, plan.blocks.strips, plan.blocks.width)
             if trained[1]:
                 kept[0] = x_TI
             if trained[2]:
@@ -173,6 +174,7 @@ class _SparseLinear(torch.autograd.Function):
         delta_values = (block, row, column) if plan.is_delta else (None, None, None)
         ctx.save_for_backward(weight, *kept, *delta_values)
         ctx.plan, ctx.trained, ctx.input_shape = plan, trained, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.values_dtypes = [None if values is None else values.dtype for values in (block, row, column)]
         return y
 
@@ -182,7 +184,7 @@ class _SparseLinear(torch.autograd.Function):
         weight, x_TI, x_strips_UTS, x_columns_TN, *values = ctx.saved_tensors
         plan: Plan = ctx.plan
         dx: Tensor | None = None
-        gradients: dict[Kind, Tensor | None] = dict.fromkeys(KINDS)
+        gradients: dict[Kind, Tensor | None] = dict.fromkeys(MATRIX_KINDS)
         with torch.autocast(dy.device.type, enabled=False):
             dy_TO = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[0]:
@@ -193,9 +195,9 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.trained[0]:
                 assert plan.blocks is not None
                 if x_strips_UTS is None:
-                    x_strips_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.size)
+                    x_strips_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.width)
                 x_NTS = x_strips_UTS.index_select(0, plan.blocks.strip_of_block)
-                dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.size)
+                dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.height)
                 gradients["block"] = pack_values(torch.bmm(dy_NTS.transpose(1, 2), x_NTS), plan.owned[0])
             if ctx.trained[1]:
                 assert plan.rows is not None
@@ -205,11 +207,12 @@ class _SparseLinear(torch.autograd.Function):
                 if x_columns_TN is None:
                     x_columns_TN = x_TI.index_select(1, plan.columns)
                 gradients["column"] = pack_values(x_columns_TN.T @ dy_TO, plan.owned[2])
+            dbias = dy_TO.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
             cast = [
                 None if gradient is None else gradient.to(dtype)
                 for gradient, dtype in zip(gradients.values(), ctx.values_dtypes, strict=True)
             ]
-        return dx, None, None, *cast, None
+        return dx, None, dbias, *cast, None
 
 
 def sparse_linear(
@@ -226,7 +229,7 @@ def sparse_linear(
     Args:
         x: [..., I] in any number of leading dimensions.
         weight: [O, I], frozen.
-        bias: [O], frozen, or None.
+        bias: [O] or None.
         block, row, column: 1-D values of each kind, or None.
         plan: where the values lie.
 

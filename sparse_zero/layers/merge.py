@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.entries import gather_entries, scatter_entries
+from sparse_zero.layers.carriers import Carrier, carriers, parameter_name
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.layers.sparsify import ADAPTERS, replace_module, selection_of, sparse_linears
+from sparse_zero.layers.sparse_parameter import stored_positions
+from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, replace_module, selection_of
+from sparse_zero.module_map import default_module_map
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
 
@@ -18,7 +20,7 @@ class MergeUndo:
     """What :func:`unmerge` needs: the entries that :func:`merge` overwrote, on the host."""
 
     selection: Selection
-    # Weight name to kind to the base's entries, 1-D in the weight's dtype.
+    # Parameter name to kind to the base's entries, 1-D in the weight's dtype.
     originals: dict[str, dict[Kind, Tensor]]
 
 
@@ -28,6 +30,21 @@ def dense_linear(layer: SparseLinear) -> nn.Linear:
     linear.weight = layer.weight
     linear.bias = layer.bias  # type: ignore[assignment]
     return linear.train(layer.training)
+
+
+def _remove(model: nn.Module, name: str, carrier: Carrier) -> None:
+    """Take a carrier of values out of the model; what stands in its parameter stays."""
+    if isinstance(carrier, SparseLinear):
+        replace_module(model, name, dense_linear(carrier))
+        return
+    carrier.detach()
+    parent, _, last = name.rpartition(".")
+    delattr(model.get_submodule(parent), last)
+
+
+def _hooked_first(model: nn.Module) -> list[tuple[str, Carrier]]:
+    """The carriers, those on the hook path first: a hooked bias lies inside a swapped linear."""
+    return sorted(carriers(model), key=lambda item: isinstance(item[1], SparseLinear))
 
 
 @torch.no_grad()
@@ -44,24 +61,23 @@ def merge(model: nn.Module) -> MergeUndo:
         InputError: no sparse linears, or weights that ZeRO-3 holds in shards.
     """
     selection = selection_of(model)
-    layers = list(sparse_linears(model))
-    if any(hasattr(layer.weight, "ds_id") for _, layer in layers):
+    found = _hooked_first(model)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise InputError(
             "merge needs whole weights, and these are sharded by ZeRO-3: save the adapter, load it into "
             "an unsharded model, and merge there"
         )
     originals: dict[str, dict[Kind, Tensor]] = {}
-    for name, layer in layers:
-        originals[f"{name}.weight"] = dict(layer.originals)
-        if layer.placement == "inplace":
-            layer.write_back()
+    for name, carrier in found:
+        originals[parameter_name(name, carrier)] = dict(carrier.originals)
+        if carrier.placement == "inplace":
+            carrier.write_back()
         else:
-            for kind, values in layer.values().items():
-                entries = gather_entries(layer.weight, layer.selection, kind)
+            for kind, values in carrier.values().items():
+                entries = carrier.entries(kind)
                 wide = torch.promote_types(torch.float32, entries.dtype)
-                merged = (entries.to(wide) + values.to(wide)).to(entries.dtype)
-                scatter_entries(layer.weight, layer.selection, kind, merged)
-        replace_module(model, name, dense_linear(layer))
+                carrier.set_entries(kind, (entries.to(wide) + values.to(wide)).to(entries.dtype))
+        _remove(model, name, carrier)
     # The merged weights are a base of their own: adapters loaded before do not belong to it.
     vars(model).pop(ADAPTERS, None)
     return MergeUndo(selection=selection, originals=originals)
@@ -70,11 +86,11 @@ def merge(model: nn.Module) -> MergeUndo:
 @torch.no_grad()
 def remove_values(model: nn.Module) -> None:
     """Take the values out of a sparsified model, in place: a plain model with the base's entries, bit for bit."""
-    for name, layer in list(sparse_linears(model)):
-        if layer.placement == "inplace":
-            for kind, entries in layer.originals.items():
-                scatter_entries(layer.weight, layer.selection, kind, entries)
-        replace_module(model, name, dense_linear(layer))
+    for name, carrier in _hooked_first(model):
+        if carrier.placement == "inplace":
+            for kind, entries in carrier.originals.items():
+                carrier.set_entries(kind, entries)
+        _remove(model, name, carrier)
 
 
 @torch.no_grad()
@@ -88,6 +104,10 @@ def unmerge(model: nn.Module, undo: MergeUndo) -> None:
     missing = sorted(set(undo.originals) - set(parameters))
     if missing:
         raise InputError(f"the model has no weight {missing[0]}: the undo belongs to another model")
+    matrices, chosen = default_module_map(model).by_parameter(), by_parameter(undo.selection)
     for name, kinds in undo.originals.items():
+        parameter = parameters[name]
+        layout = matrices[name].layout if name in matrices else "out_in"
         for kind, entries in kinds.items():
-            scatter_entries(parameters[name], undo.selection.weights[name], kind, entries)
+            positions = stored_positions(chosen[name], kind, layout, parameter.device)
+            parameter.data.view(-1).index_copy_(0, positions, entries.to(parameter.device))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from sparse_zero.layers.entries import gather_entries, scatter_entries
 from sparse_zero.layers.functional import BlockPlan, Plan, sparse_linear
-from sparse_zero.selection.config import KINDS, Kind
+from sparse_zero.selection.config import MATRIX_KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.zero.config import Placement
 
@@ -50,7 +50,7 @@ class SparseLinear(nn.Module):
         # Host copies of the base's entries: what unmerge puts back, what identifies the base, and what converts
         # values between the placements also where the weight itself is sharded.
         self.originals: dict[Kind, Tensor] = {}
-        for kind in KINDS:
+        for kind in MATRIX_KINDS:
             self.register_parameter(f"values_{kind}", None)
         for kind in selection.kinds():
             entries = gather_entries(self.weight, selection, kind)
@@ -76,7 +76,7 @@ class SparseLinear(nn.Module):
         register("strip_of_block", strip_of_block if has_blocks else None)
         register("rows", selection.rows if "row" in present else None)
         register("columns", selection.columns if "column" in present else None)
-        for kind in KINDS:
+        for kind in MATRIX_KINDS:
             mask = selection.owned_mask(kind) if kind in present else None
             register(f"owned_{kind}", None if mask is None else mask.reshape(-1).nonzero().squeeze(1))
 
@@ -85,7 +85,7 @@ class SparseLinear(nn.Module):
         """Where the values lie, for the autograd function."""
         blocks = None
         if self.block_rows is not None:
-            blocks = BlockPlan(self.selection.block_size, self.block_rows, self.strips, self.strip_of_block)
+            blocks = BlockPlan(*self.selection.block_shape, self.block_rows, self.strips, self.strip_of_block)
         return Plan(
             blocks=blocks,
             rows=self.rows,
@@ -95,9 +95,26 @@ class SparseLinear(nn.Module):
             is_delta=self.placement == "delta",
         )
 
+    @property
+    def attribute(self) -> str:
+        """Name of the parameter that the values belong to, within this module."""
+        return "weight"
+
+    def selections(self) -> dict[int | None, WeightSelection]:
+        """The regions of each matrix of the parameter; one matrix, without a number."""
+        return {None: self.selection}
+
+    def entries(self, kind: Kind) -> Tensor:
+        """What stands in the weight where the values of ``kind`` belong: 1-D, in their order."""
+        return gather_entries(self.weight, self.selection, kind)
+
+    def set_entries(self, kind: Kind, values: Tensor) -> None:
+        """Overwrite, in the weight, what the values of ``kind`` stand for."""
+        scatter_entries(self.weight, self.selection, kind, values)
+
     def values(self) -> dict[Kind, nn.Parameter]:
         """The values that exist, by kind."""
-        found = {kind: getattr(self, f"values_{kind}") for kind in KINDS}
+        found = {kind: getattr(self, f"values_{kind}") for kind in MATRIX_KINDS}
         return {kind: parameter for kind, parameter in found.items() if parameter is not None}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +127,7 @@ class SparseLinear(nn.Module):
         """Copy the values into the weight (inplace); nothing to do under delta."""
         if self.placement == "inplace":
             for kind, parameter in self.values().items():
-                scatter_entries(self.weight, self.selection, kind, parameter)
+                self.set_entries(kind, parameter)
 
     def extra_repr(self) -> str:
         kinds = ", ".join(f"{self.selection.num_regions(kind)} {kind}" for kind in self.selection.kinds())

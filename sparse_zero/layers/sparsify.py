@@ -1,14 +1,16 @@
 """How does a dense model become one that trains its selection only, and what is then trainable?"""
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from sparse_zero.errors import InputError
+from sparse_zero.layers.carriers import Carrier, carriers, parameter_name, split_weight_name, weight_name
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.module_map import ModuleMap, default_module_map
-from sparse_zero.selection.candidates import check_trainable_linear, tied_names
+from sparse_zero.layers.sparse_parameter import SparseParameter
+from sparse_zero.module_map import Matrix, ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
@@ -19,30 +21,27 @@ _METADATA = "_sparse_zero_selection_metadata"
 ADAPTERS = "_sparse_zero_adapters"
 
 
-def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    """Every sparse linear of the model, by module name, in the order of the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
-            yield name, module
-
-
 def selection_of(model: nn.Module) -> Selection:
-    """The selection that the model's sparse linears carry, with the metadata that :func:`sparsify` was given.
+    """The selection that the model's values follow, with the metadata that :func:`sparsify` was given.
 
     Raises:
         InputError: the model has none.
     """
-    weights = {f"{name}.weight": layer.selection for name, layer in sparse_linears(model)}
+    weights = {
+        weight_name(parameter_name(name, carrier), number): chosen
+        for name, carrier in carriers(model)
+        for number, chosen in carrier.selections().items()
+    }
     if not weights:
-        raise InputError("the model has no sparse linears: call sparsify or load_adapter first")
+        raise InputError("the model has no values: call sparsify or load_adapter first")
     return Selection(weights, getattr(model, _METADATA, None))
 
 
 def placement_of(model: nn.Module) -> Placement:
-    """The placement of the model's sparse linears; they all have the same."""
-    for _, layer in sparse_linears(model):
-        return layer.placement
-    raise InputError("the model has no sparse linears: call sparsify or load_adapter first")
+    """The placement of the model's values; they all have the same."""
+    for _, carrier in carriers(model):
+        return carrier.placement
+    raise InputError("the model has no values: call sparsify or load_adapter first")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -62,27 +61,77 @@ def _keeps_input(selections: Mapping[str, WeightSelection], module_map: ModuleMa
     for module, selection in selections.items():
         group = group_of.get(module, (module,))
         members = [selections[name] for name in group if name in selections]
-        width = sum(len(m.blocks[:, 1].unique()) * m.block_size + len(m.columns) for m in members)
+        width = sum(len(m.blocks[:, 1].unique()) * m.block_shape[1] + len(m.columns) for m in members)
         decisions[module] = any(len(m.rows) for m in members) or width >= selection.shape[1]
     return decisions
 
 
-def check_fits(model: nn.Module, selection: Selection) -> None:
+def by_parameter(selection: Selection) -> dict[str, dict[int | None, WeightSelection]]:
+    """The regions of each parameter: by its name, then by the number of the matrix in a stack."""
+    found: dict[str, dict[int | None, WeightSelection]] = defaultdict(dict)
+    for weight, chosen in selection.weights.items():
+        parameter, number = split_weight_name(weight)
+        found[parameter][number] = chosen
+    return dict(found)
+
+
+def check_fits(model: nn.Module, selection: Selection, module_map: ModuleMap | None = None) -> None:
     """Raise if ``selection`` does not belong to a model like ``model``; nothing is changed.
 
     Raises:
-        InputError: the model is sparse already, or a weight is missing, tied, or of another shape.
+        InputError: the model is sparse already, or a weight is missing, sharded, quantized, or of another shape.
     """
-    if any(True for _ in sparse_linears(model)):
-        raise InputError("the model has sparse linears already: merge or unload them before another selection")
-    tied = tied_names(model)
-    for weight, chosen in selection.weights.items():
-        linear = check_trainable_linear(model, weight.removesuffix(".weight"), tied)
-        if tuple(linear.weight.shape) != chosen.shape:
+    if any(True for _ in carriers(model)):
+        raise InputError("the model has values already: merge or unload them before another selection")
+    module_map = module_map or default_module_map(model)
+    matrices = module_map.by_parameter()
+    parameters = dict(model.named_parameters())
+    for parameter, chosen in by_parameter(selection).items():
+        if parameter not in parameters:
+            raise InputError(f"the model has no weight {parameter}: the selection belongs to another model")
+        if hasattr(parameters[parameter], "ds_id"):
             raise InputError(
-                f"the selection has {weight} as {chosen.shape}, the model as {tuple(linear.weight.shape)}: "
-                "it belongs to another model"
+                f"{parameter} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
             )
+        matrix = matrices.get(parameter)
+        if matrix is not None and matrix.is_quantized:
+            raise InputError(
+                f"{parameter} is quantized: its entries cannot be trained; load the base in full precision"
+            )
+        shape = (*parameter_shape(parameters[parameter]), 1)[:2] if matrix is None else matrix.shape
+        last = (0 if matrix is None else matrix.num_slices or 0) - 1
+        for number, regions in chosen.items():
+            if regions.shape != shape or (number is None) != (last < 0) or (number or 0) > max(last, 0):
+                found = shape if last < 0 else (last + 1, *shape)
+                raise InputError(
+                    f"the selection has {weight_name(parameter, number)} as {regions.shape}, the model has {found}: "
+                    "it belongs to another model"
+                )
+
+
+def _carrier_for(
+    model: nn.Module,
+    parameter: str,
+    chosen: Mapping[int | None, WeightSelection],
+    matrix: Matrix | None,
+    placement: Placement,
+    keep_input: bool,
+) -> Carrier:
+    """Swap the linear, or hook the owners, of one parameter."""
+    if matrix is not None and matrix.is_linear:
+        linear = model.get_submodule(matrix.module)
+        assert isinstance(linear, nn.Linear)
+        swapped = SparseLinear(linear, chosen[None], placement, keep_input=keep_input)
+        replace_module(model, matrix.module, swapped)
+        return swapped
+    module, _, attribute = parameter.rpartition(".")
+    places = ((module, attribute),) if matrix is None else matrix.owners
+    owners = [(model.get_submodule(name), held) for name, held in places]
+    held = owners[0][0]._parameters[attribute]
+    assert held is not None
+    hooked = SparseParameter(held, owners, chosen, "out_in" if matrix is None else matrix.layout, placement)
+    owners[0][0].add_module(f"sparse_{attribute}", hooked)
+    return hooked
 
 
 def sparsify(
@@ -92,15 +141,18 @@ def sparsify(
     *,
     module_map: ModuleMap | None = None,
 ) -> None:
-    """Freeze ``model`` and replace each selected ``nn.Linear`` by a :class:`SparseLinear`, in place.
+    """Freeze ``model`` and make the selected entries trainable, in place.
 
-    Afterwards only values require grad: ``selection.num_parameters`` entries in all.
+    Each selected ``nn.Linear`` is replaced by a :class:`SparseLinear`; other parameters (embeddings, tied heads,
+    transposed weights, experts, biases, norms) are hooked by a
+    :class:`~sparse_zero.layers.sparse_parameter.SparseParameter`. Afterwards only values require grad:
+    ``selection.num_parameters`` entries in all.
 
     Args:
-        model: dense model; every weight of ``selection`` must be the weight of an ``nn.Linear`` in it.
+        model: dense model that has every weight of ``selection``.
         selection: what is trained.
         placement: inplace or delta, see :class:`SparseLinear`.
-        module_map: tells which linears share an input; default: read from module names.
+        module_map: tells which linears share an input, and layouts; default: read from names and classes.
 
     Raises:
         InputError: the selection is empty or does not fit the model; the model is unchanged then.
@@ -109,24 +161,32 @@ def sparsify(
         raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     if not selection.weights:
         raise InputError("the selection is empty: nothing would be trained")
-    check_fits(model, selection)
-    selections = {weight.removesuffix(".weight"): chosen for weight, chosen in selection.weights.items()}
-    keeps_input = _keeps_input(selections, module_map or default_module_map(model))
+    module_map = module_map or default_module_map(model)
+    check_fits(model, selection, module_map)
+    matrices, grouped = module_map.by_parameter(), by_parameter(selection)
+    linears = {
+        matrices[parameter].name: chosen[None]
+        for parameter, chosen in grouped.items()
+        if parameter in matrices and matrices[parameter].is_linear
+    }
+    keeps_input = _keeps_input(linears, module_map)
     model.requires_grad_(False)
     # How the selection came about travels with the model into checkpoints and adapters.
     setattr(model, _METADATA, dict(selection.metadata))
-    for name, chosen in selections.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        replace_module(model, name, SparseLinear(linear, chosen, placement, keep_input=keeps_input[name]))
+    # Linears first: a hooked bias belongs to the module that stands there afterwards.
+    order = sorted(grouped, key=lambda parameter: parameter not in matrices or not matrices[parameter].is_linear)
+    for parameter in order:
+        matrix = matrices.get(parameter)
+        keep = matrix is not None and keeps_input.get(matrix.name, False)
+        _carrier_for(model, parameter, grouped[parameter], matrix, placement, keep)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The values, by fully qualified name (``….q_proj.values_block``), in the order of the model."""
     return {
         f"{name}.values_{kind}": parameter
-        for name, layer in sparse_linears(model)
-        for kind, parameter in layer.values().items()
+        for name, carrier in carriers(model)
+        for kind, parameter in carrier.values().items()
         if parameter.requires_grad
     }
 
@@ -144,8 +204,8 @@ def parameter_groups(
         InputError: a kind that does not exist or has no values, or a model without values.
     """
     groups: dict[Kind, list[nn.Parameter]] = {kind: [] for kind in KINDS}
-    for _, layer in sparse_linears(model):
-        for kind, parameter in layer.values().items():
+    for _, carrier in carriers(model):
+        for kind, parameter in carrier.values().items():
             if parameter.requires_grad:
                 groups[kind].append(parameter)
     for kind in per_kind or {}:
@@ -162,6 +222,6 @@ def parameter_groups(
 
 
 def write_back(model: nn.Module) -> None:
-    """Copy the values of every inplace linear into its weight, after an optimizer step."""
-    for _, layer in sparse_linears(model):
-        layer.write_back()
+    """Copy inplace values into the weights, after an optimizer step."""
+    for _, carrier in carriers(model):
+        carrier.write_back()

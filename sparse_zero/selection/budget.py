@@ -60,7 +60,7 @@ def _weight_selections(candidates: Sequence[Candidates], chosen: Mapping[Key, Te
         entry = parts.setdefault(c.weight, {"shape": c.shape})
         if c.kind == "block":
             width = c.grid[1]
-            entry["block_size"] = c.block_size
+            entry["block_size"] = c.block_shape
             entry["blocks"] = torch.stack([flat // width, flat % width], dim=1)
         else:
             entry["rows" if c.kind == "row" else "columns"] = flat

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.selection.candidates import Candidates
+from sparse_zero.selection.candidates import Candidates, strip_sums
 from sparse_zero.selection.config import Kind
 
 Key = tuple[str, Kind]
@@ -35,33 +35,6 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if loss is None:
         raise InputError("the model returned no loss for a calibration batch: put labels into it, or pass loss_fn")
     return loss
-
-
-def strip_sums(tensor_TF: Tensor, size: int) -> Tensor:
-    """[T, F] summed over strips of ``size`` along F: [T, ceil(F / size)] in fp64."""
-    num_tokens, features = tensor_TF.shape
-    padded = nn.functional.pad(tensor_TF.double(), (0, -features % size))
-    return padded.reshape(num_tokens, -1, size).sum(2)
-
-
-def region_sums(matrix_OI: Tensor, kind: Kind, size: int) -> Tensor:
-    """Sum of a dense [O, I] matrix over every region of a kind, in fp64 and in the shape of the scores."""
-    if kind == "row":
-        return matrix_OI.sum(1, dtype=torch.float64)
-    if kind == "column":
-        return matrix_OI.sum(0, dtype=torch.float64)
-    return strip_sums(strip_sums(matrix_OI, size).T, size).T
-
-
-def region_sizes(candidates: Candidates) -> Tensor:
-    """Entries of every region, ragged edges considered: fp64, in the shape of the scores."""
-    out_features, in_features = candidates.shape
-    if candidates.kind == "row":
-        return torch.full((out_features,), float(in_features), dtype=torch.float64)
-    if candidates.kind == "column":
-        return torch.full((in_features,), float(out_features), dtype=torch.float64)
-    heights = strip_sums(torch.ones(1, out_features), candidates.block_size)
-    return heights.T @ strip_sums(torch.ones(1, in_features), candidates.block_size)
 
 
 class _Accumulator:
@@ -95,14 +68,14 @@ class _Accumulator:
             return
         x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
         blocks, row, column = (self.linear_sums.get(kind) for kind in ("block", "row", "column"))
-        x_strips = strip_sums(x_TI, blocks.block_size) if blocks else None
+        x_strips = strip_sums(x_TI, blocks.block_shape[1]) if blocks else None
         x_total = x_TI.sum(1, dtype=torch.float64) if row else None
         x_kept = x_TI if column else None
 
         def accumulate(grad: Tensor) -> None:
             dy_TO = grad.detach().reshape(-1, grad.shape[-1])
             if blocks is not None and x_strips is not None:
-                self.sums["block"] += strip_sums(dy_TO, blocks.block_size).T @ x_strips
+                self.sums["block"] += strip_sums(dy_TO, blocks.block_shape[0]).T @ x_strips
             if x_total is not None:
                 self.sums["row"] += dy_TO.T.double() @ x_total
             if x_kept is not None:
@@ -114,7 +87,7 @@ class _Accumulator:
         assert weight.grad is not None
         magnitude = weight.grad.abs_()
         for kind, candidates in self.absolute_sums.items():
-            self.sums[kind] += region_sums(magnitude, kind, candidates.block_size)
+            self.sums[kind] += candidates.sums(magnitude)
         weight.grad = None
 
 
@@ -192,7 +165,7 @@ def gradient_scores(
     scores: dict[Key, Tensor] = {}
     offset = 0
     for candidate in candidates:
-        sizes = region_sizes(candidate)
+        sizes = candidate.sizes()
         sums = flat[offset : offset + sizes.numel()].reshape(sizes.shape)
         scores[candidate.weight, candidate.kind] = sums.abs() / (sizes * num_batches * scale)
         offset += sizes.numel()

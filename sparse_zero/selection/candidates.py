@@ -1,41 +1,93 @@
 """Which regions of which weights may be chosen: patterns resolved against a real model, and checked?"""
 
 import difflib
+import math
 import re
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from sparse_zero.errors import InputError
-from sparse_zero.module_map import ModuleMap
-from sparse_zero.selection.config import KINDS, Kind, RegionConfig, Score, SelectionConfig
-from sparse_zero.selection.regions import grid_shape
+from sparse_zero.module_map import Matrix, ModuleMap, layer_index
+from sparse_zero.selection.config import KINDS, Kind, Pick, RegionConfig, SelectionConfig
+from sparse_zero.selection.regions import BlockShape, WeightSelection, grid_shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """All regions of one kind in one weight."""
+    """All regions of one kind in one weight: what scores are computed for."""
 
-    # Module and weight name; shape is (out, in).
-    module: str
-    weight: str
-    shape: tuple[int, int]
+    # The parameter they lie in, and which matrix of it, if it is a stack of them.
+    matrix: Matrix
+    slice_index: int | None
     kind: Kind
-    # Side of the blocks; 0 for rows and columns.
-    block_size: int
-    score: Score
+    # Height and width of the blocks; (0, 0) for rows and columns.
+    block_shape: BlockShape
+    score: str
+    pick: Pick
     # Number fixed for this weight, or None where the regions compete for the budget.
     per_matrix: int | None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the weight."""
+        return self.matrix.module
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight in a selection."""
+        return self.matrix.parameter + ("" if self.slice_index is None else f"[{self.slice_index}]")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.matrix.shape
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Shape of the regions' scores: (grid rows, grid columns) for blocks, (number,) otherwise."""
         if self.kind == "block":
-            return grid_shape(self.shape, self.block_size)
+            return grid_shape(self.shape, self.block_shape)
         return (self.shape[0],) if self.kind == "row" else (self.shape[1],)
+
+    @property
+    def num_regions(self) -> int:
+        """Number of candidate regions."""
+        return math.prod(self.grid)
+
+    def sizes(self) -> Tensor:
+        """Entries of every region, ragged edges considered: fp64, in the shape of the scores."""
+        if self.kind == "block":
+            height, width = self.block_shape
+            heights = torch.full((self.grid[0],), float(height), dtype=torch.float64)
+            widths = torch.full((self.grid[1],), float(width), dtype=torch.float64)
+            heights[-1] -= -self.shape[0] % height
+            widths[-1] -= -self.shape[1] % width
+            return heights.unsqueeze(1) * widths
+        other = self.shape[1] if self.kind == "row" else self.shape[0]
+        return torch.full(self.grid, float(other), dtype=torch.float64)
+
+    def sums(self, matrix_OI: Tensor) -> Tensor:
+        """Sum of a dense [out, in] matrix over every region: fp64, in the shape of the scores."""
+        if self.kind == "row":
+            return matrix_OI.sum(1, dtype=torch.float64)
+        if self.kind == "column":
+            return matrix_OI.sum(0, dtype=torch.float64)
+        height, width = self.block_shape
+        return strip_sums(strip_sums(matrix_OI, width).T, height).T
+
+
+def strip_sums(tensor_TF: Tensor, size: int) -> Tensor:
+    """[T, F] summed over strips of ``size`` along F, the last one ragged: [T, ceil(F / size)] in fp64."""
+    num_tokens, features = tensor_TF.shape
+    whole = features - features % size
+    sums = tensor_TF[:, :whole].reshape(num_tokens, -1, size).sum(2, dtype=torch.float64)
+    if whole == features:
+        return sums
+    return torch.cat([sums, tensor_TF[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], dim=1)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -47,57 +99,36 @@ def expand_braces(pattern: str) -> list[str]:
     return [full for option in match.group(1).split(",") for full in expand_braces(head + option + tail)]
 
 
-def match_modules(patterns: Sequence[str], module_map: ModuleMap) -> list[str]:
-    """The linears that match, in the order of the model.
+def match_names(patterns: Sequence[str], names: Sequence[str], field: str, what: str) -> list[str]:
+    """The names that match, in their order.
+
+    Args:
+        patterns: shell style, with {a,b} alternatives.
+        names: what there is.
+        field: of the config, for the error: ``selection.regions.modules``.
+        what: what the names stand for, for the error: ``matrix``.
 
     Raises:
-        InputError: an alternative of a pattern matches no linear.
+        InputError: an alternative of a pattern matches no name.
     """
     matched: set[str] = set()
     for pattern in patterns:
         for alternative in expand_braces(pattern):
-            found = [name for name in module_map.linears if fnmatchcase(name, alternative)]
+            found = [name for name in names if fnmatchcase(name, alternative)]
             if not found:
-                endings = sorted({name.rpartition(".")[2] for name in module_map.linears})
+                endings = sorted({name.rpartition(".")[2] for name in names})
                 near = difflib.get_close_matches(alternative.rpartition(".")[2], endings, n=1)
-                hint = f"did you mean '*.{near[0]}'?" if near else f"linears end in {', '.join(endings)}"
-                raise InputError(f"selection.regions.modules pattern {alternative!r} matches no linear: {hint}")
+                hint = f"did you mean '*.{near[0]}'?" if near else f"names end in {', '.join(endings)}"
+                raise InputError(f"{field} pattern {alternative!r} matches no {what}: {hint}")
             matched.update(found)
-    return [name for name in module_map.linears if name in matched]
+    return [name for name in names if name in matched]
 
 
-def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """For each parameter that several modules share, by each of its names: all its names."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    return {name: group for group in names.values() if len(group) > 1 for name in group}
-
-
-def check_trainable_linear(model: nn.Module, module: str, tied: dict[str, list[str]]) -> nn.Linear:
-    """The linear of that name, if values can replace entries of its weight.
-
-    Raises:
-        InputError: no such linear, or its weight is tied to another module's (the other use would miss
-            the update and the gradient).
-    """
-    try:
-        linear = model.get_submodule(module)
-    except AttributeError:
-        raise InputError(f"the model has no module {module!r}: the selection belongs to another model") from None
-    if hasattr(getattr(linear, "weight", None), "ds_id"):
-        raise InputError(
-            f"the weight of {module!r} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
-        )
-    if type(linear) is not nn.Linear:
-        raise InputError(f"module {module!r} is a {type(linear).__name__}, not a torch.nn.Linear: leave it out")
-    if f"{module}.weight" in tied:
-        others = ", ".join(name for name in tied[f"{module}.weight"] if name != f"{module}.weight")
-        raise InputError(
-            f"the weight of {module!r} is tied to {others}: "
-            "a tied weight cannot be selected as a linear; leave it out of selection.regions.modules"
-        )
-    return linear
+def match_matrices(patterns: Sequence[str], module_map: ModuleMap, field: str) -> list[Matrix]:
+    """The matrices that match by any of their names, in the order of the model."""
+    names = [name for matrix in module_map.matrices for name in matrix.names()]
+    matched = set(match_names(patterns, names, field, "matrix"))
+    return [matrix for matrix in module_map.matrices if matched.intersection(matrix.names())]
 
 
 def _layer_bounds(region: RegionConfig, num_layers: int) -> tuple[int, int]:
@@ -112,54 +143,101 @@ def _layer_bounds(region: RegionConfig, num_layers: int) -> tuple[int, int]:
     return (low + num_layers if low < 0 else low), (high + num_layers if high < 0 else high)
 
 
-def find_candidates(model: nn.Module, config: SelectionConfig, module_map: ModuleMap) -> list[Candidates]:
-    """Everything that ``config`` lets compete in ``model``, sorted by weight name, then kind.
+def _in_layers(region: RegionConfig, names: Sequence[str], module_map: ModuleMap) -> set[str]:
+    """The names that lie in the layers that ``region`` asks for."""
+    if region.min_layer is None and region.max_layer is None:
+        return set(names)
+    low, high = _layer_bounds(region, module_map.num_layers)
+    found = {name for name in names if low <= (-1 if (at := module_map.layer_of.get(name)) is None else at) <= high}
+    if not found:
+        raise InputError(
+            f"selection.regions has no layer between min_layer {low} and max_layer {high} for "
+            f"{', '.join(region.modules)}: widen it"
+        )
+    return found
+
+
+def _block_shape(region: RegionConfig, matrix: Matrix) -> BlockShape:
+    """Height and width of a region's blocks in a matrix; (0, 0) for other kinds."""
+    if region.kind != "block":
+        return (0, 0)
+    if region.blocks_per_side is not None:
+        if region.blocks_per_side > min(matrix.shape):
+            raise InputError(
+                f"selection.regions.blocks_per_side is {region.blocks_per_side}, more than a side of {matrix.name!r} "
+                f"({matrix.shape[0]}x{matrix.shape[1]}): use at most {min(matrix.shape)}"
+            )
+        return grid_shape(matrix.shape, region.blocks_per_side)
+    size = region.block_size or 0
+    if size > min(matrix.shape):
+        raise InputError(
+            f"selection.regions.block_size is {size}, larger than the weight of {matrix.name!r} "
+            f"({matrix.shape[0]}x{matrix.shape[1]}): use at most {min(matrix.shape)}"
+        )
+    return (size, size)
+
+
+def find_candidates(config: SelectionConfig, module_map: ModuleMap) -> list[Candidates]:
+    """Everything that ``config`` lets compete or fixes by number, sorted by weight name, then kind.
+
+    Vectors of kind whole are not among them: see :func:`find_whole`.
 
     Raises:
-        InputError: a pattern that matches nothing, no layer left, a tied weight, a block larger than a matrix,
-            more regions per matrix than there are, or one weight and kind in two families.
+        InputError: a pattern that matches nothing, no layer left, a block larger than a matrix, more regions per
+            matrix than there are, or one weight and kind in two families.
     """
-    tied = tied_names(model)
     found: dict[tuple[str, Kind], Candidates] = {}
     for region in config.regions:
-        modules = match_modules(region.modules, module_map)
-        if region.min_layer is not None or region.max_layer is not None:
-            low, high = _layer_bounds(region, module_map.num_layers)
-            modules = [name for name in modules if low <= module_map.layer_of.get(name, -1) <= high]
-            if not modules:
-                raise InputError(
-                    f"selection.regions has no layer between min_layer {low} and max_layer {high}: widen it"
+        if region.kind == "whole":
+            continue
+        matrices = match_matrices(region.modules, module_map, "selection.regions.modules")
+        inside = _in_layers(region, [name for matrix in matrices for name in matrix.names()], module_map)
+        for matrix in matrices:
+            if not inside.intersection(matrix.names()):
+                continue
+            for slice_index in [None] if matrix.num_slices is None else range(matrix.num_slices):
+                candidates = Candidates(
+                    matrix=matrix,
+                    slice_index=slice_index,
+                    kind=region.kind,
+                    block_shape=_block_shape(region, matrix),
+                    score=config.score_of(region),
+                    pick=region.pick,
+                    per_matrix=region.per_matrix,
                 )
-        for module in modules:
-            weight = check_trainable_linear(model, module, tied).weight
-            shape = (weight.shape[0], weight.shape[1])
-            size = region.block_size or 0
-            if size > min(shape):
-                raise InputError(
-                    f"selection.regions.block_size is {size}, larger than the weight of {module!r} "
-                    f"({shape[0]}x{shape[1]}): use at most {min(shape)}"
-                )
-            candidates = Candidates(
-                module=module,
-                weight=f"{module}.weight",
-                shape=shape,
-                kind=region.kind,
-                block_size=size,
-                score=config.score_of(region),
-                per_matrix=region.per_matrix,
-            )
-            total = 1
-            for extent in candidates.grid:
-                total *= extent
-            if region.per_matrix is not None and region.per_matrix > total:
-                raise InputError(
-                    f"selection.regions.per_matrix is {region.per_matrix} but {module!r} has only {total} "
-                    f"{region.kind} regions: lower it"
-                )
-            key = (candidates.weight, candidates.kind)
-            if key in found:
-                raise InputError(
-                    f"selection.regions names the {region.kind} regions of {module!r} twice: keep one of the families"
-                )
-            found[key] = candidates
+                if region.per_matrix is not None and region.per_matrix > candidates.num_regions:
+                    raise InputError(
+                        f"selection.regions.per_matrix is {region.per_matrix} but {matrix.name!r} has only "
+                        f"{candidates.num_regions} {region.kind} regions: lower it"
+                    )
+                key = (candidates.weight, candidates.kind)
+                if key in found:
+                    raise InputError(
+                        f"selection.regions names the {region.kind} regions of {matrix.name!r} twice: "
+                        "keep one of the families"
+                    )
+                found[key] = candidates
     return [found[key] for key in sorted(found, key=lambda key: (key[0], KINDS.index(key[1])))]
+
+
+def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[str, int]) -> dict[str, WeightSelection]:
+    """The vectors that ``config`` trains entirely, by name.
+
+    Args:
+        config: regions of kind whole are read.
+        module_map: names the vectors.
+        shapes: length of each vector, by name.
+
+    Raises:
+        InputError: a pattern that matches no vector, or no layer left.
+    """
+    found: dict[str, WeightSelection] = {}
+    for region in config.regions:
+        if region.kind == "whole":
+            names = match_names(region.modules, module_map.vectors, "selection.regions.modules", "vector")
+            layers = {name: at for name in names if (at := layer_index(name)) is not None}
+            inside = _in_layers(region, names, replace(module_map, layer_of={**module_map.layer_of, **layers}))
+            for name in names:
+                if name in inside:
+                    found[name] = WeightSelection(shape=(shapes[name], 1), whole=True)
+    return found

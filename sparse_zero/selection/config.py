@@ -1,76 +1,184 @@
 """Which regions may be selected, by which score, under which budget?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from sparse_zero.errors import InputError
 
-Kind = Literal["block", "row", "column"]
-Score = Literal["abs_of_mean", "mean_of_abs", "random", "first"]
+Kind = Literal["block", "row", "column", "whole"]
+Pick = Literal["max", "min", "mixed"]
+CalibrationWeights = Literal["frozen", "full"]
+Accumulate = Literal["sum", "per_step"]
+AccumulatorDtype = Literal["float32", "float64", "bfloat16"]
 
+# In the order of ownership: an entry that several regions cover belongs to the first of these kinds.
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SCORES: tuple[Score, ...] = get_args(Score)
+MATRIX_KINDS: tuple[Kind, ...] = ("block", "row", "column")
+PICKS: tuple[Pick, ...] = get_args(Pick)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionConfig:
-    """One family of candidate regions: a kind, on the linears that the patterns match."""
+    """One family of candidate regions: a kind, on the matrices that the patterns match."""
 
-    # block: a size x size sub-matrix (SMT); row: an output channel; column: an input channel (RoCoFT).
+    # block: a sub-matrix of a grid (SMT, DiaBlo); row: an output channel; column: an input channel (RoCoFT);
+    # whole: biases and norms, trained entirely.
     kind: Kind
-    # Patterns over module names, shell style, with {a,b} alternatives: "*.self_attn.{q,k,v}_proj".
+    # Patterns over names, shell style, with {a,b} alternatives: "*.self_attn.{q,k,v}_proj". A matrix that is the
+    # weight of a module has the module's name; experts have their parameter's ("*.experts.down_proj"), and so do
+    # the vectors of kind whole ("*.input_layernorm.weight", "*.q_proj.bias").
     modules: tuple[str, ...]
-    # Side of a block, in rows and columns of the weight. Blocks only: rows and columns have no size.
+    # Side of a block, in rows and columns of the matrix. Blocks only: rows and columns have no size.
     block_size: int | None = None
+    # Instead of block_size: cut every matrix into this many strips along either side; the blocks are then as
+    # oblong as the matrix (DiaBlo).
+    blocks_per_side: int | None = None
     # Only layers with min_layer <= index <= max_layer; negative numbers count from the last layer (-1).
     min_layer: int | None = None
     max_layer: int | None = None
-    # Exactly this many regions in every matched weight, outside the competition for the budget.
-    # None: the regions compete under the budget.
+    # Exactly this many regions in every matched matrix, outside the competition for the budget.
+    # None: the regions compete under the budget. Vectors of kind whole never compete: they are always trained.
     per_matrix: int | None = None
     # Score of these regions; None: the selection's.
-    score: Score | None = None
+    score: str | None = None
+    # Which end of the ranking is taken: the highest scores, the lowest, or half of each (RoCoFT's ablation).
+    pick: Pick = "max"
 
     def __post_init__(self) -> None:
+        named = ", ".join(self.modules)
         if self.kind not in KINDS:
             raise InputError(f"selection.regions.kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
         if not self.modules:
             raise InputError("selection.regions.modules is empty: name at least one pattern, such as '*.q_proj'")
-        if self.kind == "block" and (self.block_size is None or self.block_size < 1):
+        if self.kind == "block" and (self.block_size is None) == (self.blocks_per_side is None):
             raise InputError(
-                f"selection.regions.block_size is {self.block_size}: blocks need a positive size (SMT uses 256)"
+                f"selection.regions.block_size is {self.block_size} and blocks_per_side {self.blocks_per_side} "
+                f"for the blocks of {named}: set exactly one of them (SMT uses block_size 256)"
             )
-        if self.kind != "block" and self.block_size is not None:
-            raise InputError(
-                f"selection.regions.block_size is {self.block_size} for kind {self.kind!r}: "
-                "only blocks have a size; remove it"
-            )
+        for name in ("block_size", "blocks_per_side"):
+            value = getattr(self, name)
+            if value is not None and self.kind != "block":
+                raise InputError(
+                    f"selection.regions.{name} is {value} for kind {self.kind!r} of {named}: "
+                    "only blocks have a size; remove it"
+                )
+            if value is not None and value < 1:
+                raise InputError(f"selection.regions.{name} is {value} for {named}: blocks need a positive size")
         if self.per_matrix is not None and self.per_matrix < 1:
-            raise InputError(f"selection.regions.per_matrix is {self.per_matrix}: give a positive number of regions")
-        if self.score is not None and self.score not in SCORES:
-            raise InputError(f"selection.regions.score is {self.score!r}: choose one of {', '.join(SCORES)}")
+            raise InputError(
+                f"selection.regions.per_matrix is {self.per_matrix} for {named}: give a positive number of regions"
+            )
+        if self.pick not in PICKS:
+            raise InputError(f"selection.regions.pick is {self.pick!r} for {named}: choose one of {', '.join(PICKS)}")
+        if self.kind == "whole":
+            for name, value, default in (
+                ("score", self.score, None), ("per_matrix", self.per_matrix, None), ("pick", self.pick, "max"),
+            ):  # fmt: skip
+                if value != default:
+                    raise InputError(
+                        f"selection.regions.{name} is {value!r} for kind 'whole' of {named}: "
+                        "vectors are trained entirely, without scores; remove it"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetGroupConfig:
+    """A part of the budget that is reserved for some of the matrices."""
+
+    # Patterns over names, as in regions: "*.self_attn.*".
+    modules: tuple[str, ...]
+    # Share of the budget; the shares of all groups add up to 1.
+    share: float
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise InputError("selection.budget.groups.modules is empty: name at least one pattern")
+        if not 0.0 < self.share <= 1.0:
+            raise InputError(
+                f"selection.budget.groups.share is {self.share} for {', '.join(self.modules)}: it must lie in (0, 1]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """How much may be trained, over all competing regions together. Exactly one field is set."""
+    """How much may be trained, over all regions together. Exactly one of the first four fields is set."""
 
     # Share of all parameters of the model, tied ones counted once; 0 < fraction <= 1.
     fraction: float | None = None
     # Number of trained entries.
     parameters: int | None = None
+    # Bytes of training state over all ranks together: values, gradients, fp32 masters, two fp32 moments.
+    bytes: int | None = None
+    # Number of regions, whatever their size.
+    regions: int | None = None
+    # all: one ranking over all matrices (SMT calls it no_restriction); matrix: every matrix gets the same part
+    # of the budget (SMT's norm_dist).
+    over: Literal["all", "matrix"] = "all"
+    # The budget split over groups of matrices, each with a ranking of its own; every competing matrix is in
+    # exactly one group. Empty: no groups.
+    groups: tuple[BudgetGroupConfig, ...] = ()
+    # At least, and at most, this share of the budget (of a group's, with groups) in every layer with candidates.
+    min_share_per_layer: float | None = None
+    max_share_per_layer: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.fraction is None) == (self.parameters is None):
-            raise InputError(
-                f"selection.budget has fraction={self.fraction} and parameters={self.parameters}: set exactly one"
-            )
+        amounts = {name: getattr(self, name) for name in ("fraction", "parameters", "bytes", "regions")}
+        given = [name for name, value in amounts.items() if value is not None]
+        if len(given) != 1:
+            shown = ", ".join(f"{name}={value}" for name, value in amounts.items())
+            raise InputError(f"selection.budget has {shown}: set exactly one")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
             raise InputError(
                 f"selection.budget.fraction is {self.fraction}: it must lie in (0, 1], 0.01 is one percent"
             )
-        if self.parameters is not None and self.parameters < 1:
-            raise InputError(f"selection.budget.parameters is {self.parameters}: it must be at least 1")
+        for name in ("parameters", "bytes", "regions"):
+            if amounts[name] is not None and amounts[name] < 1:
+                raise InputError(f"selection.budget.{name} is {amounts[name]}: it must be at least 1")
+        if self.over not in ("all", "matrix"):
+            raise InputError(f"selection.budget.over is {self.over!r}: choose one of all, matrix")
+        low, high = self.min_share_per_layer, self.max_share_per_layer
+        for name, value in (("min_share_per_layer", low), ("max_share_per_layer", high)):
+            if value is not None and not 0.0 < value <= 1.0:
+                raise InputError(f"selection.budget.{name} is {value}: it must lie in (0, 1]")
+            if value is not None and self.over == "matrix":
+                raise InputError(
+                    f"selection.budget.{name} is {value} and over is 'matrix', which gives all matrices the same: "
+                    "set only one of them"
+                )
+        if low is not None and high is not None and low > high:
+            raise InputError(
+                f"selection.budget.min_share_per_layer is {low}, more than max_share_per_layer {high}: lower it"
+            )
+        total = sum(group.share for group in self.groups)
+        if self.groups and abs(total - 1.0) > 1e-6:
+            raise InputError(f"selection.budget.groups have shares that add up to {total:g}: make them add up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullCalibrationConfig:
+    """SMT's calibration: real full fine-tuning on the calibration data, scored meanwhile."""
+
+    # AdamW's learning rate; SMT uses 9.65e-6 to 1e-4.
+    learning_rate: float = 1e-5
+    # Micro-batches of one optimizer step over all ranks together; every world size must divide it.
+    batches_per_step: int = 4
+    # ZeRO stage of these steps: 2 keeps the weights on every rank, 3 shards them too.
+    stage: Literal[2, 3] = 2
+    # Keep masters and moments (and the weights, at stage 3) in host memory.
+    offload: bool = False
+    # A new base folder that the trained weights are written to, and that training starts from.
+    # None: the weights are restored to what they were.
+    keep_weights_in: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0.0:
+            raise InputError(f"selection.full_calibration.learning_rate is {self.learning_rate}: it must be positive")
+        if self.batches_per_step < 1:
+            raise InputError(
+                f"selection.full_calibration.batches_per_step is {self.batches_per_step}: it must be at least 1"
+            )
+        if self.stage not in (2, 3):
+            raise InputError(f"selection.full_calibration.stage is {self.stage!r}: choose 2 or 3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +189,25 @@ class SelectionConfig:
     regions: tuple[RegionConfig, ...] = ()
     # A selection saved earlier, used as it is instead of regions and budget.
     file: str | None = None
-    # Score of families that name none. abs_of_mean is SMT's: |mean gradient| over the region.
-    score: Score = "abs_of_mean"
+    # Score of families that name none: a built-in one, an entry point of the group sparse_zero.scores, or
+    # "module:function". abs_of_mean is SMT's: |mean gradient| over the region.
+    score: str = "abs_of_mean"
     # Needed when a family competes (has no per_matrix); also an upper bound on everything together.
     budget: BudgetConfig | None = None
     # Micro-batches of calibration data over all ranks together. SMT scores over 100 steps.
     calibration_batches: int = 32
     # Samples in one calibration micro-batch: fixed, so that the result does not depend on the world size.
     calibration_batch_size: int = 4
+    # frozen: calibration changes nothing; full: SMT's recipe, real full fine-tuning steps (see full_calibration).
+    calibration_weights: CalibrationWeights = "frozen"
+    full_calibration: FullCalibrationConfig = field(default_factory=FullCalibrationConfig)
+    # sum: a score reads the gradient summed over all micro-batches. per_step: it reads each micro-batch's
+    # gradient, and the scores are averaged.
+    accumulate: Accumulate = "sum"
+    # Scores that are not linear in the gradient keep, with accumulate: sum, one accumulator per matrix on the
+    # host. Its dtype, and a folder to map it from disk instead of holding it in memory.
+    accumulator_dtype: AccumulatorDtype = "float32"
+    accumulator_folder: str | None = None
     # Seed of the random score and of the calibration order.
     seed: int = 0
 
@@ -101,37 +220,47 @@ class SelectionConfig:
             return
         if not self.regions:
             raise InputError("selection.regions is empty: name at least one family of regions, or a selection.file")
-        if self.score not in SCORES:
-            raise InputError(f"selection.score is {self.score!r}: choose one of {', '.join(SCORES)}")
         if self.calibration_batches < 1:
             raise InputError(f"selection.calibration_batches is {self.calibration_batches}: it must be at least 1")
         if self.calibration_batch_size < 1:
             raise InputError(
                 f"selection.calibration_batch_size is {self.calibration_batch_size}: it must be at least 1"
             )
-        competing = [region for region in self.regions if region.per_matrix is None]
+        for name, value, choices in (
+            ("calibration_weights", self.calibration_weights, get_args(CalibrationWeights)),
+            ("accumulate", self.accumulate, get_args(Accumulate)),
+            ("accumulator_dtype", self.accumulator_dtype, get_args(AccumulatorDtype)),
+        ):
+            if value not in choices:
+                raise InputError(f"selection.{name} is {value!r}: choose one of {', '.join(choices)}")
+        competing = [region for region in self.regions if region.per_matrix is None and region.kind != "whole"]
         if competing and self.budget is None:
             raise InputError(
                 "selection.budget is missing: regions without per_matrix compete for a budget; "
                 "set budget.fraction or budget.parameters, or per_matrix on every family"
             )
-        scores = {self.score_of(region) for region in competing}
-        if len(scores) > 1:
+        for what, found in (
+            ("score", {self.score_of(region) for region in competing}),
+            ("pick", {region.pick for region in competing}),
+        ):
+            if len(found) > 1:
+                raise InputError(
+                    f"selection.regions compete under one budget with a different {what} "
+                    f"({', '.join(sorted(found))}): give them the same, or fix their number with per_matrix"
+                )
+        steps, batches = self.full_calibration.batches_per_step, self.calibration_batches
+        if self.calibration_weights == "full" and batches % steps:
             raise InputError(
-                f"selection.regions compete under one budget with different scores ({', '.join(sorted(scores))}): "
-                "give them one score, or fix their number with per_matrix"
-            )
-        sizes = {region.block_size for region in self.regions if region.kind == "block"}
-        if len(sizes) > 1:
-            raise InputError(
-                f"selection.regions has block sizes {sorted(s for s in sizes if s)}: use one block_size in a selection"
+                f"selection.calibration_batches is {batches}, not a multiple of full_calibration.batches_per_step "
+                f"{steps}: make it one"
             )
 
-    def score_of(self, region: RegionConfig) -> Score:
+    def score_of(self, region: RegionConfig) -> str:
         """The score that ranks ``region``: its own, or the selection's."""
         return region.score or self.score
 
     @property
     def needs_data(self) -> bool:
-        """Whether any score reads gradients, so that calibration data are needed."""
-        return any(self.score_of(region) in ("abs_of_mean", "mean_of_abs") for region in self.regions)
+        """Whether any score reads gradients or activations, so that calibration data are needed."""
+        scored = [region for region in self.regions if region.kind != "whole"]
+        return any(self.score_of(region) not in ("random", "first") for region in scored)

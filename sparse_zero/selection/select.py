@@ -14,7 +14,7 @@ from sparse_zero.collectives import check_equal_on_all_ranks
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import ModuleMap, default_module_map
 from sparse_zero.selection.budget import SUMMATION_NOISE, choose
-from sparse_zero.selection.calibration import Key, LossFunction, default_loss, gradient_scores, region_sizes
+from sparse_zero.selection.calibration import Key, LossFunction, default_loss, gradient_scores
 from sparse_zero.selection.candidates import Candidates, find_candidates
 from sparse_zero.selection.config import BudgetConfig, SelectionConfig
 from sparse_zero.selection.selection import Selection
@@ -49,7 +49,7 @@ def max_parameters(budget: BudgetConfig | None, total: int) -> int | None:
 
 def _dataless_score(candidates: Candidates, seed: int) -> Tensor:
     """random: uniform, from a seed of its own for every weight and kind; first: falling with the index."""
-    sizes = region_sizes(candidates)
+    sizes = candidates.sizes()
     if candidates.score == "first":
         return (1.0 - torch.arange(sizes.numel(), dtype=torch.float64) / sizes.numel()).reshape(sizes.shape)
     key = f"{seed}/{candidates.weight}/{candidates.kind}".encode()
@@ -64,7 +64,7 @@ def check_selection(model: nn.Module, config: SelectionConfig, module_map: Modul
     """
     if config.file is not None:
         raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
-    candidates = find_candidates(model, config, module_map or default_module_map(model))
+    candidates = find_candidates(config, module_map or default_module_map(model))
     max_parameters(config.budget, num_parameters(model))
     return candidates
 

@@ -15,7 +15,7 @@ from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 
 FORMAT = "sparse_zero.selection"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Selection:
@@ -59,7 +59,7 @@ class Selection:
         """SHA-256 over names, shapes and indices: equal exactly when the same entries are trained."""
         sha = hashlib.sha256()
         for name, weight in self.weights.items():
-            header = [name, *weight.shape, weight.block_size, *(weight.num_regions(kind) for kind in KINDS)]
+            header = [name, *weight.shape, *weight.block_shape, *(weight.num_regions(kind) for kind in KINDS)]
             sha.update(json.dumps(header).encode())
             for indices in (weight.blocks, weight.rows, weight.columns):
                 sha.update(indices.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
@@ -70,7 +70,11 @@ class Selection:
         tensors = {}
         header: dict[str, Any] = {"version": FORMAT_VERSION, "weights": {}, "metadata": self.metadata}
         for name, weight in self.weights.items():
-            header["weights"][name] = {"shape": list(weight.shape), "block_size": weight.block_size}
+            header["weights"][name] = {
+                "shape": list(weight.shape),
+                "block_shape": list(weight.block_shape),
+                "whole": weight.whole,
+            }
             for part in ("blocks", "rows", "columns"):
                 indices = getattr(weight, part)
                 if len(indices):
@@ -87,15 +91,16 @@ class Selection:
         """
         tensors, file_metadata = read_safetensors(Path(path), FORMAT)
         header = json.loads(file_metadata["header"])
-        if header["version"] > FORMAT_VERSION:
+        if header["version"] != FORMAT_VERSION:
+            remedy = "update sparse-zero" if header["version"] > FORMAT_VERSION else "select again"
             raise InputError(
-                f"{path} has selection format version {header['version']}, newer than {FORMAT_VERSION}: "
-                "update sparse-zero"
+                f"{path} has selection format version {header['version']}, and this is for {FORMAT_VERSION}: {remedy}"
             )
         weights = {
             name: WeightSelection(
                 shape=(entry["shape"][0], entry["shape"][1]),
-                block_size=entry["block_size"],
+                block_size=(entry["block_shape"][0], entry["block_shape"][1]),
+                whole=entry["whole"],
                 **{
                     part: tensors[key] for part in ("blocks", "rows", "columns") if (key := f"{name}/{part}") in tensors
                 },

@@ -9,7 +9,9 @@ from torch import nn
 
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_json
-from sparse_zero.layers.sparsify import parameter_groups, placement_of, sparse_linears, trainable_parameters, write_back
+from sparse_zero.layers.carriers import carriers, parameter_name
+from sparse_zero.layers.sparse_parameter import SparseParameter
+from sparse_zero.layers.sparsify import parameter_groups, placement_of, trainable_parameters, write_back
 from sparse_zero.zero import compat
 
 
@@ -59,6 +61,13 @@ def initialize(
         raise InputError(
             f"zero stage 0 with {low[0]} is not supported (its masters cannot be saved): use stage 1 to 3, or fp32"
         )
+    if _zero_stage(settings) == 3:
+        for name, carrier in carriers(model):
+            if isinstance(carrier, SparseParameter):
+                raise InputError(
+                    f"zero stage 3 would shard {parameter_name(name, carrier)}, whose entries are trained through "
+                    "hooks: use a stage up to 2, or select linears only"
+                )
     if _zero_stage(settings) == 3 and placement_of(model) == "inplace":
         raise InputError(
             "zero stage 3 shards the weights that placement 'inplace' writes into: "
@@ -110,7 +119,7 @@ def attach(engine: Any) -> None:
     optimizer.step = step_and_write_back
     optimizer._sparse_zero_attached = True
     # What stands in the weights before the first step is what the values say, also after a broadcast.
-    if not any(hasattr(layer.weight, "ds_id") for _, layer in sparse_linears(engine.module)):
+    if not any(hasattr(parameter, "ds_id") for parameter in engine.module.parameters()):
         write_back(engine.module)
 
 

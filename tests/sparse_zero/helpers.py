@@ -12,24 +12,24 @@ from sparse_zero.selection.selection import Selection
 def owner_matrix(selection: WeightSelection) -> Tensor:
     """[O, I] int: 0 where nobody owns the entry, 1 block, 2 row, 3 column. By loops, the slow and plain way."""
     owner = torch.zeros(selection.shape, dtype=torch.int64)
-    size = selection.block_size
+    height, width = selection.block_shape
     for column in selection.columns.tolist():
         owner[:, column] = 3
     for row in selection.rows.tolist():
         owner[row, :] = 2
     for i, j in selection.blocks.tolist():
-        owner[i * size : (i + 1) * size, j * size : (j + 1) * size] = 1
+        owner[i * height : (i + 1) * height, j * width : (j + 1) * width] = 1
     return owner
 
 
 def plain_entries(matrix: Tensor, selection: WeightSelection) -> dict[str, Tensor]:
     """The owned entries of a dense matrix per kind in the order of the values, by Python loops."""
-    owner, size = owner_matrix(selection), selection.block_size
+    owner, (height, width) = owner_matrix(selection), selection.block_shape
     out_features, in_features = selection.shape
     found: dict[str, list[Tensor]] = {"block": [], "row": [], "column": []}
     for i, j in selection.blocks.tolist():
-        for r in range(i * size, min((i + 1) * size, out_features)):
-            found["block"] += [matrix[r, c] for c in range(j * size, min((j + 1) * size, in_features))]
+        for r in range(i * height, min((i + 1) * height, out_features)):
+            found["block"] += [matrix[r, c] for c in range(j * width, min((j + 1) * width, in_features))]
     for r in selection.rows.tolist():
         found["row"] += [matrix[r, c] for c in range(in_features) if owner[r, c] == 2]
     for c in selection.columns.tolist():

@@ -138,10 +138,9 @@ def test_bad_sparsify_leaves_the_model_alone():
     model = TinyModel(tie=True)
     good = sz.WeightSelection(shape=(20, 20), rows=[0])
     cases = {
-        "no module 'layers.9.self_attn.q_proj'": {"layers.9.self_attn.q_proj.weight": good},
-        r"as \(20, 20\), the model as \(10, 20\)": {"layers.0.self_attn.k_proj.weight": good},
-        "tied to": {"lm_head.weight": sz.WeightSelection(shape=(32, 20), rows=[0])},
-        "not a torch.nn.Linear": {"embed_tokens.weight": sz.WeightSelection(shape=(32, 20), rows=[0])},
+        "no weight layers.9.self_attn.q_proj.weight": {"layers.9.self_attn.q_proj.weight": good},
+        r"as \(20, 20\), the model has \(10, 20\)": {"layers.0.self_attn.k_proj.weight": good},
+        "no weight lm_head.weight": {"lm_head.weight": sz.WeightSelection(shape=(32, 20), rows=[0])},
         "selection is empty": {},
     }
     for message, weights in cases.items():
@@ -151,7 +150,7 @@ def test_bad_sparsify_leaves_the_model_alone():
         sz.sparsify(model, mixed_selection(model), "outside")  # type: ignore[arg-type]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(isinstance(module, sz.SparseLinear) for module in model.modules())
-    with pytest.raises(InputError, match="no sparse linears"):
+    with pytest.raises(InputError, match="has no values"):
         sz.merge(model)
     sz.sparsify(model, sz.Selection({"layers.0.self_attn.q_proj.weight": good}))
     with pytest.raises(InputError, match="per_kind names 'block'"):

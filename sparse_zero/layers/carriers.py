@@ -1,0 +1,36 @@
+"""Which modules of a sparse model carry values, and what are their values and parameters called?"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from sparse_zero.layers.sparse_linear import SparseLinear
+from sparse_zero.layers.sparse_parameter import SparseParameter
+
+# What has values: a swapped linear, or a parameter on the hook path. Both have ``placement``, ``attribute``,
+# ``selections()``, ``values()``, ``originals``, ``entries()``, ``set_entries()`` and ``write_back()``.
+Carrier = SparseLinear | SparseParameter
+
+
+def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
+    """Every carrier of values in the model, by module name, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear | SparseParameter):
+            yield name, module
+
+
+def parameter_name(name: str, carrier: Carrier) -> str:
+    """Fully qualified name of the parameter that the carrier of this module name belongs to."""
+    module = name if isinstance(carrier, SparseLinear) else name.rpartition(".")[0]
+    return f"{module}.{carrier.attribute}" if module else carrier.attribute
+
+
+def weight_name(parameter: str, number: int | None) -> str:
+    """Name of a matrix in a selection: the parameter's, followed by its number in a stack."""
+    return parameter if number is None else f"{parameter}[{number}]"
+
+
+def split_weight_name(weight: str) -> tuple[str, int | None]:
+    """(parameter, number in a stack or None) of a matrix in a selection."""
+    parameter, bracket, number = weight.partition("[")
+    return parameter, int(number.removesuffix("]")) if bracket else None
