@@ -31,6 +31,8 @@ _PATH_FIELDS = (
     "data.train",
     "data.validation",
     "data.test",
+    "selection.file",
+    "selection.accumulator_folder",
     "zero.config",
     "checkpoint.resume",
     "output.folder",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig
+from launcher.kept_base import model_of
 from models.base_identity import base_identity
 from models.loading import load_model, load_tokenizer, model_folder, validate_model_source
 from sparse_zero.checkpoint.adapter import read_adapter_base
@@ -16,20 +17,22 @@ from sparse_zero.layers.merge import merge
 def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
     """(model, tokenizer): the base, with an adapter folded in if one is given. Works without a GPU.
 
+    The base is ``config.model``, or, for an adapter that was trained on it, the one that calibration kept.
+
     Raises:
         InputError: the base or the adapter cannot be loaded, or they do not belong together.
     """
-    validate_model_source(config.model)
-    if adapter is not None:
-        stored = read_adapter_base(adapter)
-        if stored is not None:
-            found = base_identity(model_folder(config.model), config.model.gguf_file)
-            if found.sha256 != stored.sha256:
-                raise InputError(
-                    f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and "
-                    f"model.name_or_path is {found.name} ({found.sha256[:12]}): name the base it was trained on"
-                )
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    stored = None if adapter is None else read_adapter_base(adapter)
+    source = model_of(config, stored)
+    validate_model_source(source)
+    if stored is not None:
+        found = base_identity(model_folder(source), source.gguf_file)
+        if found.sha256 != stored.sha256:
+            raise InputError(
+                f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and "
+                f"model.name_or_path is {found.name} ({found.sha256[:12]}): name the base it was trained on"
+            )
+    model, tokenizer = load_model(source), load_tokenizer(source)
     if adapter is not None:
         load_adapter(model, adapter, placement="inplace")
         merge(model)

@@ -13,10 +13,10 @@ from sparse_zero.optional import require
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-KINDS = ("train", "validation", "event")
+KINDS = ("train", "validation", "reselection", "event")
 
 # Fields that place a row rather than measure something; TensorBoard gets the others.
-_PLACE = ("kind", "step", "skipped")
+_PLACE = ("kind", "step", "skipped", "changed")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -52,6 +52,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_done(row: Mapping[str, Any], resumed_step: int) -> bool:
+    """Whether a row tells of what came before the checkpoint; a re-selection comes after that of its step."""
+    step: int = row["step"]
+    return step < resumed_step or (step == resumed_step and row["kind"] != "reselection")
+
+
 class MetricsLog:
     """Appends rows to ``metrics.jsonl``, one JSON object a line, each visible as soon as it is written.
 
@@ -59,8 +65,8 @@ class MetricsLog:
 
     Args:
         run_folder: created when missing.
-        resumed_step: the last step of the checkpoint that training continues from: rows of later steps,
-            which will be trained again, are removed. None: a new run, all earlier rows are removed.
+        resumed_step: the last step of the checkpoint that training continues from: rows of what comes after the
+            checkpoint, which will be done again, are removed. None: a new run, all earlier rows are removed.
         tensorboard: also write the numbers for TensorBoard, below ``run_folder/tensorboard``.
 
     Raises:
@@ -85,11 +91,11 @@ class MetricsLog:
 
     def _keep_until(self, resumed_step: int | None) -> None:
         rows = read_metrics(self.path) if resumed_step is not None and self.path.exists() else []
-        kept = [row for row in rows if resumed_step is not None and row["step"] <= resumed_step]
+        kept = [row for row in rows if resumed_step is not None and _is_done(row, resumed_step)]
         atomic_write_text(self.path, "".join(to_json(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, object]) -> None:
-        """Append one row: its ``kind`` (train, validation, event), its ``step``, and its numbers.
+        """Append one row: its ``kind`` (train, validation, reselection, event), its ``step``, and its numbers.
 
         Non-finite numbers are written as null; TensorBoard does not get them.
         """

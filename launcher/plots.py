@@ -15,6 +15,7 @@ from sparse_zero.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
@@ -31,6 +32,8 @@ class Theme:
     primary: str
     secondary: str
     warning: str
+    # Outline on a cell of any colour of the map.
+    mark: str
     # Name of a perceptually ordered colour map whose low end is near the background, and the shares of
     # it that are used: the low end must still be told from an empty cell.
     colour_map: str
@@ -46,6 +49,7 @@ LIGHT = Theme(
     primary="#0072b2",
     secondary="#d55e00",
     warning="#b0357f",
+    mark="#e0301e",
     colour_map="YlGnBu",
     colour_range=(0.22, 1.0),
     empty="#f3f4f6",
@@ -58,6 +62,7 @@ DARK = Theme(
     primary="#56b4e9",
     secondary="#e69f00",
     warning="#e58ac1",
+    mark="#ff4b6e",
     colour_map="viridis",
     colour_range=(0.18, 1.0),
     empty="#20262e",
@@ -104,6 +109,18 @@ def style(axes: "Axes", theme: Theme) -> None:
 def title(axes: "Axes", text: str, theme: Theme) -> None:
     """Write what the axes show above their left end."""
     axes.set_title(text, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=10)
+
+
+def theme_colours(theme: Theme) -> "Colormap":
+    """The part of the theme's colour map that differs from an empty cell."""
+    matplotlib = require("matplotlib", extra="plots", purpose="draw a map")
+    colors = require("matplotlib.colors", extra="plots", purpose="draw a map")
+    sampled = matplotlib.colormaps[theme.colour_map]
+    low, high = theme.colour_range
+    colours: Colormap = colors.LinearSegmentedColormap.from_list(
+        "cells", [sampled(low + (high - low) * i / 255) for i in range(256)]
+    )
+    return colours
 
 
 def say_empty(axes: "Axes", text: str, theme: Theme) -> None:

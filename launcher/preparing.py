@@ -13,7 +13,9 @@ import torch
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import check_own_config, deepspeed_config, validate_with_deepspeed
-from launcher.run_folder import RunFolder, check_same_run, check_writable, find_start
+from launcher.exporting import save_model_folder
+from launcher.kept_base import check_is_base_of, check_kept, earlier_selection, kept_model
+from launcher.run_folder import RunFolder, check_same_run, check_writable, find_start, kept_folder
 from launcher.world import World
 from models.base_identity import base_identity
 from models.collate import collate
@@ -37,7 +39,10 @@ from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import check_fits, sparsify
 from sparse_zero.optional import require
-from sparse_zero.selection.select import check_selection, select
+from sparse_zero.selection.full_calibration import check_world_size
+from sparse_zero.selection.region_scores import RegionScores
+from sparse_zero.selection.scores import resolve_score
+from sparse_zero.selection.select import check_selection, choose_regions, score_regions
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.engine import initialize
 
@@ -71,8 +76,16 @@ class Prepared:
     train: SampleSet
     validation: SampleSet | None
     test: list[dict[str, str]]
+    # What is trained from; calibration may replace it, and writes the new one then.
     base: BaseIdentity
     checkpoint: Checkpoint | None
+    # Of an earlier start without a checkpoint, where calibration is not to be done twice since its weights were kept.
+    selection: Selection | None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier start has come as far as a selection that this one goes on with."""
+        return self.checkpoint is not None or self.selection is not None
 
 
 def check_run(config: RunConfig, *, continues: bool = True) -> None:
@@ -102,6 +115,9 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
             f"training.precision {config.training.precision} is slow on most CPUs: fp32 is the choice here",
             stacklevel=2,
         )
+    for region in config.selection.regions:
+        if region.kind != "whole":
+            resolve_score(config.selection.score_of(region))
     if config.output.report:
         require("matplotlib", extra="plots", purpose="draw the report (output.report)")
     if config.output.tensorboard:
@@ -110,7 +126,9 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
         folder = RunFolder(config.output.folder)
         check_writable(folder)
         check_same_run(folder, config)
-        find_start(folder, config)
+        check_kept(config, folder, resumes=find_start(folder, config) is not None)
+    else:
+        check_kept(config, None, resumes=False)
     validate_model_source(config.model)
 
 
@@ -142,16 +160,23 @@ def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _agree_on_checkpoint(checkpoint: Checkpoint | None) -> None:
-    """Raise on all ranks unless they all continue from the same checkpoint, or all start anew. Collective."""
-    mine = None if checkpoint is None else file_sha256(checkpoint.folder / MANIFEST)
+def _agree_on_start(checkpoint: Checkpoint | None, earlier: Selection | None) -> None:
+    """Raise on all ranks unless they all continue from the same checkpoint or selection, or start anew. Collective."""
+    mine = None if earlier is None else earlier.digest()
+    if checkpoint is not None:
+        mine = file_sha256(checkpoint.folder / MANIFEST)
     everyone = gather_json(mine)
     different = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     if different:
         raise InputError(
-            f"ranks {different} see another checkpoint in output.folder than rank 0, or none: "
+            f"ranks {different} see another checkpoint or selection in output.folder than rank 0, or none: "
             "put output.folder on a file system that all nodes share"
         )
+
+
+def _agree_on_base(base: BaseIdentity | None) -> BaseIdentity:
+    """Rank 0's on every rank. Collective."""
+    return BaseIdentity(**gather_json(None if base is None else dataclasses.asdict(base))[0])
 
 
 def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepared:
@@ -174,28 +199,35 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
         if checkpoint is not None:
             _check_same_selection(config, checkpoint)
-    _agree_on_checkpoint(checkpoint)
+        if config.selection.file is None and config.selection.calibration_weights == "full":
+            check_world_size(config.selection.full_calibration, world.world_size)
+        earlier = earlier_selection(config, folder) if continues and checkpoint is None else None
+    _agree_on_start(checkpoint, earlier)
+    source = config.model
+    if earlier is not None or (checkpoint is not None and kept_folder(config) is not None):
+        source = kept_model(config)
     with failing_together():
         tokenizer = load_tokenizer(config.model)
         train = load_samples(config.data, tokenizer, "train")
         validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
-        model = load_model(config.model)
+        model = load_model(source)
         check_tokenizer_fits(model, tokenizer)
         for samples in (train, validation):
             if samples is not None:
                 _check_context(model, samples)
         check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
         if checkpoint is not None:
-            check_fits(model, checkpoint.selection)
+            check_fits(model, checkpoint.selection, retired=checkpoint.retired)
         elif config.selection.file is not None:
             check_fits(model, Selection.load(config.selection.file))
         else:
             check_selection(model, config.selection, module_map(model))
         if world.is_main:
-            base = base_identity(model_folder(config.model), config.model.gguf_file)
-    found = gather_json({"name": base.name, "sha256": base.sha256} if base else None)[0]
-    base = BaseIdentity(name=found["name"], sha256=found["sha256"])
+            base = base_identity(model_folder(source), source.gguf_file)
+    base = _agree_on_base(base)
+    if earlier is not None:
+        check_is_base_of(earlier, base)
     if checkpoint is not None and checkpoint.base is not None and checkpoint.base.sha256 != base.sha256:
         raise InputError(
             f"{checkpoint.folder} was trained on the base {checkpoint.base.name} ({checkpoint.base.sha256[:12]}), not "
@@ -214,6 +246,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         test=test,
         base=base,
         checkpoint=checkpoint,
+        selection=earlier,
     )
 
 
@@ -235,20 +268,18 @@ def calibration_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
     return response_nll(model, batch) / (batch["labels"][:, 1:] != -100).sum().clamp(min=1)
 
 
-def choose_selection(prepared: Prepared, world: World) -> Selection:
-    """Calibrate and select, or read ``selection.file``. Collective; a progress bar on rank 0."""
+def score_selection(prepared: Prepared, world: World) -> RegionScores:
+    """Score every region that the config lets be chosen. Collective; a progress bar on rank 0."""
     from rich.console import Console
     from rich.progress import Progress
 
     config = prepared.config
-    if config.selection.file is not None:
-        return Selection.load(config.selection.file)
     batches = calibration_batches(config, prepared.train.samples, pad_token_id(prepared.tokenizer), world.device)
     console = Console(stderr=True, quiet=not (world.is_main and config.selection.needs_data))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("calibrating", total=config.selection.calibration_batches)
         prepared.model.train()
-        return select(
+        scores = score_regions(
             prepared.model,
             batches if config.selection.needs_data else None,
             config.selection,
@@ -256,15 +287,58 @@ def choose_selection(prepared: Prepared, world: World) -> Selection:
             module_map=module_map(prepared.model),
             on_batch=lambda index: progress.update(task, completed=index + 1),
         )
+    if kept_folder(config) is not None:
+        prepared.base = _write_kept(prepared, world)
+    scores.metadata["base"] = dataclasses.asdict(prepared.base)
+    return scores
+
+
+def _write_kept(prepared: Prepared, world: World) -> BaseIdentity:
+    """Write the weights that calibration has trained as a new base; its identity. Collective.
+
+    Raises:
+        InputError: something has been put into the folder since the start.
+    """
+    kept, base = kept_folder(prepared.config), None
+    assert kept is not None
+    with failing_together():
+        if world.is_main:
+            check_kept(prepared.config, None, resumes=False)
+            save_model_folder(prepared.model, prepared.tokenizer, kept)
+            base = base_identity(kept)
+    return _agree_on_base(base)
+
+
+def choose_selection(prepared: Prepared, world: World, scores: RegionScores | None = None) -> Selection:
+    """Choose by ``scores`` (None: calibrate first), or read what is chosen already. Collective."""
+    config = prepared.config
+    if config.selection.file is not None:
+        return Selection.load(config.selection.file)
+    if scores is None and prepared.selection is not None:
+        return prepared.selection
+    scores = scores or score_selection(prepared, world)
+    selection = choose_regions(prepared.model, scores, config.selection, module_map=module_map(prepared.model))
+    selection.metadata["base"] = scores.metadata.get("base")
+    return selection
 
 
 def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
-    """Sparsify the model and wrap it in a DeepSpeed engine. Collective."""
-    config = prepared.config
+    """Sparsify the model, with the retired entries of the checkpoint, and wrap it in an engine. Collective."""
+    sparsify(
+        prepared.model,
+        selection,
+        prepared.config.zero.placement,
+        retired=None if prepared.checkpoint is None else prepared.checkpoint.retired,
+        module_map=module_map(prepared.model),
+    )
+    return new_engine(prepared.model, prepared.config, world)
+
+
+def new_engine(model: Any, config: RunConfig, world: World) -> Any:
+    """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective."""
     training = config.training
-    sparsify(prepared.model, selection, config.zero.placement, module_map=module_map(prepared.model))
     engine, *_ = initialize(
-        model=prepared.model,
+        model=model,
         config=deepspeed_config(config, world.world_size),
         optimizer=lambda groups: torch.optim.AdamW(
             groups,

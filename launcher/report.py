@@ -1,24 +1,26 @@
 """What happened in a run? Pictures and one page that needs nothing but itself."""
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import metrics, plots, summary
-from launcher.report_style import PAGE
-from launcher.selection_map import selection_figure
+from launcher.page import note, picture, section, table, write_page
+from launcher.selection_map import PLURALS
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_bytes, atomic_write_text, read_json
+from sparse_zero.files import atomic_write_bytes, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from sparse_zero.selection.region_scores import RegionScores
     from sparse_zero.selection.selection import Selection
 
 FOLDER_NAME = "report"
 PAGE_NAME = "report.html"
+# What calibration wrote into the run folder, beside the selection.
+SCORES_NAME = "scores.safetensors"
 # Predictions shown of each sort (became right, became wrong, ...), and characters shown of each text.
 _MAX_EXAMPLES_OF_A_SORT = 4
 _MAX_EXAMPLE_CHARACTERS = 900
@@ -30,26 +32,6 @@ _SORTS = {
     (False, False): ("Wrong before and after", "bad"),
     (True, True): ("Right before and after", "good"),
 }
-
-
-def _table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:
-    """An HTML table whose first column names the row. Cells are plain text and are escaped here."""
-    parts = ['<div class="scroll"><table>']
-    if head:
-        parts.append("<thead><tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr></thead>")
-    parts.append("<tbody>")
-    for first, *rest in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        parts.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    return "".join(parts) + "</tbody></table></div>"
-
-
-def _section(heading: str, body: str, *, identifier: str) -> str:
-    return f'<section id="{identifier}"><h2>{escape(heading)}</h2>{body}</section>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
 
 
 def flatten(config: object, prefix: str = "") -> list[tuple[str, str]]:
@@ -132,12 +114,12 @@ def _predictions_section(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -
     base, tuned = found.get("base", {}), found.get("tuned", {})
     shared = sorted(base.keys() & tuned.keys())
     if not shared:
-        return _note("The run has not answered the same problems before and after training: nothing to compare.")
+        return note("The run has not answered the same problems before and after training: nothing to compare.")
     sorts: dict[tuple[bool, bool], list[int]] = {sort: [] for sort in _SORTS}
     for index in shared:
         sorts[bool(base[index].get("correct")), bool(tuned[index].get("correct"))].append(index)
     parts = [
-        _table(
+        table(
             [(name, f"{len(sorts[sort]):,}") for sort, (name, _) in _SORTS.items()],
             head=("Problems", "Number"),
         )
@@ -182,21 +164,16 @@ def _tiles(content: Mapping[str, Any]) -> str:
 
 def _picture(name: str, description: str, draw: Callable[[plots.Theme], "Figure"], folder: Path) -> str:
     """Write ``name.png`` and return the same picture, in a light and a dark form, for the page."""
-    light, dark = plots.to_png(draw(plots.LIGHT)), plots.to_png(draw(plots.DARK))
+    html, light = picture(description, draw)
     atomic_write_bytes(folder / f"{name}.png", light)
-    sources = [f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in (light, dark)]
-    return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="{escape(description)}"></picture>'
-        f"<figcaption>{escape(description)}</figcaption></figure>"
-    )
+    return html
 
 
 def _training_section(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
     train = [row for row in rows if row["kind"] == "train"]
     validation = [row for row in rows if row["kind"] == "validation"]
     if not train:
-        return _note("The run has not trained yet.")
+        return note("The run has not trained yet.")
     skipped = sum(bool(row.get("skipped")) for row in train)
     loss = "Mean negative log-likelihood per response token of each global batch"
     loss += ", and on the validation data." if validation else "."
@@ -223,19 +200,23 @@ def _training_section(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
     return "".join(_picture(name, text, draw, folder) for name, text, draw in pictures)
 
 
-def _selection_section(selection: "Selection", folder: Path) -> str:
-    counts = {name: weight.num_parameters_by_kind() for name, weight in selection.weights.items()}
-    num_layers = selection.metadata.get("num_layers")
-    text = (
-        f"{selection.num_parameters:,} parameters are trained in {len(selection.weights):,} weights. "
-        "Grey weights are not trained; each panel has its own scale."
-    )
-    known = num_layers if isinstance(num_layers, int) else None
-    picture = _picture("selection", text, lambda theme: selection_figure(counts, known, theme), folder)
+def _selection_section(selection: "Selection", scores: "RegionScores | None", folder: Path) -> str:
+    from launcher import selection_page
+    from launcher.selection_stats import check_scores_fit
+
+    html = selection_page.show(selection_page.map_drawing(selection), folder)
+    if scores is not None:
+        try:
+            check_scores_fit(selection, scores, SCORES_NAME)
+            html += selection_page.captured_html(selection, scores, folder)
+        except InputError as error:
+            html += note(f"The scores in the run folder are not those of this selection: {error}.")
     rows = [("Digest", selection.digest())]
-    rows += [(f"Parameters in {kind}s", f"{count:,}") for kind, count in selection.num_parameters_by_kind().items()]
+    rows += [
+        (f"Parameters in {PLURALS[kind]}", f"{count:,}") for kind, count in selection.num_parameters_by_kind().items()
+    ]
     rows += flatten(selection.metadata) if selection.metadata else []
-    return picture + _table(rows)
+    return html + table(rows)
 
 
 def write_report(run_folder: Path) -> Path:
@@ -251,6 +232,7 @@ def write_report(run_folder: Path) -> Path:
         InputError: the folder is missing or no run folder, a file in it is damaged, or matplotlib is
             not installed. Nothing is written then.
     """
+    from sparse_zero.selection.region_scores import RegionScores
     from sparse_zero.selection.selection import Selection
 
     if not run_folder.is_dir():
@@ -265,6 +247,8 @@ def write_report(run_folder: Path) -> Path:
     rows = metrics.read_metrics(metrics_path) if metrics_path.exists() else []
     content = _read_optional(run_folder / summary.FILE_NAME)
     selection = Selection.load(selection_path) if selection_path.exists() else None
+    scores_path = run_folder / SCORES_NAME
+    scores = RegionScores.load(scores_path) if selection is not None and scores_path.exists() else None
     predictions = _read_predictions(run_folder)
     plots.to_png(plots.loss_figure([]))  # Asks for matplotlib before anything is written.
 
@@ -272,28 +256,29 @@ def write_report(run_folder: Path) -> Path:
     sections = []
     if content is None:
         sections.append(
-            _section("Summary", _note("The run has not ended: there is no summary yet."), identifier="summary")
+            section("Summary", note("The run has not ended: there is no summary yet."), identifier="summary")
         )
     else:
-        body = _tiles(content) + _table(summary.summary_rows(content))
-        sections.append(_section("Summary", body, identifier="summary"))
-    sections.append(_section("Training", _training_section(rows, folder), identifier="training"))
+        body = _tiles(content) + table(summary.summary_rows(content))
+        sections.append(section("Summary", body, identifier="summary"))
+    sections.append(section("Training", _training_section(rows, folder), identifier="training"))
     if selection is not None:
-        sections.append(_section("Selection", _selection_section(selection, folder), identifier="selection"))
+        body = _selection_section(selection, scores, folder)
+        sections.append(section("Selection", body, identifier="selection"))
     if predictions:
-        sections.append(_section("Predictions", _predictions_section(predictions), identifier="predictions"))
+        sections.append(section("Predictions", _predictions_section(predictions), identifier="predictions"))
     events = [(f"{row['step']:,}", str(row.get("event", ""))) for row in rows if row["kind"] == "event"]
     if events:
-        table = _table(events[-_MAX_EVENTS:], head=("Step", "Event"))
-        sections.append(_section("Events", table, identifier="events"))
+        body = table(events[-_MAX_EVENTS:], head=("Step", "Event"))
+        sections.append(section("Events", body, identifier="events"))
     if config:
         tables = []
-        for name, section in config.items():
-            pairs = flatten(section) if not isinstance(section, Mapping) or section else []
+        for name, part in config.items():
+            pairs = flatten(part) if not isinstance(part, Mapping) or part else []
             tables.append(
-                f"<details open><summary>{escape(str(name))}</summary>{_table(pairs)}</details>" if pairs else ""
+                f"<details open><summary>{escape(str(name))}</summary>{table(pairs)}</details>" if pairs else ""
             )
-        sections.append(_section("Configuration", "".join(tables), identifier="configuration"))
+        sections.append(section("Configuration", "".join(tables), identifier="configuration"))
     page = folder / PAGE_NAME
-    atomic_write_text(page, PAGE.substitute(title=escape(run_folder.resolve().name), sections="\n".join(sections)))
+    write_page(page, run_folder.resolve().name, sections)
     return page

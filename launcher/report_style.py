@@ -45,6 +45,11 @@ table { width: 100%; border-collapse: collapse; font-size: 0.92rem; font-variant
 th, td { padding: 0.35rem 0.75rem 0.35rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
 tbody th { width: 16rem; min-width: 9rem; color: var(--muted); font-weight: 400; }
+.sheet th, .sheet td { overflow-wrap: normal; }
+thead .number, td.number { text-align: right; padding-left: 0.75rem; }
+td.number { white-space: nowrap; }
+td.indented { padding-left: 1.25rem; }
+tr.sum td { font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 figure { margin: 0 0 1.5rem; }
 figure:last-child { margin-bottom: 0; }

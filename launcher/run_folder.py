@@ -39,6 +39,8 @@ class RunFolder:
         self.path = Path(folder)
         self.config = self.path / "config.yaml"
         self.selection = self.path / "selection.safetensors"
+        # Of all candidates, which the selection was chosen by.
+        self.scores = self.path / "scores.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
@@ -73,6 +75,17 @@ class RunFolder:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def kept_folder(config: RunConfig) -> Path | None:
+    """The folder of the base that the run's calibration makes; None if it makes none."""
+    named = config.selection.keeps_weights_in
+    return None if named is None else Path(named).expanduser()
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether there is something at ``folder``: a file, or a folder that is not empty."""
+    return os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def check_writable(folder: RunFolder) -> None:
@@ -130,7 +143,9 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
     """
     if not folder.config.is_file():
         return
-    if not folder.complete_checkpoints() and not folder.summary.is_file():
+    kept = kept_folder(config)
+    is_calibrated = kept is not None and is_filled(kept) and folder.selection.is_file()
+    if not folder.complete_checkpoints() and not folder.summary.is_file() and not is_calibrated:
         return  # Nothing was trained yet: the folder may be taken over.
     try:
         old = read_mapping(folder.config)

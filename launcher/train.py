@@ -23,15 +23,19 @@ from launcher.preparing import (
     check_run,
     choose_selection,
     make_engine,
+    new_engine,
     prepare,
+    score_selection,
 )
 from launcher.process_ranks import find_ranks, reports_errors
 from launcher.report import write_report
 from launcher.run_folder import RunFolder
+from launcher.selection_terminal import save_choice
 from launcher.stopping import Stopped, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
+from models.families import module_map
 from models.gather import gather_json
 from models.loading import pad_token_id
 from sparse_zero.checkpoint.adapter import save_adapter
@@ -40,7 +44,9 @@ from sparse_zero.collectives import PeerError, leave_process_group
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
 from sparse_zero.layers.merge import merge
+from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.memory.measure import PeakMemory
+from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.select import num_parameters
 from sparse_zero.selection.selection import Selection
 
@@ -56,7 +62,7 @@ def _say(world: World, text: str) -> None:
 def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[float, int]:
     """(accuracy, problems) of ``model`` on the test records; from the file of an earlier start if it is there."""
     out = prepared.folder.evaluation / f"{name}.json"
-    reuse = name == "base" and prepared.checkpoint is not None and out.is_file()
+    reuse = name == "base" and prepared.resumes and out.is_file()
     if all(gather_json(reuse)):
         earlier = read_json(out)
         return float(earlier["accuracy"]), int(earlier["num_problems"])
@@ -69,15 +75,23 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
 
 def _select(prepared: Prepared, world: World) -> Selection:
     """The checkpoint's selection, or a new one; written to the run folder."""
-    checkpoint = prepared.checkpoint
-    selection = choose_selection(prepared, world) if checkpoint is None else checkpoint.selection
+    config, folder = prepared.config.selection, prepared.folder
+    scores = None
+    if prepared.checkpoint is not None:
+        selection = prepared.checkpoint.selection
+    else:
+        if config.file is None and prepared.selection is None:
+            scores = score_selection(prepared, world)
+        selection = choose_selection(prepared, world, scores)
     if world.is_main:
-        selection.save(prepared.folder.selection)
+        if scores is not None:
+            scores.save(folder.scores)
+        selection.save(folder.selection)
     return selection
 
 
-def _train(prepared: Prepared, engine: Any, world: World) -> TrainingResult:
-    """Continue from the checkpoint if there is one, and train to the end or to a signal."""
+def _train(prepared: Prepared, engine: Any, world: World, family: ModuleMap) -> tuple[TrainingResult, Any]:
+    """Continue from the checkpoint if there is one, and train to the end or to a signal; the engine it ended with."""
     earlier: dict[str, Any] = {}
     if prepared.checkpoint is not None:
         earlier = load_checkpoint(engine, prepared.checkpoint.folder).extra
@@ -87,6 +101,8 @@ def _train(prepared: Prepared, engine: Any, world: World) -> TrainingResult:
         config=prepared.config,
         world=world,
         engine=engine,
+        make_engine=lambda model: new_engine(model, prepared.config, world),
+        module_map=family,
         train=prepared.train.samples,
         validation=prepared.validation.samples if prepared.validation else (),
         pad_token_id=pad_token_id(prepared.tokenizer),
@@ -96,10 +112,10 @@ def _train(prepared: Prepared, engine: Any, world: World) -> TrainingResult:
         earlier=earlier,
     )
     if not world.is_main:
-        return train(state, None)
+        return train(state, None), state.engine
     resumed = first_step if first_step else None
     with MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=prepared.config.output.tensorboard) as log:
-        return train(state, log)
+        return train(state, log), state.engine
 
 
 def _tuned_model(prepared: Prepared, engine: Any) -> Any:
@@ -171,11 +187,13 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     trained = selection.num_parameters
     _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
     with phases.measure("train"):
-        engine = make_engine(prepared, selection, world)
-        result = _train(prepared, engine, world)
+        family = module_map(prepared.model)
+        result, engine = _train(prepared, make_engine(prepared, selection, world), world, family)
     if result.stopped_by:
         _say(world, f"stopped by signal {result.stopped_by} after step {result.step}; start again to continue")
         return EXIT_SIGNAL + result.stopped_by
+    # Of the selection that training ended with.
+    trained, retired = selection_of(engine.module).num_parameters, num_retired(engine.module)
     with phases.measure("save"):
         if config.output.adapter or config.zero.stage == 3:
             save_adapter(engine, folder.adapter, base=prepared.base)
@@ -185,7 +203,7 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     if prepared.test:
         with phases.measure("evaluate_tuned"):
             accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
-    counts = {"total": total, "trained": trained, "peak_memory_bytes": memory.peak_bytes()}
+    counts = {"total": total, "trained": trained, "retired": retired, "peak_memory_bytes": memory.peak_bytes()}
     _write_summary(prepared, world, phases, result, accuracy, counts)
     if world.is_main:
         print_summary(folder.path)
@@ -231,14 +249,21 @@ def run(config: RunConfig) -> int:
     return _in_world(lambda world: _run_in_world(config, world), lambda: check_run(config))
 
 
-def select_only(config: RunConfig, out: Path) -> int:
-    """Calibrate, select, write the selection to ``out``, and stop; returns 0."""
+def select_only(config: RunConfig, out: Path, scores_out: Path | None) -> int:
+    """Calibrate, select, write selection and scores, print what was chosen, and stop; returns 0, or 2 as a peer.
+
+    Args:
+        config: the run.
+        out: the file of the selection.
+        scores_out: the file of the scores; None: they are not kept.
+    """
 
     def work(world: World) -> int:
-        selection = choose_selection(prepare(config, world, continues=False), world)
+        prepared = prepare(config, world, continues=False)
+        scores = score_selection(prepared, world) if config.selection.file is None else None
+        selection = choose_selection(prepared, world, scores)
         if world.is_main:
-            selection.save(out)
-            print(f"{selection.num_parameters:,} parameters in {len(selection.weights)} weights written to {out}")
+            save_choice(selection, scores, out, scores_out)
         return 0
 
     return _in_world(work, lambda: check_run(config, continues=False))

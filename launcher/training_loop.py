@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from launcher.config import RunConfig
 from launcher.metrics import MetricsLog
-from launcher.progress import training_progress
+from launcher.progress import TrainingProgress, training_progress
+from launcher.reselecting import check_selection_now, describe_check
 from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
 from launcher.stopping import stop_requests
@@ -24,6 +25,7 @@ from sparse_zero.checkpoint.checkpoint import save_checkpoint
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import collective_device
 from sparse_zero.memory.measure import PeakMemory
+from sparse_zero.module_map import ModuleMap
 from sparse_zero.zero.engine import step_was_applied
 
 
@@ -58,13 +60,18 @@ class TrainingResult:
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "final_loss": final_loss}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LoopState:
     """What the loop works on."""
 
     config: RunConfig
     world: World
+    # Another one after a re-selection.
     engine: Any
+    # From a sparsified model to an engine, for re-selections.
+    make_engine: Callable[[Any], Any]
+    # Of the base, which the model was before it was sparse.
+    module_map: ModuleMap
     train: Sequence[TokenizedSample]
     validation: Sequence[TokenizedSample]
     pad_token_id: int
@@ -161,11 +168,29 @@ def _optimizer_step(
     return float(total) / response, input_tokens
 
 
+def _check_selection(state: LoopState, step: int, progress: TrainingProgress, metrics: MetricsLog | None) -> None:
+    """Select anew, if the selection does not capture enough any more. Collective."""
+    state.engine, row = check_selection_now(
+        state.config,
+        state.world,
+        state.engine,
+        step,
+        samples=state.train,
+        pad_token_id=state.pad_token_id,
+        folder=state.folder,
+        module_map=state.module_map,
+        make_engine=state.make_engine,
+    )
+    progress.message(describe_check(row))
+    if metrics is not None:
+        metrics.write(row)
+
+
 def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     """Run the steps that are left. Collective.
 
     Args:
-        state: the engine and its data, on every rank.
+        state: the engine and its data, on every rank; afterwards its engine is the one of the last step.
         metrics: rank 0's log; None on the others.
 
     Raises:
@@ -192,6 +217,11 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
     with stop_requests() as request, progress:
         for step in range(state.first_step, num_steps):
+            # Before the step, not after the last one: a checkpoint holds what came before the check, and a run that
+            # continues from it makes the same check again.
+            reselect = config.selection.reselect
+            if reselect is not None and reselect.is_due(step):
+                _check_selection(state, step, progress, metrics)
             started = time.perf_counter()
             plan, rate = sampler.step(step), learning_rate(config.training, step, num_steps)
             num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)

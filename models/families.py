@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Families whose layers are built like Llama's: q, k and v read one tensor, gate and up another. A test runs a
-# small model of each and compares what the linears are given.
-LLAMA_LIKE = frozenset(
+# Families for which the default map is right about shared inputs (q, k and v read one tensor, gate and up another, or
+# none is shared). A test runs a small model of each and compares what the linears are given.
+KNOWN_FAMILIES = frozenset(
     {
+        # decoders built like Llama
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -31,6 +32,22 @@ LLAMA_LIKE = frozenset(
         "qwen3",
         "smollm3",
         "stablelm",
+        # decoders that fuse q, k and v
+        "bloom",
+        "gpt2",
+        "gpt_neox",
+        "phi3",
+        # mixtures of experts, whose experts are one parameter per layer
+        "dbrx",
+        "gpt_oss",
+        "llama4_text",
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        # encoders
+        "bert",
+        "roberta",
     }
 )
 
@@ -39,6 +56,7 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "query_key_value": ("q_proj", "k_proj", "v_proj"),
     "Wqkv": ("q_proj", "k_proj", "v_proj"),
+    "c_attn": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
@@ -48,19 +66,19 @@ class FamilyWarning(UserWarning):
 
 
 def module_map(model: PreTrainedModel) -> ModuleMap:
-    """The map of a model's linears: layers, roles and shared inputs.
+    """The map of a model's matrices and vectors: layouts, layers, roles and shared inputs.
 
-    For the families of :data:`LLAMA_LIKE` it is complete. Other models get the map that module names tell,
-    without shared inputs, which only costs memory, and a :class:`FamilyWarning`.
+    For :data:`KNOWN_FAMILIES` it is complete. Other models get the map that names, classes and shapes tell, without
+    shared inputs, which only costs memory, and a :class:`FamilyWarning`.
 
     Raises:
-        InputError: the model has no linear layers of torch.nn.
+        InputError: the model has no matrix.
     """
     kind = _model_type(model)
     found = default_module_map(model)
-    if not found.linears:
-        raise InputError(f"model.name_or_path is a {kind} model without torch.nn.Linear layers: use another model")
-    if kind in LLAMA_LIKE:
+    if not found.matrices:
+        raise InputError(f"model.name_or_path is a {kind} model without a matrix to select from: use another model")
+    if kind in KNOWN_FAMILIES:
         return found
     if found.shared_inputs:
         warnings.warn(
@@ -82,7 +100,7 @@ def check_not_fused(model: PreTrainedModel, patterns: tuple[str, ...]) -> None:
     Raises:
         InputError: naming the fused module to ask for instead.
     """
-    names = default_module_map(model).linears
+    names = [name for matrix in default_module_map(model).matrices for name in matrix.names()]
     endings = {name.rpartition(".")[2] for name in names}
     for pattern in (each for whole in patterns for each in expand_braces(whole)):
         if any(fnmatchcase(name, pattern) for name in names):

@@ -14,11 +14,22 @@ from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
 from sparse_zero.layers.merge import MergeUndo, merge, unmerge
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.layers.sparsify import parameter_groups, sparsify, trainable_parameters, write_back
+from sparse_zero.layers.sparsify import num_retired, parameter_groups, sparsify, trainable_parameters, write_back
 from sparse_zero.module_map import ModuleMap, default_module_map
-from sparse_zero.selection.config import BudgetConfig, RegionConfig, SelectionConfig
+from sparse_zero.reselection.migrate import migrate
+from sparse_zero.reselection.reselect import Reselection, config_at, reselect
+from sparse_zero.selection.config import (
+    BudgetConfig,
+    BudgetGroupConfig,
+    FullCalibrationConfig,
+    RegionConfig,
+    ReselectConfig,
+    SelectionConfig,
+)
+from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.regions import WeightSelection
-from sparse_zero.selection.select import SelectionWarning, select
+from sparse_zero.selection.scores import ScoreRule, resolve_score
+from sparse_zero.selection.select import SelectionWarning, choose_regions, score_regions, select
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import ZeroConfig
 from sparse_zero.zero.engine import attach, initialize
@@ -28,10 +39,16 @@ __version__ = "0.1.0"
 __all__ = [
     "BaseIdentity",
     "BudgetConfig",
+    "BudgetGroupConfig",
+    "FullCalibrationConfig",
     "InputError",
     "MergeUndo",
     "ModuleMap",
     "RegionConfig",
+    "RegionScores",
+    "ReselectConfig",
+    "Reselection",
+    "ScoreRule",
     "Selection",
     "SelectionConfig",
     "SelectionWarning",
@@ -40,15 +57,22 @@ __all__ = [
     "ZeroConfig",
     "__version__",
     "attach",
+    "choose_regions",
+    "config_at",
     "default_module_map",
     "initialize",
     "load_adapter",
     "load_checkpoint",
     "merge",
+    "migrate",
+    "num_retired",
     "parameter_groups",
     "read_checkpoint",
+    "reselect",
+    "resolve_score",
     "save_adapter",
     "save_checkpoint",
+    "score_regions",
     "select",
     "set_adapter",
     "sparsify",

@@ -1,6 +1,7 @@
 """How do ranks agree on small facts, so that they fail together instead of hanging?"""
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,33 @@ def leave_process_group() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(_RELEASE_SECONDS)
+
+
+@contextmanager
+def lone_process_group() -> Iterator[None]:
+    """A process group for the block: the one there is, or one of this process alone, which is left again.
+
+    DeepSpeed's engines need one, and a local rank in the environment. Both are gone afterwards, with DeepSpeed's caches
+    of groups, so that a real one can be joined later.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    import deepspeed
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    use_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if use_gpu else "gloo", store=HashStore(), rank=0, world_size=1)
+    sets_local_rank = "LOCAL_RANK" not in os.environ
+    if sets_local_rank:
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if use_gpu else 0)
+    try:
+        yield
+    finally:
+        if sets_local_rank:
+            del os.environ["LOCAL_RANK"]
+        deepspeed.comm.destroy_process_group()
         time.sleep(_RELEASE_SECONDS)
 
 

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Role = Literal["attention", "mlp", "head", "embedding", "other"]
 # How a parameter is stored: W[out, in] as in torch.nn.Linear, or W[in, out] as in the Conv1D of GPT-2.
 Layout = Literal["out_in", "in_out"]
 
-# Projections that read the same tensor in Llama-like layers, by the last component of their names.
-_SHARED_INPUT_NAMES = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+# Projections that read the same tensor, by the last components of their names; longer groups before their parts.
+_SHARED_INPUT_NAMES = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert_gate"}),
+    frozenset({"gate_proj", "up_proj"}),
+)
+# Components of dotted names that tell a role, besides those that contain attn, attention or embed.
+_MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward", "experts", "intermediate", "block_sparse_moe", "fc1", "fc2"})
+_HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "embed_out", "cls", "qa_outputs"})
 # Values that a sparse model registers beside the weights start with this; they are no weights themselves.
 VALUES_PREFIX = "values_"
 
@@ -33,7 +42,7 @@ class Matrix:
     layout: Layout = "out_in"
     # Whether its only owner computes Y[..., out] = X[..., in] @ W.T (+ bias), so that X and Y tell the gradient.
     is_product: bool = False
-    # Whether the owner is exactly an untied nn.Linear, which a SparseLinear can replace.
+    # Whether the owner is exactly an untied nn.Linear that is called, which a SparseLinear can replace.
     is_linear: bool = False
     # Whether the numbers in memory are not the weight's own (4-bit, 8-bit).
     is_quantized: bool = False
@@ -107,9 +116,10 @@ def role_from_name(name: str) -> Role:
     components = name.lower().split(".")
     if any("attn" in part or "attention" in part for part in components):
         return "attention"
-    if any(part in ("mlp", "ffn", "feed_forward", "experts", "intermediate") for part in components):
+    # The second half of BERT's MLP is called output, beside the attention's own.
+    if _MLP_NAMES.intersection(components) or (layer_index(name) is not None and "output" in components):
         return "mlp"
-    if components[-1] in ("lm_head", "score", "classifier", "embed_out"):
+    if _HEAD_NAMES.intersection(components):
         return "head"
     if any("embed" in part or part in ("wte", "wpe") for part in components):
         return "embedding"
@@ -129,27 +139,66 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module, nn.Pa
     """By identity of each parameter: the modules and attributes that hold it, in the order of the model."""
     found: dict[int, list[tuple[str, str, nn.Module, nn.Parameter]]] = defaultdict(list)
     for name, module in model.named_modules():
+        # Recurrent layers read their parameters from a list of their own, which none can be put into.
+        if isinstance(module, nn.RNNBase):
+            continue
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if not attribute.startswith(VALUES_PREFIX):
                 found[id(parameter)].append((name, attribute, module, parameter))
     return found
 
 
-def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]]) -> Matrix | None:
+def _is_stored_transposed(module: nn.Module, stored: tuple[int, ...]) -> bool:
+    """Whether a stack of experts has its matrices as [in, out]."""
+    if len(stored) != 3:
+        return False
+    declared = getattr(module, "is_transposed", None)
+    if declared is not None:
+        return bool(declared)
+    up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if up is None or down is None:
+        return False
+    # [hidden, 2 x intermediate] and [intermediate, hidden]: the other way round these sides do not fit.
+    (*_, up_first, up_last), (*_, down_first, down_last) = parameter_shape(up), parameter_shape(down)
+    return up_first == down_last and up_last == 2 * down_first
+
+
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether the numbers in memory are codes: integers, or floats of one byte that a scale belongs to."""
+    # Those of bitsandbytes become codes when they are moved to their device.
+    will_be = type(parameter).__module__.partition(".")[0] == "bitsandbytes"
+    return will_be or not parameter.is_floating_point() or parameter.element_size() < 2
+
+
+def _read_by_kernels(model: nn.Module) -> set[str]:
+    """Names of the linears whose weights another module hands to functions: those of a state-space mixer."""
+    mixers = (name for name, module in model.named_modules() if "A_log" in module._parameters)
+    return {f"{name}.{child}" for name in mixers for child, _ in model.get_submodule(name).named_children()}
+
+
+def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]], read_by_kernels: set[str]) -> Matrix | None:
     from sparse_zero.layers.sparse_linear import SparseLinear
 
     name, attribute, module, parameter = places[0]
     stored = parameter_shape(parameter)
     single = len(places) == 1
+    # A module whose parameters are read through values has a class derived from its own.
+    plain = getattr(type(module), "_plain_class", type(module))
     # The names of classes, for neither transformers nor bitsandbytes is imported here.
-    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    is_product = single and attribute == "weight" and (isinstance(module, nn.Linear | SparseLinear) or is_conv1d)
-    is_quantized = False
-    layout: Layout = "in_out" if is_conv1d or getattr(module, "is_transposed", False) else "out_in"
-    if is_product and not is_conv1d:
+    is_conv1d = attribute == "weight" and type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    is_of_linear = attribute == "weight" and isinstance(module, nn.Linear | SparseLinear)
+    is_quantized = _is_quantized(parameter)
+    layout: Layout = "in_out" if is_conv1d or _is_stored_transposed(module, stored) else "out_in"
+    if is_of_linear:
         features = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        is_quantized = not parameter.is_floating_point() or stored != features
+        is_quantized = is_quantized or stored != features
         stored = features
+    # A subclass of nn.Linear that computes something else (a router, say) tells no gradient by what comes out of it.
+    computes_product = is_conv1d or (
+        is_of_linear
+        and (is_quantized or isinstance(module, SparseLinear) or plain.forward is nn.Linear.forward)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+    )
     if len(stored) not in (2, 3):
         return None
     *stack, first, second = stored
@@ -159,16 +208,21 @@ def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]]) -> Matrix
         shape=(first, second) if layout == "out_in" else (second, first),
         num_slices=stack[0] if stack else None,
         layout=layout,
-        is_product=is_product,
-        is_linear=single and attribute == "weight" and type(module) is nn.Linear and not is_quantized,
+        is_product=single and computes_product and name not in read_by_kernels,
+        is_linear=single
+        and attribute == "weight"
+        and plain is nn.Linear
+        and not is_quantized
+        and name not in read_by_kernels,
         is_quantized=is_quantized,
     )
 
 
 def find_matrices(model: nn.Module) -> Iterator[Matrix]:
     """Every parameter of the model with two or three dimensions, in the order of the model."""
+    read_by_kernels = _read_by_kernels(model)
     for places in _owners(model).values():
-        matrix = _as_matrix(places)
+        matrix = _as_matrix(places, read_by_kernels)
         if matrix is not None:
             yield matrix
 
@@ -178,10 +232,15 @@ def default_module_map(model: nn.Module) -> ModuleMap:
     matrices = tuple(find_matrices(model))
     siblings: dict[tuple[str, int], list[str]] = defaultdict(list)
     for matrix in matrices:
-        parent, _, last = matrix.name.rpartition(".")
-        for number, shared in enumerate(_SHARED_INPUT_NAMES):
-            if matrix.is_product and last in shared:
-                siblings[(parent, number)].append(matrix.name)
+        found = (
+            (matrix.name.removesuffix(ending), number)
+            for number, shared in enumerate(_SHARED_INPUT_NAMES)
+            for ending in shared
+            if f".{matrix.name}".endswith(f".{ending}")
+        )
+        group = next(found, None)
+        if matrix.is_product and group is not None:
+            siblings[group].append(matrix.name)
     names = [name for matrix in matrices for name in matrix.names()]
     return ModuleMap(
         matrices=matrices,

@@ -13,15 +13,35 @@ def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
     parser = add_command(
         subparsers,
         "select",
-        "choose what would be trained, write it to a file, and stop",
+        "choose what would be trained, write it and all scores to files, and stop",
         """
 sparse-zero select --config run.yaml
-sparse-zero select --config run.yaml --selection.budget.fraction=0.01 --out one-percent.safetensors
+sparse-zero select --config run.yaml --out one-percent.safetensors --selection.budget.fraction=0.01
+
+other budgets from the same calibration, in seconds:
+sparse-zero select --config run.yaml --from-scores one-percent.scores.safetensors
+            --selection.budget.fraction=0.02 --out two-percent.safetensors
+
+and then:
 sparse-zero inspect one-percent.safetensors
+sparse-zero inspect one-percent.safetensors two-percent.safetensors
+sparse-zero train --config run.yaml '--selection.regions=[]' --selection.budget=null
+            --selection.file=two-percent.safetensors
 """,
     )
     parser.add_argument(
         "--out", metavar="FILE", help="the selection file; default: selection.safetensors in output.folder"
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="the file for the scores of all candidate regions; default: NAME.scores.safetensors beside --out "
+        "NAME.safetensors, or scores.safetensors in output.folder",
+    )
+    parser.add_argument(
+        "--from-scores",
+        metavar="FILE",
+        help="choose from the scores of an earlier calibration; loads neither weights nor data",
     )
     return parser
 
@@ -33,6 +53,28 @@ def run(args: argparse.Namespace) -> int:
     if not args.out and out.exists():
         raise InputError(f"{out} belongs to the run in output.folder: name another file with --out")
     check_out_file(out, "--out" if args.out else "the selection file in output.folder")
+    scores_out = _scores_file(args, out)
+    if args.from_scores is not None:
+        from launcher.choosing import choose_from_scores  # heavy: torch and transformers
+
+        return choose_from_scores(config, Path(args.from_scores), out, scores_out)
+    if config.selection.file is not None and args.scores:
+        raise InputError(
+            f"--scores is {args.scores}, but selection.file {config.selection.file} is used as it is: there are no "
+            "scores; leave --scores out"
+        )
     from launcher import train  # heavy: torch and DeepSpeed
 
-    return train.select_only(config, out)
+    return train.select_only(config, out, scores_out)
+
+
+def _scores_file(args: argparse.Namespace, out: Path) -> Path | None:
+    """Where the scores go; None if they lie in a file already, and no other one is named."""
+    if args.scores is None and args.from_scores is not None:
+        return None
+    beside = out.with_name(f"{out.name.removesuffix('.safetensors')}.scores.safetensors")
+    path = Path(args.scores) if args.scores else beside if args.out else out.with_name("scores.safetensors")
+    if path == out:
+        raise InputError(f"--scores is {path}, the file of the selection too: name another one")
+    check_out_file(path, "--scores" if args.scores else "the file of the scores")
+    return path

@@ -1,8 +1,9 @@
 """How are the values and the selection stored as an adapter?
 
-Format 1, a folder: ``adapter.json`` (format, version, placement, digest of the selection, fingerprints of the base's
+Format 2, a folder: ``adapter.json`` (format, version, placement, digest of the selection, fingerprints of the base's
 entries, identity of the base), ``selection.safetensors``, ``values.safetensors`` (1-D, named
-``<module>.values_<kind>``), and ``manifest.json`` (size and hash of each).
+``<module>.values_<kind>``), ``retired.safetensors`` where re-selections dropped entries (see
+:mod:`sparse_zero.checkpoint.retired_file`), and ``manifest.json`` (size and hash of each). Format 1 had none dropped.
 """
 
 from dataclasses import dataclass
@@ -15,21 +16,23 @@ from torch import Tensor, nn
 from sparse_zero.checkpoint.conversion import model_fingerprints
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
+from sparse_zero.checkpoint.retired_file import read_retired, write_retired
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
 from sparse_zero.layers.carriers import carriers
-from sparse_zero.layers.sparsify import placement_of, selection_of
+from sparse_zero.layers.retired import Retired
+from sparse_zero.layers.sparsify import placement_of, retired_of, selection_of
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.state import read_masters
 
 FORMAT = "sparse_zero.adapter"
 VALUES_FORMAT = "sparse_zero.values"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity | None = None) -> None:
-    """Write values and selection to ``folder``; a few bytes per trained parameter. Collective.
+    """Write values, selection and retired entries to ``folder``; a few bytes for each of them. Collective.
 
     Args:
         model_or_engine: a sparsified model, or an engine over one: then the fp32 masters are saved.
@@ -48,17 +51,19 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
             for name, carrier in carriers(model)
             for kind, parameter in carrier.values().items()
         }
-    selection = selection_of(model)
+    selection, retired = selection_of(model), retired_of(model)
     if is_writer:
         with new_folder(folder) as temporary:
             selection.save(temporary / "selection.safetensors")
             write_safetensors(temporary / "values.safetensors", values, {"format": VALUES_FORMAT})
+            write_retired(temporary, retired)
             header = {
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
                 "placement": placement_of(model),
                 "selection_digest": selection.digest(),
                 "num_parameters": selection.num_parameters,
+                "num_retired": retired.num_entries,
                 "base": None if base is None else {"name": base.name, "sha256": base.sha256},
                 "base_fingerprints": model_fingerprints(model),
             }
@@ -101,7 +106,8 @@ class Adapter:
     placement: Placement
     # By name of the values (``<module>.values_<kind>``): 1-D.
     values: dict[str, Tensor]
-    # By weight and kind: hashes of the base's entries under the values.
+    retired: Retired
+    # By parameter and kind: hashes of the base's entries under the values.
     base_fingerprints: dict[str, dict[str, str]]
     source: Path
 
@@ -119,6 +125,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         selection=Selection.load(folder / "selection.safetensors"),
         placement=header["placement"],
         values=values,
+        retired=read_retired(folder, header["placement"]),
         base_fingerprints=header["base_fingerprints"],
         source=folder,
     )

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.checkpoint.adapter import Adapter, read_adapter
-from sparse_zero.checkpoint.conversion import check_base, convert_values, fingerprints, originals_by_name
+from sparse_zero.checkpoint.conversion import RETIRED, check_base, convert_values, fingerprints, originals_by_name
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers
+from sparse_zero.layers.entries import gather_positions
 from sparse_zero.layers.merge import remove_values
-from sparse_zero.layers.sparse_parameter import stored_positions
-from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, check_fits, sparsify
+from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, check_fits, live_positions, sparsify
 from sparse_zero.module_map import default_module_map
-from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import PLACEMENTS, Placement
 
@@ -41,17 +40,16 @@ class _AdapterSet:
 def _check_base_of(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless the dense ``model`` is the base that the adapter was trained on."""
     module_map = default_module_map(model)
-    check_fits(model, adapter.selection, module_map)
+    check_fits(model, adapter.selection, module_map, adapter.retired)
     parameters, matrices = dict(model.named_parameters()), module_map.by_parameter()
+    grouped, retired = by_parameter(adapter.selection), adapter.retired.entries
     found: dict[str, dict[str, str]] = {}
-    for name, chosen in by_parameter(adapter.selection).items():
-        flat = parameters[name].detach().reshape(-1)
-        layout = matrices[name].layout if name in matrices else "out_in"
-        entries: dict[Kind, Tensor] = {
-            kind: flat.index_select(0, stored_positions(chosen, kind, layout, flat.device)).cpu()
-            for kind in {kind: None for selection in chosen.values() for kind in selection.kinds()}
-        }
-        found[name] = fingerprints(entries)
+    for name in {**grouped, **retired}:
+        live = live_positions(grouped.get(name, {}), matrices.get(name))
+        positions: dict[str, Tensor] = {str(kind): at for kind, at in live.items()}
+        if name in retired:
+            positions[RETIRED] = retired[name].positions
+        found[name] = fingerprints({what: gather_positions(parameters[name], at) for what, at in positions.items()})
     check_base(adapter.base_fingerprints, found, adapter.source)
 
 
@@ -59,7 +57,7 @@ def _check_base_of(model: nn.Module, adapter: Adapter) -> None:
 def _activate(model: nn.Module, loaded: _Loaded) -> None:
     """Put an adapter's values on the dense base."""
     adapter = loaded.adapter
-    sparsify(model, adapter.selection, loaded.placement)
+    sparsify(model, adapter.selection, loaded.placement, retired=adapter.retired)
     values = convert_values(adapter.values, originals_by_name(model), adapter.placement, loaded.placement)
     for name, carrier in carriers(model):
         for kind, parameter in carrier.values().items():

@@ -1,37 +1,43 @@
 """What is kept so that training continues with the step that would have been, at any world size and stage?
 
-Format 1, a folder: ``checkpoint.json`` (format, version, step counter, placement, fingerprints of the base, what the
+Format 2, a folder: ``checkpoint.json`` (format, version, step counter, placement, fingerprints of the base, what the
 caller adds), ``selection.safetensors``, ``masters.safetensors`` and ``moments.safetensors`` (whole 1-D fp32 tensors),
-``manifest.json``. Nothing in it depends on the number of ranks.
+``retired.safetensors`` where re-selections dropped entries (see :mod:`sparse_zero.checkpoint.retired_file`),
+``manifest.json``. Nothing in it depends on the number of ranks. Format 1 had no entries dropped.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sparse_zero.checkpoint.conversion import check_base, convert_values, model_fingerprints, originals_by_name
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
+from sparse_zero.checkpoint.retired_file import read_retired, write_retired
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
-from sparse_zero.layers.sparsify import placement_of, selection_of
+from sparse_zero.layers.retired import Retired
+from sparse_zero.layers.sparsify import placement_of, retired_of, selection_of
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.state import TrainingState, read_training_state, write_training_state
 
 FORMAT = "sparse_zero.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint on disk. The selection is in memory, the tensors are read when asked for."""
+    """A verified checkpoint on disk. Selection and retired entries are in memory, the rest is read when asked for."""
 
     folder: Path
     selection: Selection
     placement: Placement
+    # What sparsify needs besides the selection, and converts where the placement is another.
+    retired: Retired
     # Steps that the optimizer had taken.
     optimizer_step: int
     # What the caller of save_checkpoint added: JSON values, such as the step of the data order.
@@ -70,6 +76,7 @@ def save_checkpoint(
             write_safetensors(temporary / "masters.safetensors", state.masters, {"format": FORMAT})
             moments = {f"{key}/{name}": m for key, group in state.moments.items() for name, m in group.items()}
             write_safetensors(temporary / "moments.safetensors", moments, {"format": FORMAT})
+            write_retired(temporary, retired_of(engine.module))
             header = {
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
@@ -85,7 +92,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read and verify a checkpoint. Not collective; its selection is needed before :func:`sparsify`.
+    """Read and verify a checkpoint. Not collective; :func:`sparsify` needs its ``selection`` and ``retired``.
 
     Raises:
         InputError: not a checkpoint, incomplete, damaged, or of a newer version.
@@ -105,6 +112,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         folder=folder,
         selection=Selection.load(folder / "selection.safetensors"),
         placement=header["placement"],
+        retired=read_retired(folder, header["placement"]),
         optimizer_step=header["optimizer_step"],
         extra=header["extra"],
         base=None if base is None else BaseIdentity(name=base["name"], sha256=base["sha256"]),
@@ -112,14 +120,29 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
+def _check_retired(checkpoint: Checkpoint, found: Retired) -> None:
+    """Raise unless the model's retired entries are the checkpoint's (the numbers of another placement are rounded)."""
+    stored, same_form = checkpoint.retired, checkpoint.retired.placement == found.placement
+    same = stored.entries.keys() == found.entries.keys() and all(
+        torch.equal(entries.positions, found.entries[name].positions)
+        and (not same_form or torch.equal(entries.numbers, found.entries[name].numbers))
+        for name, entries in stored.entries.items()
+    )
+    if not same:
+        raise InputError(
+            f"{checkpoint.folder} has {stored.num_entries:,} retired entries that are not those of the model "
+            f"({found.num_entries:,}): sparsify with retired=read_checkpoint(folder).retired"
+        )
+
+
 def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
-    """Continue ``engine`` from a checkpoint of the same selection and base. Collective.
+    """Continue ``engine`` from a checkpoint of the same selection, retired entries and base. Collective.
 
     The stored placement is converted when the engine has the other one; masters then differ by one rounding.
 
     Raises:
-        InputError: see :func:`read_checkpoint`; also another selection or base, or the other placement with
-            weight decay (it pulls towards zero inplace, towards the base under delta).
+        InputError: see :func:`read_checkpoint`; also another selection, other retired entries or another base, or the
+            other placement with weight decay (it pulls towards zero inplace, towards the base under delta).
     """
     checkpoint = read_checkpoint(folder)
     model = engine.module
@@ -127,6 +150,7 @@ def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
         raise InputError(
             f"{folder} has another selection than the model: sparsify with read_checkpoint(folder).selection"
         )
+    _check_retired(checkpoint, retired_of(model))
     check_base(checkpoint.base_fingerprints, model_fingerprints(model), folder)
     placement = placement_of(model)
     decays = any(group.get("weight_decay", 0.0) for group in engine.optimizer.param_groups)

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers, parameter_name
-from sparse_zero.selection.config import Kind
 from sparse_zero.zero.config import Placement
+
+# What stands in the place of a kind for the entries that re-selections dropped.
+RETIRED = "retired"
 
 
 def originals_by_name(model: nn.Module) -> dict[str, Tensor]:
@@ -31,7 +33,7 @@ def convert_values(
     return {name: value.float() + sign * originals[name].float() for name, value in values.items()}
 
 
-def fingerprints(originals: Mapping[Kind, Tensor]) -> dict[str, str]:
+def fingerprints(originals: Mapping[str, Tensor]) -> dict[str, str]:
     """SHA-256 of the base's entries of one parameter, per kind; wider floats hash alike if they hold equal numbers."""
     return {
         kind: hashlib.sha256(entries.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).hexdigest()
@@ -40,8 +42,14 @@ def fingerprints(originals: Mapping[Kind, Tensor]) -> dict[str, str]:
 
 
 def model_fingerprints(model: nn.Module) -> dict[str, dict[str, str]]:
-    """For each parameter, the fingerprints of the base's entries that the selection covers."""
-    return {parameter_name(name, carrier): fingerprints(carrier.originals) for name, carrier in carriers(model)}
+    """For each parameter, the fingerprints of the base's entries under its values, per kind, and its retired ones."""
+    found = {}
+    for name, carrier in carriers(model):
+        originals: dict[str, Tensor] = {str(kind): entries for kind, entries in carrier.originals.items()}
+        if carrier.retired is not None:
+            originals[RETIRED] = carrier.retired_originals
+        found[parameter_name(name, carrier)] = fingerprints(originals)
+    return found
 
 
 def check_base(stored: Mapping[str, Mapping[str, str]], found: Mapping[str, Mapping[str, str]], source: object) -> None:

@@ -8,7 +8,8 @@ from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import SparseParameter
 
 # What has values: a swapped linear, or a parameter on the hook path. Both have ``placement``, ``attribute``,
-# ``selections()``, ``values()``, ``originals``, ``entries()``, ``set_entries()`` and ``write_back()``.
+# ``parameter``, ``selections()``, ``positions()``, ``values()``, ``originals``, ``entries()``, ``set_entries()`` and
+# ``write_back()``; and ``retired``, ``retired_originals`` and ``set_retired()`` of the entries that were dropped.
 Carrier = SparseLinear | SparseParameter
 
 

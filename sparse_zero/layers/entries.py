@@ -23,6 +23,25 @@ def _block_view(weight: Tensor, selection: WeightSelection) -> Tensor:
 
 
 @torch.no_grad()
+def gather_positions(parameter: Tensor, positions: Tensor) -> Tensor:
+    """Copy on the host of what stands at ``positions`` (int64, row-major) of a contiguous parameter: 1-D."""
+    return parameter.detach().reshape(-1).index_select(0, positions.to(parameter.device)).to("cpu", copy=True)
+
+
+@torch.no_grad()
+def scatter_positions(parameter: Tensor, positions: Tensor, numbers: Tensor) -> None:
+    """Overwrite what stands at ``positions`` (int64, row-major) of a contiguous parameter with 1-D ``numbers``."""
+    numbers = numbers.to(device=parameter.device, dtype=parameter.dtype)
+    parameter.data.view(-1).index_copy_(0, positions.to(parameter.device), numbers)
+
+
+def add_wide(entries: Tensor, numbers: Tensor) -> Tensor:
+    """``entries + numbers``, computed in fp32 at least and rounded once to the dtype of ``entries``."""
+    wide = torch.promote_types(torch.float32, entries.dtype)
+    return (entries.to(wide) + numbers.to(wide)).to(entries.dtype)
+
+
+@torch.no_grad()
 def gather_entries(weight: Tensor, selection: WeightSelection, kind: Kind) -> Tensor:
     """Copy of the entries of ``weight`` [out, in] that ``kind`` owns: 1-D, in the order of the values."""
     device = weight.device

@@ -1,12 +1,13 @@
 """How is a trained selection folded into a plain model, and taken out again bit for bit?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import Carrier, carriers, parameter_name
+from sparse_zero.layers.entries import add_wide, scatter_positions
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import stored_positions
 from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, replace_module, selection_of
@@ -22,6 +23,8 @@ class MergeUndo:
     selection: Selection
     # Parameter name to kind to the base's entries, 1-D in the weight's dtype.
     originals: dict[str, dict[Kind, Tensor]]
+    # Parameter name to the int64 positions of its retired entries, and the base's entries there.
+    retired: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def dense_linear(layer: SparseLinear) -> nn.Linear:
@@ -32,7 +35,7 @@ def dense_linear(layer: SparseLinear) -> nn.Linear:
     return linear.train(layer.training)
 
 
-def _remove(model: nn.Module, name: str, carrier: Carrier) -> None:
+def remove(model: nn.Module, name: str, carrier: Carrier) -> None:
     """Take a carrier of values out of the model; what stands in its parameter stays."""
     if isinstance(carrier, SparseLinear):
         replace_module(model, name, dense_linear(carrier))
@@ -42,9 +45,31 @@ def _remove(model: nn.Module, name: str, carrier: Carrier) -> None:
     delattr(model.get_submodule(parent), last)
 
 
-def _hooked_first(model: nn.Module) -> list[tuple[str, Carrier]]:
+def hooked_first(model: nn.Module) -> list[tuple[str, Carrier]]:
     """The carriers, those on the hook path first: a hooked bias lies inside a swapped linear."""
     return sorted(carriers(model), key=lambda item: isinstance(item[1], SparseLinear))
+
+
+@torch.no_grad()
+def fold(carrier: Carrier) -> None:
+    """Write what acts, values and retired entries, into the carrier's whole parameter; call it once under delta."""
+    if carrier.placement == "inplace":
+        carrier.write_back()
+        return
+    for kind, values in carrier.values().items():
+        carrier.set_entries(kind, add_wide(carrier.entries(kind), values))
+    if carrier.retired is not None:
+        entries = add_wide(carrier.retired_originals, carrier.retired.numbers)
+        scatter_positions(carrier.parameter, carrier.retired.positions, entries)
+
+
+@torch.no_grad()
+def restore(carrier: Carrier) -> None:
+    """Put the base's entries back into the carrier's whole parameter, bit for bit."""
+    for kind, entries in carrier.originals.items():
+        carrier.set_entries(kind, entries)
+    if carrier.retired is not None:
+        scatter_positions(carrier.parameter, carrier.retired.positions, carrier.retired_originals)
 
 
 @torch.no_grad()
@@ -52,7 +77,7 @@ def merge(model: nn.Module) -> MergeUndo:
     """Make ``model`` plain again, in place: the values stand in the weights, the layers are ``nn.Linear``.
 
     Inplace weights are bit-equal to what training used; delta weights are ``W + values``, rounded once to the
-    dtype of ``W``.
+    dtype of ``W``. Retired entries are folded in like values.
 
     Returns:
         What :func:`unmerge` needs: values x itemsize of the weights, on the host.
@@ -61,36 +86,33 @@ def merge(model: nn.Module) -> MergeUndo:
         InputError: no sparse linears, or weights that ZeRO-3 holds in shards.
     """
     selection = selection_of(model)
-    found = _hooked_first(model)
+    found = hooked_first(model)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise InputError(
             "merge needs whole weights, and these are sharded by ZeRO-3: save the adapter, load it into "
             "an unsharded model, and merge there"
         )
     originals: dict[str, dict[Kind, Tensor]] = {}
+    retired: dict[str, tuple[Tensor, Tensor]] = {}
     for name, carrier in found:
-        originals[parameter_name(name, carrier)] = dict(carrier.originals)
-        if carrier.placement == "inplace":
-            carrier.write_back()
-        else:
-            for kind, values in carrier.values().items():
-                entries = carrier.entries(kind)
-                wide = torch.promote_types(torch.float32, entries.dtype)
-                carrier.set_entries(kind, (entries.to(wide) + values.to(wide)).to(entries.dtype))
-        _remove(model, name, carrier)
+        parameter = parameter_name(name, carrier)
+        originals[parameter] = dict(carrier.originals)
+        if carrier.retired is not None:
+            retired[parameter] = (carrier.retired.positions, carrier.retired_originals)
+        fold(carrier)
+        remove(model, name, carrier)
     # The merged weights are a base of their own: adapters loaded before do not belong to it.
     vars(model).pop(ADAPTERS, None)
-    return MergeUndo(selection=selection, originals=originals)
+    return MergeUndo(selection=selection, originals=originals, retired=retired)
 
 
 @torch.no_grad()
 def remove_values(model: nn.Module) -> None:
     """Take the values out of a sparsified model, in place: a plain model with the base's entries, bit for bit."""
-    for name, carrier in _hooked_first(model):
+    for name, carrier in hooked_first(model):
         if carrier.placement == "inplace":
-            for kind, entries in carrier.originals.items():
-                carrier.set_entries(kind, entries)
-        _remove(model, name, carrier)
+            restore(carrier)
+        remove(model, name, carrier)
 
 
 @torch.no_grad()
@@ -101,7 +123,7 @@ def unmerge(model: nn.Module, undo: MergeUndo) -> None:
         InputError: a weight of ``undo`` is not in the model.
     """
     parameters = dict(model.named_parameters())
-    missing = sorted(set(undo.originals) - set(parameters))
+    missing = sorted({*undo.originals, *undo.retired} - set(parameters))
     if missing:
         raise InputError(f"the model has no weight {missing[0]}: the undo belongs to another model")
     matrices, chosen = default_module_map(model).by_parameter(), by_parameter(undo.selection)
@@ -110,4 +132,6 @@ def unmerge(model: nn.Module, undo: MergeUndo) -> None:
         layout = matrices[name].layout if name in matrices else "out_in"
         for kind, entries in kinds.items():
             positions = stored_positions(chosen[name], kind, layout, parameter.device)
-            parameter.data.view(-1).index_copy_(0, positions, entries.to(parameter.device))
+            scatter_positions(parameter, positions, entries)
+    for name, (positions, entries) in undo.retired.items():
+        scatter_positions(parameters[name], positions, entries)

@@ -5,9 +5,12 @@ from torch import Tensor, nn
 
 from sparse_zero.layers.entries import gather_entries, scatter_entries
 from sparse_zero.layers.functional import BlockPlan, Plan, sparse_linear
+from sparse_zero.layers.retired import RetiredEntries, RetiredProduct, retired_product
 from sparse_zero.selection.config import MATRIX_KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.zero.config import Placement
+
+_PLAIN = Plan(blocks=None, rows=None, columns=None, owned=(None, None, None), keep_input=False, is_delta=False)
 
 
 class SparseLinear(nn.Module):
@@ -45,6 +48,11 @@ class SparseLinear(nn.Module):
         self.selection = selection
         self.placement: Placement = placement
         self.keep_input = keep_input
+        # While True, forward is the plain linear of ``weight``, whatever the values and the retired entries say.
+        self.suspended = False
+        self.retired: RetiredEntries | None = None
+        self.retired_originals = torch.empty(0)
+        self._retired_product: RetiredProduct | None = None
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         # Host copies of the base's entries: what unmerge puts back, what identifies the base, and what converts
@@ -54,7 +62,7 @@ class SparseLinear(nn.Module):
             self.register_parameter(f"values_{kind}", None)
         for kind in selection.kinds():
             entries = gather_entries(self.weight, selection, kind)
-            self.originals[kind] = entries.to("cpu", copy=True)
+            self.originals[kind] = entries if entries.is_meta else entries.to("cpu", copy=True)
             if placement == "delta":
                 entries = torch.zeros_like(entries)
             self.register_parameter(f"values_{kind}", nn.Parameter(entries))
@@ -104,6 +112,28 @@ class SparseLinear(nn.Module):
         """The regions of each matrix of the parameter; one matrix, without a number."""
         return {None: self.selection}
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The dense parameter: the weight."""
+        found = self._parameters["weight"]
+        assert found is not None
+        return found
+
+    def positions(self, kind: Kind) -> Tensor:
+        """[number of values] int64 on the host: where in the weight's memory the entries of ``kind`` lie."""
+        return self.selection.flat_indices(kind)
+
+    def set_retired(self, entries: RetiredEntries, originals: Tensor) -> None:
+        """Let ``entries`` act under delta; inplace they act by standing in the weight, where the caller writes them.
+
+        Args:
+            entries: numbers in the form of this placement.
+            originals: [n] the base's entries under them, on the host.
+        """
+        self.retired, self.retired_originals = entries, originals
+        is_delta = self.placement == "delta"
+        self._retired_product = RetiredProduct(entries, (self.out_features, self.in_features)) if is_delta else None
+
     def entries(self, kind: Kind) -> Tensor:
         """What stands in the weight where the values of ``kind`` belong: 1-D, in their order."""
         return gather_entries(self.weight, self.selection, kind)
@@ -119,9 +149,11 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        return sparse_linear(
-            x, self.weight, self.bias, self.values_block, self.values_row, self.values_column, self.plan
-        )
+        if self.suspended:
+            # Not torch's own linear: under ZeRO-3 that would keep the gathered weight for backward.
+            return sparse_linear(x, self.weight, self.bias, None, None, None, _PLAIN)
+        y = sparse_linear(x, self.weight, self.bias, self.values_block, self.values_row, self.values_column, self.plan)
+        return y if self._retired_product is None else y + retired_product(x, self._retired_product, y.dtype)
 
     def write_back(self) -> None:
         """Copy the values into the weight (inplace); nothing to do under delta."""
@@ -131,4 +163,5 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         kinds = ", ".join(f"{self.selection.num_regions(kind)} {kind}" for kind in self.selection.kinds())
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.placement}: {kinds}"
+        retired = "" if self.retired is None else f", {len(self.retired)} retired"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.placement}: {kinds}{retired}"

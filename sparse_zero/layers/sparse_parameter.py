@@ -1,18 +1,26 @@
 """The hook path: how are selected entries of any parameter trained where no layer can be swapped?
 
-Embedding rows, tied heads, transposed weights, experts held as one 3-D parameter, biases, norms. While an owner of the
-parameter computes its forward, the attribute holds the parameter seen through an autograd function of the values: its
-forward returns the parameter itself (inplace) or a copy with the values added (delta), and its backward receives the
-dense gradient, keeps the selected entries as the gradient of the values, and lets the rest go at once. The values are
-part of the graph, so ZeRO's own reduction sees them; a hook on the parameter could not do that.
+Embedding rows, tied heads, transposed weights, experts held as one 3-D parameter, biases, norms. Whoever reads the
+attribute of an owner gets the parameter (inplace) or a copy with the values added (delta), seen through an autograd
+function of the values: its backward receives the dense gradient, keeps the selected entries as the gradient of the
+values, and lets the rest go at once. The values are part of the graph, so ZeRO's own reduction sees them; a hook on the
+parameter could not do that.
+
+The owner gets a class derived from its own for that (as ``torch.nn.utils.parametrize`` does): its property computes
+what is read, so that a read by another module counts too. Each read is a node of its own, whose dense gradient is gone
+before the next one is formed. Under delta the reads of one forward of the owner share one copy.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_zero.errors import InputError
+from sparse_zero.layers.retired import RetiredEntries
 from sparse_zero.module_map import VALUES_PREFIX, Layout
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
@@ -20,27 +28,31 @@ from sparse_zero.zero.config import Placement
 
 
 class _EntriesOf(torch.autograd.Function):
-    """A dense parameter whose gradient goes to the values of some of its entries only."""
+    """Dense numbers as they are, whose gradient goes to the values of some of the entries only."""
 
     @staticmethod
-    def forward(ctx: Any, dense: Tensor, is_delta: bool, *positions_and_values: Tensor) -> Tensor:
+    def forward(ctx: Any, dense: Tensor, *positions_and_values: Tensor) -> Tensor:
         number = len(positions_and_values) // 2
-        positions, values = positions_and_values[:number], positions_and_values[number:]
-        ctx.save_for_backward(*positions)
-        ctx.dtypes = [each.dtype for each in values]
-        if not is_delta:
-            return dense.view_as(dense)
-        combined = dense.clone()
-        for at, each in zip(positions, values, strict=True):
-            combined.view(-1).index_add_(0, at, each.to(dense.dtype))
-        return combined
+        # Not as saved tensors: a recomputation under gradient checkpointing may read the parameter once more often.
+        ctx.positions = positions_and_values[:number]
+        ctx.dtypes = [values.dtype for values in positions_and_values[number:]]
+        return dense.view_as(dense)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = grad_outputs[0].reshape(-1)
-        positions = ctx.saved_tensors
-        selected = (gradient.index_select(0, at).to(dtype) for at, dtype in zip(positions, ctx.dtypes, strict=True))
-        return None, None, *(None for _ in positions), *selected
+        (gradient,), positions = grad_outputs, ctx.positions
+        selected = (_take(gradient, at).to(dtype) for at, dtype in zip(positions, ctx.dtypes, strict=True))
+        return None, *(None for _ in positions), *selected
+
+
+def _take(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Entries at row-major ``positions``, without a contiguous copy of a tensor that is transposed or expanded."""
+    if tensor.is_contiguous():
+        return tensor.view(-1).index_select(0, positions)
+    offsets, rest, reach = torch.zeros_like(positions), positions, 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        offsets, rest, reach = offsets + rest % size * stride, rest // size, reach + (size - 1) * stride
+    return tensor.as_strided((reach,), (1,)).index_select(0, offsets)
 
 
 def stored_positions(
@@ -67,11 +79,14 @@ class SparseParameter(nn.Module):
 
     Args:
         parameter: contiguous, 1-D to 3-D; frozen here.
-        owners: every module and attribute that holds it. Their forward is hooked until :meth:`detach`.
+        owners: every module and attribute that holds it. They read through this until :meth:`detach`.
         selections: the regions of each matrix, by its number in a stack; None is the only one.
         layout: how each matrix is stored.
         placement: inplace (values stand in the parameter, start as its entries) or delta (they are added to a copy
             for the time of a forward, start at zero).
+
+    Raises:
+        InputError: an owner iterates over its submodules, of which this would be one.
     """
 
     def __init__(
@@ -83,14 +98,23 @@ class SparseParameter(nn.Module):
         placement: Placement,
     ) -> None:
         super().__init__()
+        owner, self.attribute = owners[0]
+        if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise InputError(
+                f"parameter {self.attribute} belongs to a {type(owner).__name__}, which iterates over its submodules: "
+                "none can be added for values; hold the parameter in a module of its own, or do not select it"
+            )
         parameter.requires_grad_(False)
-        self.attribute = owners[0][1]
         self.layout: Layout = layout
         self.placement: Placement = placement
         # In a list, so that the owners do not become submodules of their own submodule.
         self._owners = owners
         self._selections = dict(sorted(selections.items(), key=lambda item: item[0] or 0))
         self.originals: dict[Kind, Tensor] = {}
+        self.retired: RetiredEntries | None = None
+        self.retired_originals = torch.empty(0)
+        # Positions and numbers of the retired entries where the parameter is, under delta.
+        self._retired_acting: tuple[Tensor, Tensor] | None = None
         present = {kind for selection in selections.values() for kind in selection.kinds()}
         for kind in KINDS:
             self.register_parameter(f"{VALUES_PREFIX}{kind}", None)
@@ -99,14 +123,13 @@ class SparseParameter(nn.Module):
                 positions = stored_positions(self._selections, kind, layout, parameter.device)
                 self.register_buffer(f"positions_{kind}", positions, persistent=False)
                 entries = self.entries(kind)
-                self.originals[kind] = entries.to("cpu", copy=True)
+                self.originals[kind] = entries if entries.is_meta else entries.to("cpu", copy=True)
                 if placement == "delta":
                     entries = torch.zeros_like(entries)
                 self.register_parameter(f"{VALUES_PREFIX}{kind}", nn.Parameter(entries))
-        self._hooks: list[Any] = []
-        for owner, attribute in owners:
-            self._hooks.append(owner.register_forward_pre_hook(_Show(self, attribute)))
-            self._hooks.append(owner.register_forward_hook(_Hide(attribute), always_call=True))
+        # One for each forward of an owner that is being computed: the copy that its reads share, once there is one.
+        self._shared: list[Tensor | None] = []
+        self.attach()
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -129,6 +152,20 @@ class SparseParameter(nn.Module):
         positions: Tensor = getattr(self, f"positions_{kind}")
         return positions
 
+    def positions(self, kind: Kind) -> Tensor:
+        """[number of values] int64 on the host: where in the parameter's memory the entries of ``kind`` lie."""
+        return self._positions(kind).cpu()
+
+    def set_retired(self, entries: RetiredEntries, originals: Tensor) -> None:
+        """Let ``entries`` act under delta; inplace they act by standing in the parameter, where the caller writes them.
+
+        Args:
+            entries: numbers in the form of this placement.
+            originals: [n] the base's entries under them, on the host.
+        """
+        self.retired, self.retired_originals = entries, originals
+        self._retired_acting = (entries.positions, entries.numbers) if self.placement == "delta" else None
+
     @torch.no_grad()
     def entries(self, kind: Kind) -> Tensor:
         """What stands in the parameter where the values of ``kind`` belong: 1-D, in their order."""
@@ -141,12 +178,41 @@ class SparseParameter(nn.Module):
         values = values.detach().to(device=parameter.device, dtype=parameter.dtype)
         parameter.data.view(-1).index_copy_(0, self._positions(kind), values)
 
-    def effective(self) -> Tensor:
-        """The parameter as forward sees it; its gradient reaches the values only."""
-        values = self.values()
-        positions = [self._positions(kind) for kind in values]
-        combined: Tensor = _EntriesOf.apply(self.parameter, self.placement == "delta", *positions, *values.values())
+    @torch.no_grad()
+    def _with_values(self) -> Tensor:
+        """A copy of the parameter with everything added that acts under delta."""
+        combined = self.parameter.detach().clone(memory_format=torch.contiguous_format)
+        added: list[tuple[Tensor, Tensor]] = [(self._positions(kind), each) for kind, each in self.values().items()]
+        if self._retired_acting is not None:
+            at, numbers = self._retired_acting
+            self._retired_acting = (at.to(combined.device), numbers.to(combined.device))
+            added.append(self._retired_acting)
+        for at, numbers in added:
+            combined.view(-1).index_add_(0, at, numbers.to(combined.dtype))
         return combined
+
+    def read(self) -> Tensor:
+        """What an owner's attribute gives: the parameter as it acts; its gradient reaches the values only."""
+        dense: Tensor = self.parameter
+        if self.placement == "delta":
+            shared = self._shared[-1] if self._shared else None
+            dense = self._with_values() if shared is None else shared
+            if self._shared:
+                self._shared[-1] = dense
+        trained = {kind: values for kind, values in self.values().items() if values.requires_grad}
+        if not (trained and torch.is_grad_enabled()):
+            return dense
+        seen: Tensor = _EntriesOf.apply(dense, *(self._positions(kind) for kind in trained), *trained.values())
+        return seen
+
+    @contextmanager
+    def sharing_reads(self) -> Iterator[None]:
+        """All reads in here share one copy of the parameter (delta)."""
+        self._shared.append(None)
+        try:
+            yield
+        finally:
+            self._shared.pop()
 
     def write_back(self) -> None:
         """Copy the values into the parameter (inplace); nothing to do under delta."""
@@ -154,33 +220,72 @@ class SparseParameter(nn.Module):
             for kind, values in self.values().items():
                 self.set_entries(kind, values)
 
+    def attach(self) -> None:
+        """Have the owners read the parameter through this, again after :meth:`detach`."""
+        for owner, attribute in self._owners:
+            _set_readers(owner, {**_readers(owner), attribute: self})
+
     def detach(self) -> None:
-        """Take the hooks off the owners; the parameter acts alone again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Give the owners their class back; the parameter acts alone again."""
+        for owner, attribute in self._owners:
+            _set_readers(owner, {name: sparse for name, sparse in _readers(owner).items() if name != attribute})
 
     def extra_repr(self) -> str:
         counts = ", ".join(f"{values.numel()} in {kind}" for kind, values in self.values().items())
-        return f"{self.attribute}, {self.placement}: {counts}"
+        retired = "" if self.retired is None else f", {len(self.retired)} retired"
+        return f"{self.attribute}, {self.placement}: {counts}{retired}"
 
 
-class _Show:
-    """Forward pre-hook: put the effective parameter where the owner's forward looks for it."""
-
-    def __init__(self, sparse: SparseParameter, attribute: str) -> None:
-        self.sparse, self.attribute = sparse, attribute
-
-    def __call__(self, owner: nn.Module, args: Any) -> None:
-        # An attribute of the instance is found before the registered parameter of the same name, which stays.
-        owner.__dict__[self.attribute] = self.sparse.effective()
+# Attribute of an owner: by attribute that holds a parameter, the values it is read through.
+_READERS = "_sparse_parameters"
 
 
-class _Hide:
-    """Forward hook, also called after an error: take the effective parameter away again."""
+def _readers(owner: nn.Module) -> dict[str, SparseParameter]:
+    found: dict[str, SparseParameter] = owner.__dict__.get(_READERS, {})
+    return found
 
-    def __init__(self, attribute: str) -> None:
-        self.attribute = attribute
 
-    def __call__(self, owner: nn.Module, args: Any, output: Any) -> None:
-        owner.__dict__.pop(self.attribute, None)
+def _set_readers(owner: nn.Module, readers: dict[str, SparseParameter]) -> None:
+    """Have the owner read these attributes, and no others, through values."""
+    plain: Any = getattr(type(owner), "_plain_class", type(owner))
+    if readers:
+        owner.__dict__[_READERS] = readers
+        owner.__class__ = _reading_class(plain, tuple(sorted(readers)))
+    else:
+        owner.__dict__.pop(_READERS, None)
+        owner.__class__ = plain
+
+
+@functools.cache
+def _reading_class(plain: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """``plain`` with its name, whose instances read these attributes through values."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for sparse in _readers(self).values():
+                stack.enter_context(sparse.sharing_reads())
+            return plain.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # The class has no importable name of its own: copies and pickles make it again.
+        return _new_reading, (plain, attributes), self.__getstate__()
+
+    def reader(attribute: str) -> property:
+        return property(lambda self: _readers(self)[attribute].read())
+
+    members: dict[str, Any] = {
+        **{attribute: reader(attribute) for attribute in attributes},
+        "_plain_class": plain,
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+    }
+    return type(plain.__name__, (plain,), members)
+
+
+def _new_reading(plain: Any, attributes: tuple[str, ...]) -> nn.Module:
+    made = _reading_class(plain, attributes)
+    return made.__new__(made)

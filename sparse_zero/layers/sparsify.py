@@ -1,19 +1,24 @@
 """How does a dense model become one that trains its selection only, and what is then trainable?"""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import Carrier, carriers, parameter_name, split_weight_name, weight_name
+from sparse_zero.layers.entries import gather_positions, scatter_positions
+from sparse_zero.layers.retired import Retired, RetiredEntries, check_entries
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.layers.sparse_parameter import SparseParameter
+from sparse_zero.layers.sparse_parameter import SparseParameter, stored_positions
 from sparse_zero.module_map import Matrix, ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero import compat
 from sparse_zero.zero.config import PLACEMENTS, Placement
 
 # Attributes of a model: the metadata of its selection, and the adapters loaded on it.
@@ -75,25 +80,55 @@ def by_parameter(selection: Selection) -> dict[str, dict[int | None, WeightSelec
     return dict(found)
 
 
-def check_fits(model: nn.Module, selection: Selection, module_map: ModuleMap | None = None) -> None:
-    """Raise if ``selection`` does not belong to a model like ``model``; nothing is changed.
+def live_positions(chosen: Mapping[int | None, WeightSelection], matrix: Matrix | None) -> dict[Kind, Tensor]:
+    """int64 positions in a parameter's memory of the entries that a selection of it trains, by kind, in their order.
+
+    Args:
+        chosen: the regions of each matrix, by its number in a stack.
+        matrix: the parameter's matrices; None for a vector.
+    """
+    present = {kind for selection in chosen.values() for kind in selection.kinds()}
+    layout = "out_in" if matrix is None else matrix.layout
+    return {kind: stored_positions(chosen, kind, layout) for kind in KINDS if kind in present}
+
+
+def check_fits(
+    model: nn.Module,
+    selection: Selection,
+    module_map: ModuleMap | None = None,
+    retired: Retired | None = None,
+    *,
+    sharded: bool = False,
+) -> None:
+    """Raise if ``selection`` and ``retired`` do not belong to a model like ``model``; nothing is changed.
+
+    Args:
+        model: dense.
+        selection: what is to be trained.
+        module_map: default: read from names and classes.
+        retired: what earlier selections trained.
+        sharded: whether linears that ZeRO-3 holds in shards are accepted.
 
     Raises:
-        InputError: the model is sparse already, or a weight is missing, sharded, quantized, or of another shape.
+        InputError: the model is sparse already, a weight is missing, sharded, quantized, or of another shape, or
+            an entry is both retired and selected.
     """
     if any(True for _ in carriers(model)):
         raise InputError("the model has values already: merge or unload them before another selection")
     module_map = module_map or default_module_map(model)
     matrices = module_map.by_parameter()
     parameters = dict(model.named_parameters())
-    for parameter, chosen in by_parameter(selection).items():
+    grouped, entries = by_parameter(selection), retired.entries if retired else {}
+    for parameter in [*grouped, *(name for name in entries if name not in grouped)]:
+        chosen = grouped.get(parameter, {})
         if parameter not in parameters:
             raise InputError(f"the model has no weight {parameter}: the selection belongs to another model")
-        if hasattr(parameters[parameter], "ds_id"):
+        matrix = matrices.get(parameter)
+        swapped = matrix is not None and matrix.is_linear
+        if compat.is_sharded(parameters[parameter]) and not (sharded and swapped):
             raise InputError(
                 f"{parameter} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
             )
-        matrix = matrices.get(parameter)
         if matrix is not None and matrix.is_quantized:
             raise InputError(
                 f"{parameter} is quantized: its entries cannot be trained; load the base in full precision"
@@ -107,6 +142,23 @@ def check_fits(model: nn.Module, selection: Selection, module_map: ModuleMap | N
                     f"the selection has {weight_name(parameter, number)} as {regions.shape}, the model has {found}: "
                     "it belongs to another model"
                 )
+        if parameter in entries:
+            live = live_positions(chosen, matrix).values()
+            taken = torch.cat([*live, torch.empty(0, dtype=torch.int64)])
+            check_entries(parameter, entries[parameter], math.prod(parameter_shape(parameters[parameter])), taken)
+
+
+@torch.no_grad()
+def _retire(carrier: Carrier, entries: RetiredEntries, stored: Placement) -> None:
+    """Let retired entries, given in the form of the placement ``stored``, act in the parameter of ``carrier``."""
+    originals = gather_positions(carrier.parameter, entries.positions)
+    numbers = entries.numbers.float()
+    if stored != carrier.placement:
+        sign = 1.0 if carrier.placement == "inplace" else -1.0
+        numbers = numbers + sign * originals.float()
+    carrier.set_retired(RetiredEntries(positions=entries.positions, numbers=numbers), originals)
+    if carrier.placement == "inplace":
+        scatter_positions(carrier.parameter, entries.positions, numbers)
 
 
 def _carrier_for(
@@ -121,7 +173,8 @@ def _carrier_for(
     if matrix is not None and matrix.is_linear:
         linear = model.get_submodule(matrix.module)
         assert isinstance(linear, nn.Linear)
-        swapped = SparseLinear(linear, chosen[None], placement, keep_input=keep_input)
+        regions = chosen.get(None) or WeightSelection(shape=matrix.shape)
+        swapped = SparseLinear(linear, regions, placement, keep_input=keep_input)
         replace_module(model, matrix.module, swapped)
         return swapped
     module, _, attribute = parameter.rpartition(".")
@@ -139,6 +192,7 @@ def sparsify(
     selection: Selection,
     placement: Placement = "inplace",
     *,
+    retired: Retired | None = None,
     module_map: ModuleMap | None = None,
 ) -> None:
     """Freeze ``model`` and make the selected entries trainable, in place.
@@ -146,12 +200,14 @@ def sparsify(
     Each selected ``nn.Linear`` is replaced by a :class:`SparseLinear`; other parameters (embeddings, tied heads,
     transposed weights, experts, biases, norms) are hooked by a
     :class:`~sparse_zero.layers.sparse_parameter.SparseParameter`. Afterwards only values require grad:
-    ``selection.num_parameters`` entries in all.
+    ``selection.num_parameters`` entries in all. Under delta, linears may be sharded by ZeRO-3 already; this is
+    collective then.
 
     Args:
-        model: dense model that has every weight of ``selection``.
+        model: dense model that has every weight of ``selection``, with the numbers of the base.
         selection: what is trained.
         placement: inplace or delta, see :class:`SparseLinear`.
+        retired: entries that earlier selections trained, which act on, frozen; of either placement.
         module_map: tells which linears share an input, and layouts; default: read from names and classes.
 
     Raises:
@@ -162,7 +218,8 @@ def sparsify(
     if not selection.weights:
         raise InputError("the selection is empty: nothing would be trained")
     module_map = module_map or default_module_map(model)
-    check_fits(model, selection, module_map)
+    check_fits(model, selection, module_map, retired, sharded=placement == "delta")
+    entries = retired.entries if retired else {}
     matrices, grouped = module_map.by_parameter(), by_parameter(selection)
     linears = {
         matrices[parameter].name: chosen[None]
@@ -174,11 +231,32 @@ def sparsify(
     # How the selection came about travels with the model into checkpoints and adapters.
     setattr(model, _METADATA, dict(selection.metadata))
     # Linears first: a hooked bias belongs to the module that stands there afterwards.
-    order = sorted(grouped, key=lambda parameter: parameter not in matrices or not matrices[parameter].is_linear)
-    for parameter in order:
+    parameters = dict(model.named_parameters())
+    names = sorted({*grouped, *entries})
+    names.sort(key=lambda parameter: parameter not in matrices or not matrices[parameter].is_linear)
+    for parameter in names:
         matrix = matrices.get(parameter)
         keep = matrix is not None and keeps_input.get(matrix.name, False)
-        _carrier_for(model, parameter, grouped[parameter], matrix, placement, keep)
+        with compat.whole(parameters[parameter]):
+            carrier = _carrier_for(model, parameter, grouped.get(parameter, {}), matrix, placement, keep)
+            if parameter in entries:
+                assert retired is not None
+                _retire(carrier, entries[parameter], retired.placement)
+
+
+def retired_of(model: nn.Module) -> Retired:
+    """The retired entries of a sparsified model, in the form of its placement; not to be changed."""
+    found = {
+        parameter_name(name, carrier): carrier.retired
+        for name, carrier in carriers(model)
+        if carrier.retired is not None
+    }
+    return Retired(placement=placement_of(model), entries=found)
+
+
+def num_retired(model: nn.Module) -> int:
+    """Entries that re-selections dropped and that act on, frozen; 0 for a model without values."""
+    return sum(len(carrier.retired) for _, carrier in carriers(model) if carrier.retired is not None)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,17 +1,28 @@
-"""Which regions are chosen, once they have scores: fixed numbers per matrix, then the ranking under a budget?"""
+"""Which regions are chosen, once they have scores: fixed numbers per matrix, then the ranking under a budget?
+
+What is fixed comes first: vectors of kind whole, and families with per_matrix. What it leaves of the budget is divided
+into parts: among the groups, among the matrices of each, or not at all. In every part the regions compete: the chosen
+set is the longest prefix of the part's ranking whose entries, each counted once, fit. With floors per layer, every
+layer first takes the longest prefix of a ranking of its own that fits its floor, and the others follow in the part's
+ranking; with caps, a layer is passed over from the first region on that does not fit its cap.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_zero.errors import InputError
+from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.calibration import Key
 from sparse_zero.selection.candidates import Candidates
-from sparse_zero.selection.config import Kind
+from sparse_zero.selection.competition import Competition
+from sparse_zero.selection.config import BudgetConfig
+from sparse_zero.selection.ranking import smallest_margin, take_order
 from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.shares import check_layers, divide, find_layers, resolve_budget
 
 # Relative differences of scores below this may come from rounding alone: the sums are fp64, but the gradients in
 # them come from fp32 products, whose order of summation depends on the number of threads.
@@ -19,35 +30,84 @@ SUMMATION_NOISE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupChoice:
+    """What one group of the budget got, and did not use. Both in the unit of the budget."""
+
+    modules: tuple[str, ...]
+    allowed: int
+    left: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The chosen regions by weight, and what happened at the cut."""
+    """The chosen regions by weight, vectors included, and what happened at the cuts."""
 
     weights: dict[str, WeightSelection]
-    # Entries of the budget that the next region of the ranking did not fit into.
-    num_parameters_left: int | None
-    # Scores of the last chosen and the first refused region, relative to the former; None without a cut.
-    cut_margin: float | None
+    # What the budget, as given, has left: entries that the next regions of the rankings did not fit into, or
+    # numbers of regions. None where the budget is not counted in this; a budget in bytes is in parameters too.
+    num_parameters_left: int | None = None
+    num_regions_left: int | None = None
+    bytes_left: int | None = None
+    # Where chosen and refused scores come closest among the competing regions: their difference, relative to the
+    # chosen one. None without a cut: nothing competes, or nothing was refused.
+    cut_margin: float | None = None
+    # The same within the families with per_matrix; None where these take all or there are none.
+    per_matrix_cut_margin: float | None = None
+    # One for each group of the budget.
+    groups: tuple[GroupChoice, ...] = ()
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON values."""
+        return {
+            "num_parameters_left": self.num_parameters_left,
+            "num_regions_left": self.num_regions_left,
+            "bytes_left": self.bytes_left,
+            "cut_margin": self.cut_margin,
+            "per_matrix_cut_margin": self.per_matrix_cut_margin,
+            "groups": [{**asdict(group), "modules": list(group.modules)} for group in self.groups],
+        }
 
 
-def normalised(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+def _checked(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """The scores in fp64, flat.
+
+    Raises:
+        InputError: NaN or +inf, which say nothing about an order.
+    """
+    flat: dict[Key, Tensor] = {}
+    for c in candidates:
+        found = scores[c.weight, c.kind]
+        assert tuple(found.shape) == c.grid, f"{c.weight} {c.kind}: {tuple(found.shape)} for the grid {c.grid}"
+        flat[c.weight, c.kind] = found.reshape(-1).double()
+        wrong = int((~(found < torch.inf)).sum())
+        if wrong:
+            raise InputError(
+                f"selection.score {c.score} of the {c.kind}s of {c.weight} is NaN or +inf for {wrong:,} of "
+                f"{c.num_regions:,} regions: scores are finite, or -inf for regions that must not be chosen"
+            )
+    return flat
+
+
+def normalised(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], size_neutral: bool) -> dict[Key, Tensor]:
     """Scores that may be compared across kinds.
 
-    ``abs_of_mean`` shrinks with the root of the region's size, so it is divided by the mean over all regions
-    of its kind when several kinds compete; the order within a kind stays. The other scores favour no size.
+    A mean of signed numbers shrinks with the root of the region's size, a sum grows with it. Where several kinds (or
+    several shapes of blocks) compete on such a score, it is divided by its mean magnitude over all regions of the
+    kind (the shape) that are not -inf; the order within a kind stays. Scores that favour no size stay as they are.
     """
-    kinds = {c.kind for c in candidates}
-    if len(kinds) < 2 or candidates[0].score != "abs_of_mean":
-        return {(c.weight, c.kind): scores[c.weight, c.kind] for c in candidates}
-    means: dict[Kind, float] = {}
-    for kind in kinds:
-        flat = torch.cat([scores[c.weight, c.kind].reshape(-1) for c in candidates if c.kind == kind])
-        means[kind] = float(flat.mean()) or 1.0
-    return {(c.weight, c.kind): scores[c.weight, c.kind] / means[c.kind] for c in candidates}
-
-
-def best_first(scores: Tensor) -> Tensor:
-    """Flat indices by falling score; ties in the order of the indices."""
-    return torch.argsort(scores.reshape(-1), descending=True, stable=True)
+    own = {(c.weight, c.kind): scores[c.weight, c.kind] for c in candidates}
+    shapes = {(c.kind, c.block_shape) for c in candidates}
+    if size_neutral or len(shapes) < 2:
+        return own
+    totals = dict.fromkeys(shapes, 0.0)
+    numbers = dict.fromkeys(shapes, 0)
+    for c in candidates:
+        found = own[c.weight, c.kind]
+        finite = found[found != -torch.inf]
+        totals[c.kind, c.block_shape] += float(finite.abs().sum())
+        numbers[c.kind, c.block_shape] += len(finite)
+    means = {shape: totals[shape] / max(numbers[shape], 1) or 1.0 for shape in shapes}
+    return {(c.weight, c.kind): own[c.weight, c.kind] / means[c.kind, c.block_shape] for c in candidates}
 
 
 def _weight_selections(candidates: Sequence[Candidates], chosen: Mapping[Key, Tensor]) -> dict[str, WeightSelection]:
@@ -67,65 +127,105 @@ def _weight_selections(candidates: Sequence[Candidates], chosen: Mapping[Key, Te
     return {weight: WeightSelection(**entry) for weight, entry in parts.items()}
 
 
-def choose(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], max_parameters: int | None) -> Choice:
-    """Fixed numbers first, then the longest prefix of the common ranking that fits.
+def _take_fixed(
+    candidates: Sequence[Candidates], scores: Mapping[Key, Tensor]
+) -> tuple[dict[Key, Tensor], float | None]:
+    """The regions of families with per_matrix, and the smallest margin among their cuts."""
+    chosen: dict[Key, Tensor] = {}
+    margins: list[float] = []
+    for c in candidates:
+        if c.per_matrix is None:
+            continue
+        own = scores[c.weight, c.kind]
+        order = take_order(own, c.pick)
+        if len(order) < c.per_matrix:
+            raise InputError(
+                f"selection.regions.per_matrix is {c.per_matrix}, but selection.score {c.score} lets only {len(order)} "
+                f"{c.kind} regions of {c.weight} be chosen (the others are -inf): lower it"
+            )
+        chosen[c.weight, c.kind] = order[: c.per_matrix]
+        is_chosen = torch.zeros(len(own), dtype=torch.bool)
+        is_chosen[chosen[c.weight, c.kind]] = True
+        margin = smallest_margin(own, is_chosen)
+        margins += [] if margin is None else [margin]
+    return chosen, min(margins, default=None)
+
+
+def choose(
+    candidates: Sequence[Candidates],
+    scores: Mapping[Key, Tensor],
+    budget: BudgetConfig | None,
+    *,
+    module_map: ModuleMap,
+    whole: Mapping[str, WeightSelection] | None = None,
+    num_parameters_model: int,
+    bytes_per_parameter: int = 16,
+    size_neutral: bool,
+) -> Choice:
+    """Fixed numbers first, then in every part of the budget the longest prefix of its ranking that fits.
 
     Args:
         candidates: as from ``find_candidates``: sorted, so that ties fall the same way on every rank.
-        scores: fp64, higher is better, in the shape of each candidate's grid.
-        max_parameters: entries that may be trained, overlaps counted once; None: no bound.
+        scores: higher is better, -inf means never; in the shape of each candidate's grid.
+        budget: how much may be trained, overlaps counted once; None (no bound) if nothing competes.
+        module_map: tells which matrices the groups' patterns match, and in which layer they lie.
+        whole: vectors that are trained entirely, by name; they count against the budget, as one region each.
+        num_parameters_model: parameters of the model, tied ones counted once: what a fraction is a fraction of.
+        bytes_per_parameter: bytes of training state of one trained entry, for a budget in bytes.
+        size_neutral: whether the competing regions' score may be compared across sizes as it is.
 
     Raises:
-        InputError: the fixed numbers alone exceed the bound, or not even one region fits.
+        InputError: see :func:`~sparse_zero.selection.shares.check_budget`; scores that are NaN or +inf, or -inf where
+            a choice is due; the fixed regions alone exceed the budget; or the budget, a part of it, a floor or a cap
+            is less than one region.
     """
-    fixed = {
-        (c.weight, c.kind): best_first(scores[c.weight, c.kind])[: c.per_matrix]
-        for c in candidates
-        if c.per_matrix is not None
-    }
-    fixed_parameters = sum(w.num_parameters for w in _weight_selections(candidates, fixed).values())
-    if max_parameters is not None and fixed_parameters > max_parameters:
-        raise InputError(
-            f"selection.budget allows {max_parameters:,} parameters, but the regions with per_matrix alone are "
-            f"{fixed_parameters:,}: raise the budget or lower per_matrix"
-        )
+    whole = whole or {}
+    flat = _checked(candidates, scores)
+    fixed, fixed_margin = _take_fixed(candidates, flat)
+    taken = _weight_selections(candidates, fixed)
     competing = [c for c in candidates if c.per_matrix is None]
-    if not competing:
-        left = None if max_parameters is None else max_parameters - fixed_parameters
-        return Choice(weights=_weight_selections(candidates, fixed), num_parameters_left=left, cut_margin=None)
-    assert max_parameters is not None
-
-    comparable = normalised(competing, scores)
-    flat_scores = torch.cat([comparable[c.weight, c.kind].reshape(-1) for c in competing])
-    owner = torch.cat([torch.full((scores[c.weight, c.kind].numel(),), n) for n, c in enumerate(competing)])
-    region = torch.cat([torch.arange(scores[c.weight, c.kind].numel()) for c in competing])
-    ranking = best_first(flat_scores)
-
-    def prefix(length: int) -> dict[str, WeightSelection]:
-        owners, regions = owner[ranking[:length]], region[ranking[:length]]
-        order = torch.argsort(owners, stable=True)
-        counts = torch.bincount(owners, minlength=len(competing)).tolist()
-        pieces = torch.split(regions[order], counts)
-        chosen = {(c.weight, c.kind): piece for c, piece in zip(competing, pieces, strict=True)}
-        return _weight_selections(candidates, {**chosen, **fixed})
-
-    # The number of covered entries grows with the prefix, so its longest fitting length is found by bisection.
-    low, high = 0, len(ranking)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(w.num_parameters for w in prefix(middle).values()) <= max_parameters:
-            low = middle
-        else:
-            high = middle - 1
-    weights = prefix(low)
-    if not weights:
+    if budget is None:
+        assert not competing, "regions that compete need a budget"
+        return Choice(weights={**taken, **whole}, per_matrix_cut_margin=fixed_margin)
+    limit = resolve_budget(budget, num_parameters_model, bytes_per_parameter)
+    used = sum(w.num_parameters for w in (*taken.values(), *whole.values()))
+    if limit.unit == "regions":
+        used = sum(map(len, fixed.values())) + len(whole)
+    if used > limit.amount:
+        vectors = "the vectors of kind whole and " if whole else ""
         raise InputError(
-            f"selection.budget allows {max_parameters:,} parameters, less than one region: "
-            "raise it or use smaller regions"
+            f"selection.budget allows {limit.says(limit.amount)}, but {vectors}the regions with per_matrix alone are "
+            f"{used:,}: raise the budget or lower per_matrix"
         )
-    margin = None
-    if 0 < low < len(ranking):
-        last, refused = float(flat_scores[ranking[low - 1]]), float(flat_scores[ranking[low]])
-        margin = (last - refused) / abs(last) if last else 0.0
-    used = sum(w.num_parameters for w in weights.values())
-    return Choice(weights=weights, num_parameters_left=max_parameters - used, cut_margin=margin)
+    margin: float | None = None
+    groups: tuple[GroupChoice, ...] = ()
+    chosen = fixed
+    if competing:
+        assert len({c.pick for c in competing}) == 1, "what competes is picked from the same end"
+        parts = divide(competing, budget, module_map, limit, used)
+        layers = None
+        if budget.min_share_per_layer is not None or budget.max_share_per_layer is not None:
+            layers = find_layers(competing, parts.group_of, module_map)
+            check_layers(budget, layers)
+        competition = Competition(competing, normalised(competing, flat, size_neutral), taken, parts, limit)
+        regions, used_by_part, margin = competition.run(budget, layers)
+        used_by_group = [0] * len(parts.groups)
+        for part, number in zip(parts.parts, used_by_part.tolist(), strict=True):
+            used_by_group[part.group] += number
+        used += sum(used_by_group)
+        groups = tuple(
+            GroupChoice(modules=group.modules, allowed=allowed, left=allowed - number)
+            for group, allowed, number in zip(budget.groups, parts.groups, used_by_group, strict=False)
+        )
+        chosen = {**competition.table.split(regions), **fixed}
+    left = limit.amount - used
+    in_parameters = limit.unit == "parameters"
+    return Choice(
+        weights={**_weight_selections(candidates, chosen), **whole},
+        num_parameters_left=left if in_parameters else None,
+        num_regions_left=None if in_parameters else left,
+        bytes_left=None if budget.bytes is None else budget.bytes - used * bytes_per_parameter,
+        cut_margin=margin,
+        per_matrix_cut_margin=fixed_margin,
+        groups=groups,
+    )

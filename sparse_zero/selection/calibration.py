@@ -1,98 +1,50 @@
-"""How are regions scored by gradients, without ever holding more than one weight's gradient?
+"""How are regions scored by data, without ever holding more than one weight's gradient on the device?
 
-``Y = X W^T`` gives ``dW = dY^T X``. The sum of ``dW`` over a region is linear in it and needs no ``dW``:
-
-    block (i, j)   sum_t (sum over strip i of dY[t]) * (sum over strip j of X[t])
-    row r          sum_t dY[t, r] * (sum of X[t])
-    column c       sum_t (sum of dY[t]) * X[t, c]
-
-``mean_of_abs`` is not linear: autograd forms one weight's gradient, a hook scores it and frees it.
-
-Legend: T = tokens of the micro-batch, O = out features, I = in features, S = block size.
+Each micro-batch runs on one rank: forward, and backward down to the lowest scored matrix. Observers read what the rules
+need off it (see :mod:`sparse_zero.selection.observers`). Then the sums of all ranks are added up, every weight's scores
+are computed by one rank, and all get the same bits.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparse_zero.collectives import check_equal_on_all_ranks, collective_device, failing_together
 from sparse_zero.errors import InputError
-from sparse_zero.selection.candidates import Candidates, strip_sums
-from sparse_zero.selection.config import Kind
+from sparse_zero.module_map import Matrix, ModuleMap, parameter_shape
+from sparse_zero.selection.accumulators import Accumulators
+from sparse_zero.selection.candidates import Candidates
+from sparse_zero.selection.config import Kind, SelectionConfig
+from sparse_zero.selection.observers import Observer, Pass, Tally, begin_everywhere, observe
+from sparse_zero.selection.scores import ScoreRule, checked_scores, generator_for
+from sparse_zero.zero.compat import is_sharded, whole
 
 Key = tuple[str, Kind]
+# The gradients of a mean loss underflow in fp16; a power of two scales them up without rounding.
 FP16_LOSS_SCALE = 1024.0
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The loss that a transformers model returns when the batch contains labels."""
-    loss = model(**batch).loss
+    loss: Tensor | None = model(**batch).loss
     if loss is None:
         raise InputError("the model returned no loss for a calibration batch: put labels into it, or pass loss_fn")
     return loss
 
 
-class _Accumulator:
-    """Sums of one weight's gradient over its candidate regions, filled by hooks during backward."""
-
-    def __init__(self, linear: nn.Linear, candidates: Sequence[Candidates]) -> None:
-        self.linear = linear
-        device = linear.weight.device
-        self.linear_sums = {c.kind: c for c in candidates if c.score == "abs_of_mean"}
-        self.absolute_sums = {c.kind: c for c in candidates if c.score == "mean_of_abs"}
-        self.sums: dict[Kind, Tensor] = {
-            c.kind: torch.zeros(c.grid, dtype=torch.float64, device=device) for c in candidates
-        }
-
-    def install(self, stack: ExitStack) -> None:
-        stack.callback(self.linear.register_forward_pre_hook(self._require_input_gradient).remove)
-        if self.linear_sums:
-            stack.callback(self.linear.register_forward_hook(self._keep_input_sums).remove)
-        if self.absolute_sums:
-            self.linear.weight.requires_grad_(True)
-            stack.callback(self.linear.weight.register_post_accumulate_grad_hook(self._score_and_free).remove)
-
-    def _require_input_gradient(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        # In the lowest scored layer nothing below needs a gradient; the graph starts here.
-        if torch.is_grad_enabled() and not args[0].requires_grad:
-            return (args[0].detach().requires_grad_(), *args[1:])
-        return None
-
-    def _keep_input_sums(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
-        blocks, row, column = (self.linear_sums.get(kind) for kind in ("block", "row", "column"))
-        x_strips = strip_sums(x_TI, blocks.block_shape[1]) if blocks else None
-        x_total = x_TI.sum(1, dtype=torch.float64) if row else None
-        x_kept = x_TI if column else None
-
-        def accumulate(grad: Tensor) -> None:
-            dy_TO = grad.detach().reshape(-1, grad.shape[-1])
-            if blocks is not None and x_strips is not None:
-                self.sums["block"] += strip_sums(dy_TO, blocks.block_shape[0]).T @ x_strips
-            if x_total is not None:
-                self.sums["row"] += dy_TO.T.double() @ x_total
-            if x_kept is not None:
-                self.sums["column"] += dy_TO.sum(1, dtype=torch.float64) @ x_kept.double()
-
-        output.register_hook(accumulate)
-
-    def _score_and_free(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        magnitude = weight.grad.abs_()
-        for kind, candidates in self.absolute_sums.items():
-            self.sums[kind] += candidates.sums(magnitude)
-        weight.grad = None
+def _ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextmanager
-def _only_scored_gradients(model: nn.Module) -> Any:
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Freeze everything while calibrating, and put every flag and gradient back afterwards."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
@@ -106,67 +58,358 @@ def _only_scored_gradients(model: nn.Module) -> Any:
             parameter.grad = grad
 
 
-def gradient_scores(
+@contextmanager
+def own_random_state(model: nn.Module) -> Iterator[None]:
+    """Leave the generators, which every micro-batch seeds anew, as they were."""
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
+        yield
+
+
+class Runner:
+    """Runs micro-batches through the model, and backwards as far as needed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        running: Pass,
+        observers: Sequence[Observer],
+        stack: ExitStack,
+        backward: Callable[[Tensor], object],
+    ) -> None:
+        self._model, self._loss_fn, self._pass, self._observers, self._stack = (
+            model, loss_fn, running, observers, stack,
+        )  # fmt: skip
+        self._backward = backward
+        self._begins_everywhere = False
+
+    def _forward(self, batch: Any, seed: int, recording: bool) -> Tensor:
+        self._pass.begin(batch, recording=recording)
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(self._pass.needs_gradient):
+            return self._loss_fn(self._model, batch)
+
+    def run(self, batch: Any, seed: int, *, recording: bool) -> float:
+        """One micro-batch; returns its loss.
+
+        Args:
+            batch: for the loss function.
+            seed: of dropout; the same for the same micro-batch on whatever rank.
+            recording: without, all runs alike, and nothing of it counts.
+        """
+        running = self._pass
+        with warnings.catch_warnings():
+            # Said by reentrant checkpointing at the first forward, and taken care of by the second one.
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+            loss = self._forward(batch, seed, recording)
+        if running.needs_gradient and running.met_no_grad and not (running.trained or self._begins_everywhere):
+            self._begins_everywhere = True
+            begin_everywhere(self._model, running, self._stack)
+            for observer in self._observers:
+                observer.restart()
+            loss = self._forward(batch, seed, recording)
+        if running.needs_gradient:
+            if not loss.requires_grad:
+                raise InputError(
+                    "the loss of a calibration micro-batch depends on none of the matrices in "
+                    "selection.regions.modules: name matrices that the model computes its output with"
+                )
+            running.in_backward = True
+            self._backward(loss)
+        for observer in self._observers:
+            observer.finish()
+        running.inputs.clear()
+        return float(loss.detach())
+
+
+def _tallies(
+    candidates: Sequence[Candidates], rules: Mapping[str, ScoreRule], make: Callable[[list[Candidates]], Tally]
+) -> list[Tally]:
+    """One for every weight that a rule with data needs; those of one parameter follow each other."""
+    of_weight: dict[Matrix, dict[str, list[Candidates]]] = {}
+    for each in candidates:
+        if rules[each.score].needs_data:
+            of_weight.setdefault(each.matrix, {}).setdefault(each.weight, []).append(each)
+    return [make(group) for weights in of_weight.values() for group in weights.values()]
+
+
+def _add_up(tallies: Sequence[Tally]) -> None:
+    """Replace every total by its sum over all ranks, on the host: the same bits everywhere. Collective."""
+    parts = []
+    for tally in tallies:
+        for name, shape in tally.shapes().items():
+            found = tally.totals.get(name)
+            parts.append(torch.zeros(math.prod(shape), dtype=torch.float64) if found is None else found.cpu())
+    flat = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.zeros(0, dtype=torch.float64)
+    _agree(flat)
+    offset = 0
+    for tally in tallies:
+        for name, shape in tally.shapes().items():
+            tally.totals[name] = flat[offset : offset + math.prod(shape)].view(shape)
+            offset += math.prod(shape)
+
+
+def _agree(flat: Tensor) -> None:
+    """Sum an fp64 host tensor over all ranks, in place, to the very same bits. Collective."""
+    if dist.is_initialized() and flat.numel():
+        travelling = flat.to(collective_device())
+        dist.all_reduce(travelling)
+        # The order of additions may differ from rank to rank; what rank 0 has counts.
+        dist.broadcast(travelling, src=0)
+        flat.copy_(travelling)
+
+
+def _check_finite(tally: Tally, tensor: Tensor, what: str) -> None:
+    if not math.isfinite(float((tensor * 0.0).sum())):
+        raise InputError(
+            f"calibration met a non-finite {what} of {tally.name}: check the data, or use a wider dtype (model.dtype)"
+        )
+
+
+def _final_scores(
+    tally: Tally, gradient: Tensor | None, num_batches: int, scale: float, seed: int
+) -> dict[Kind, Tensor]:
+    """Scores of one weight's regions; its parameter is whole if a rule reads the weight."""
+    found: dict[Kind, Tensor] = {}
+    device = torch.device("cpu")
+    for kind, rule in tally.rules.items():
+        candidates = tally.candidates[kind]
+        if kind in tally.step_kinds:
+            found[kind] = checked_scores(tally.totals[f"scores {kind}"] / num_batches, candidates)
+            continue
+        given: dict[str, Any] = {}
+        if "weight" in rule.needs:
+            given["weight"] = tally.weight()
+            # A gradient is as large as the weight: the weight goes to it. Everything else is small.
+            device = given["weight"].device if gradient is None else device
+            given["weight"] = given["weight"].to(device)
+        for side in tally.sides:
+            if side in rule.needs:
+                given[side] = tally.totals[side].sqrt().to(device)
+        if "gradient_sums" in rule.needs:
+            given["gradient_sums"] = (tally.totals[f"sums {kind}"] / (num_batches * scale)).to(device)
+        if "gradient" in rule.needs:
+            given["gradient"] = gradient
+        if "generator" in rule.needs:
+            given["generator"] = generator_for(candidates, seed)
+        found[kind] = checked_scores(rule.function(candidates, **given), candidates)
+    return found
+
+
+def _at_hand(parameter: Tensor) -> AbstractContextManager[None]:
+    """Have all of a parameter. The last backward may have left it gathered, on all ranks alike."""
+    return nullcontext() if tuple(parameter.shape) == parameter_shape(parameter) else whole(parameter)
+
+
+def _score_all(
+    tallies: Sequence[Tally], accumulators: Accumulators, num_batches: int, scale: float, seed: int
+) -> dict[Key, Tensor]:
+    """Scores of all weights, each computed by one rank, in turn; equal bits on all. Collective."""
+    rank, world_size = _ranks()
+    keys = {(tally.name, kind): tally.candidates[kind].grid for tally in tallies for kind in tally.rules}
+    flat = torch.zeros(sum(math.prod(grid) for grid in keys.values()), dtype=torch.float64)
+    pieces = flat.split([math.prod(grid) for grid in keys.values()])
+    scores = {key: piece.view(grid) for (key, grid), piece in zip(keys.items(), pieces, strict=True)}
+    failure: Exception | None = None
+    of_parameter: dict[Matrix, list[tuple[int, Tally]]] = {}
+    for number, tally in enumerate(tallies):
+        of_parameter.setdefault(tally.matrix, []).append((number, tally))
+    for group in of_parameter.values():
+        reads_weight = any("weight" in rule.needs for _, tally in group for rule in tally.rules.values())
+        with _at_hand(group[0][1].parameter) if reads_weight else nullcontext():
+            for number, tally in group:
+                owner = number % world_size
+                gradient = accumulators.take(tally.name, owner) if tally.name in accumulators else None
+                if rank != owner or failure is not None:
+                    continue
+                try:
+                    if gradient is not None:
+                        _check_finite(tally, gradient.div_(num_batches * scale), "gradient")
+                    for kind, found in _final_scores(tally, gradient, num_batches, scale, seed).items():
+                        scores[tally.name, kind].copy_(found)
+                except Exception as error:  # Whatever a rule raises; the other ranks wait in the next collective.
+                    failure = error
+    with failing_together():
+        if failure is not None:
+            raise failure
+    _agree(flat)
+    return scores
+
+
+def _run_all(
+    runner: Runner,
+    batches: Iterable[Any],
+    *,
+    sharded: bool,
+    seed: int,
+    on_batch: Callable[[int], None] | None,
+) -> int:
+    """Run this rank's share of the micro-batches; returns the number of all."""
+    rank, world_size = _ranks()
+    num_batches = 0
+
+    def own() -> Iterator[tuple[int, Any, bool]]:
+        nonlocal num_batches
+        batch = None
+        for batch in batches:
+            num_batches += 1
+            if (num_batches - 1) % world_size == rank:
+                yield num_batches - 1, batch, True
+        # Sharded weights are fetched by all ranks together: those without a micro-batch in the last round take part.
+        if sharded and rank >= num_batches % world_size > 0:
+            yield num_batches - 1, batch, False
+
+    # A rank that fails tells the others at the end; where each forward is a collective, after every micro-batch.
+    with nullcontext() if sharded else failing_together():
+        for index, batch, recording in own():
+            loss = runner.run(batch, seed + index, recording=recording)
+            with failing_together() if sharded else nullcontext():
+                if recording and not math.isfinite(loss):
+                    raise InputError(
+                        f"calibration micro-batch {index} has the non-finite loss {loss}: check the data, or use a "
+                        "wider dtype (model.dtype)"
+                    )
+            if recording and on_batch is not None:
+                on_batch(index)
+        if num_batches == 0:
+            raise InputError("calibration got no batches: give at least one, or a score that needs no data")
+    if world_size > 1:
+        check_equal_on_all_ranks(str(num_batches), "the number of calibration micro-batches")
+    return num_batches
+
+
+class Observation:
+    """What micro-batches of one calibration tell about the candidates; a context manager, for the accumulators.
+
+    Args:
+        model: that the candidates are in.
+        candidates: whose rule reads data.
+        rules: by the names in ``candidates``.
+        config: accumulate, accumulator_dtype, accumulator_folder and seed are read.
+        module_map: that the candidates were found in.
+        scale: that the gradients come with, which is divided out of what the rules read.
+        trained: whether all weights are being trained meanwhile.
+
+    Raises:
+        InputError: candidates of another model, or a place for accumulators that cannot hold them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Sequence[Candidates],
+        rules: Mapping[str, ScoreRule],
+        *,
+        config: SelectionConfig,
+        module_map: ModuleMap,
+        scale: float,
+        trained: bool = False,
+    ) -> None:
+        strangers = {each.matrix for each in candidates} - set(module_map.matrices)
+        if strangers:
+            names = ", ".join(sorted(matrix.name for matrix in strangers)[:3])
+            raise InputError(f"candidates in {names} are not in the model's module_map: find them in this model")
+        parameters = dict(model.named_parameters())
+        per_step = config.accumulate == "per_step"
+        dense = {
+            each.weight: each.shape
+            for each in candidates
+            if not per_step and "gradient" in rules[each.score].needs
+        }  # fmt: skip
+        used = [rules[each.score] for each in candidates]
+        self.running = Pass(needs_gradient=any(rule.needs_gradient for rule in used), trained=trained)
+        self._scale, self._seed = scale, config.seed
+        with failing_together():
+            self._accumulators = Accumulators(dense, config.accumulator_dtype, config.accumulator_folder)
+
+        def tally_of(group: list[Candidates]) -> Tally:
+            return Tally(
+                group,
+                rules,
+                parameters[group[0].matrix.parameter],
+                self._accumulators,
+                per_step=per_step,
+                scale=scale,
+                seed=config.seed,
+            )
+
+        self.tallies = _tallies(candidates, rules, tally_of)
+
+    def __enter__(self) -> "Observation":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._accumulators.close()
+
+    def scores(self, num_batches: int) -> dict[Key, Tensor]:
+        """Scores after ``num_batches`` micro-batches over all ranks; equal bits on all. Collective, once.
+
+        Raises:
+            InputError: a gradient or an activation was not finite, or a rule does not return scores.
+        """
+        _add_up(self.tallies)
+        for tally in self.tallies:
+            for name, total in tally.totals.items():
+                if not name.startswith("scores"):
+                    _check_finite(tally, total, "activation" if name in tally.sides else "gradient")
+        return _score_all(self.tallies, self._accumulators, num_batches, self._scale, self._seed)
+
+
+def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     candidates: Sequence[Candidates],
+    rules: Mapping[str, ScoreRule],
     loss_fn: LossFunction,
+    *,
+    config: SelectionConfig,
+    module_map: ModuleMap,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[dict[Key, Tensor], int]:
-    """Scores of all ``candidates`` that read gradients, equal on all ranks.
+    """Scores of all ``candidates`` whose rule reads data, with frozen weights. Collective; equal bits on all ranks.
+
+    Micro-batch i runs on rank ``i % world_size``, under a seed of its own, so that the scores do not depend on the
+    world size, up to the order in which sums are added: fp64 for sums over regions and channels,
+    ``config.accumulator_dtype`` for dense gradients.
+
+    Channel norms count every position of every micro-batch once, also under gradient checkpointing. Where a batch is a
+    mapping with a two-dimensional ``attention_mask``, positions that it masks are left out of inputs and outputs that
+    have its shape [B, L, features]; without it, padding counts. Gradients need no such care: padding has none if the
+    loss does not read it.
+
+    With ``accumulate: per_step``, a rule that reads gradients is called after every micro-batch, with that
+    micro-batch's gradient and norms, and its scores are averaged. All other calls come at the end, with the mean
+    gradient over all micro-batches and norms over all tokens.
 
     Args:
-        model: the dense model; its weights, flags and gradients are the same afterwards.
-        batches: micro-batches of fixed composition. Every rank iterates over all of them and computes
-            number ``i`` if ``i % world_size == rank``, so the result does not depend on the world size.
-        candidates: what to score; abs_of_mean is ``|sum g| / (n * B)`` (SMT, section 3.2 of arXiv 2405.15525),
-            mean_of_abs ``sum_b sum |g_b| / (n * B)`` with n entries in the region and B micro-batches.
-        loss_fn: scalar loss of a micro-batch.
+        model: dense, sparse, in 4 bit, or inside a DeepSpeed engine (``engine.module``) at any stage; nothing of it is
+            changed. At stage 3 the engine must have been made without an optimizer.
+        batches: micro-batches of fixed composition, the same on every rank.
+        candidates: that have passed ``scores.check_rule``.
+        rules: by the names in ``candidates``.
+        loss_fn: ``loss_fn(model, batch)`` gives the scalar loss of a micro-batch.
+        config: accumulate, accumulator_dtype, accumulator_folder and seed are read.
+        module_map: that the candidates were found in.
         on_batch: called with the index of every micro-batch that this rank has done.
 
     Returns:
-        fp64 scores on the host in the shape of each candidate's grid, and the number of micro-batches.
+        fp64 scores on the host, by weight and kind, in the shape of each candidate's grid; and the number of
+        micro-batches, over all ranks.
 
     Raises:
-        InputError: no micro-batch, or a non-finite loss or gradient.
+        InputError: candidates of another model, no micro-batch, a loss or gradient that is not finite, a place for
+            accumulators that cannot hold them, or scores that are none.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    by_module: dict[str, list[Candidates]] = defaultdict(list)
-    for candidate in candidates:
-        by_module[candidate.module].append(candidate)
-    accumulators: dict[str, _Accumulator] = {}
-    num_batches = 0
-    # The gradients of a mean loss underflow in fp16; a power of two scales them up without rounding.
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
     in_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     scale = FP16_LOSS_SCALE if in_fp16 else 1.0
-    with ExitStack() as stack:
-        stack.enter_context(_only_scored_gradients(model))
-        for module, group in by_module.items():
-            linear = model.get_submodule(module)
-            assert isinstance(linear, nn.Linear)
-            accumulators[module] = _Accumulator(linear, group)
-            accumulators[module].install(stack)
-        for index, batch in enumerate(batches):
-            num_batches += 1
-            if index % world_size == rank:
-                (loss_fn(model, batch) * scale).backward()
-                if on_batch is not None:
-                    on_batch(index)
-    if num_batches == 0:
-        raise InputError("calibration got no batches: give at least one, or a score that needs no data")
-    flat = torch.cat([accumulators[c.module].sums[c.kind].reshape(-1) for c in candidates])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        # Every rank chooses from the very same bits, whatever order its own reduction took.
-        dist.broadcast(flat, src=0)
-    flat = flat.cpu()
-    if not bool(torch.isfinite(flat).all()):
-        raise InputError("calibration met a non-finite gradient: check the data, or use a wider dtype (model.dtype)")
-    scores: dict[Key, Tensor] = {}
-    offset = 0
-    for candidate in candidates:
-        sizes = candidate.sizes()
-        sums = flat[offset : offset + sizes.numel()].reshape(sizes.shape)
-        scores[candidate.weight, candidate.kind] = sums.abs() / (sizes * num_batches * scale)
-        offset += sizes.numel()
-    return scores, num_batches
+    with Observation(model, candidates, rules, config=config, module_map=module_map, scale=scale) as observation:
+        with ExitStack() as stack:
+            stack.enter_context(_frozen(model))
+            stack.enter_context(own_random_state(model))
+            running = observation.running
+            observers = observe(model, observation.tallies, running, stack)
+            runner = Runner(model, loss_fn, running, observers, stack, lambda loss: (loss * scale).backward())
+            num_batches = _run_all(runner, batches, sharded=sharded, seed=config.seed, on_batch=on_batch)
+        return observation.scores(num_batches), num_batches

@@ -9,6 +9,7 @@ Kind = Literal["block", "row", "column", "whole"]
 Pick = Literal["max", "min", "mixed"]
 CalibrationWeights = Literal["frozen", "full"]
 Accumulate = Literal["sum", "per_step"]
+Moments = Literal["zero", "mean"]
 AccumulatorDtype = Literal["float32", "float64", "bfloat16"]
 
 # In the order of ownership: an entry that several regions cover belongs to the first of these kinds.
@@ -111,13 +112,17 @@ class BudgetConfig:
     bytes: int | None = None
     # Number of regions, whatever their size.
     regions: int | None = None
-    # all: one ranking over all matrices (SMT calls it no_restriction); matrix: every matrix gets the same part
-    # of the budget (SMT's norm_dist).
+    # Vectors of kind whole and regions with per_matrix come first, and count (in regions: one each). The fields
+    # below divide what they leave. An amount that does not hold one region is an error.
+    # all: one ranking over all matrices (SMT calls it no_restriction); matrix: every matrix (of a stack of experts:
+    # every one of them) gets the same part (SMT's norm_dist).
     over: Literal["all", "matrix"] = "all"
     # The budget split over groups of matrices, each with a ranking of its own; every competing matrix is in
-    # exactly one group. Empty: no groups.
+    # exactly one group. What one group cannot use, no other gets. Empty: no groups.
     groups: tuple[BudgetGroupConfig, ...] = ()
-    # At least, and at most, this share of the budget (of a group's, with groups) in every layer with candidates.
+    # At least, up to less than one region, and at most this share (of a group's, with groups) in every layer with
+    # candidates. The floors are filled first, each by the layer's own ranking; a layer at its cap is passed over.
+    # Matrices outside the layers are not bound.
     min_share_per_layer: float | None = None
     max_share_per_layer: float | None = None
 
@@ -156,7 +161,10 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FullCalibrationConfig:
-    """SMT's calibration: real full fine-tuning on the calibration data, scored meanwhile."""
+    """SMT's calibration: real full fine-tuning on the calibration data, scored meanwhile.
+
+    AdamW with a constant learning rate, betas 0.9 and 0.999, epsilon 1e-8, no decay, no clipping.
+    """
 
     # AdamW's learning rate; SMT uses 9.65e-6 to 1e-4.
     learning_rate: float = 1e-5
@@ -166,8 +174,8 @@ class FullCalibrationConfig:
     stage: Literal[2, 3] = 2
     # Keep masters and moments (and the weights, at stage 3) in host memory.
     offload: bool = False
-    # A new base folder that the trained weights are written to, and that training starts from.
-    # None: the weights are restored to what they were.
+    # A new base folder that a run writes the trained weights to, with tokenizer and config, and that training starts
+    # from; it must be empty or not exist. None: the weights are restored to what they were.
     keep_weights_in: str | None = None
 
     def __post_init__(self) -> None:
@@ -179,6 +187,46 @@ class FullCalibrationConfig:
             )
         if self.stage not in (2, 3):
             raise InputError(f"selection.full_calibration.stage is {self.stage!r}: choose 2 or 3")
+        if self.keep_weights_in is not None and not self.keep_weights_in.strip():
+            raise InputError(
+                f"selection.full_calibration.keep_weights_in is {self.keep_weights_in!r}: name a folder, or "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReselectConfig:
+    """When the selection is made anew during training, and how what is new begins."""
+
+    # Optimizer steps between two checks. A check scores the model as it is then, on other calibration data each time,
+    # and always with frozen weights.
+    every: int
+    # Select anew only if the current selection captures less than this share of the score of all candidates.
+    # None: at every check.
+    captured_below: float | None = None
+    # No check after this step; entries that become trained near the end have little time. None: up to the last.
+    until: int | None = None
+    # Micro-batches of calibration data per check; None: selection.calibration_batches.
+    calibration_batches: int | None = None
+    # Adam's moments of entries that become trained. The step counter goes on, so that bias correction is over: with
+    # a zero second moment, the first update of an entry is up to (1 - beta1) / sqrt(1 - beta2) = 3.2 learning rates.
+    # mean: the second moment starts as the mean over the kept entries of the same parameter and kind, which makes it
+    # a tenth of a typical update instead; zero: both start at zero.
+    moments: Moments = "mean"
+
+    def __post_init__(self) -> None:
+        for name in ("every", "until", "calibration_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"selection.reselect.{name} is {value}: it must be at least 1")
+        if self.captured_below is not None and not 0.0 < self.captured_below <= 1.0:
+            raise InputError(f"selection.reselect.captured_below is {self.captured_below}: it must lie in (0, 1]")
+        if self.moments not in get_args(Moments):
+            raise InputError(f"selection.reselect.moments is {self.moments!r}: choose zero or mean")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a check comes after ``step`` optimizer steps."""
+        return step > 0 and step % self.every == 0 and (self.until is None or step <= self.until)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,12 +258,19 @@ class SelectionConfig:
     accumulator_folder: str | None = None
     # Seed of the random score and of the calibration order.
     seed: int = 0
+    # Select anew during training; None: what is selected before the first step is trained to the end.
+    reselect: ReselectConfig | None = None
 
     def __post_init__(self) -> None:
         if self.file is not None:
             if self.regions or self.budget is not None:
                 raise InputError(
                     f"selection.file is {self.file} and selection.regions or budget are set too: keep one of them"
+                )
+            if self.reselect is not None:
+                raise InputError(
+                    f"selection.file is {self.file} and selection.reselect is set, which has nothing to choose among: "
+                    "set selection.regions and budget instead of the file, or leave reselect out"
                 )
             return
         if not self.regions:
@@ -237,7 +292,7 @@ class SelectionConfig:
         if competing and self.budget is None:
             raise InputError(
                 "selection.budget is missing: regions without per_matrix compete for a budget; "
-                "set budget.fraction or budget.parameters, or per_matrix on every family"
+                "set budget.fraction, parameters, bytes or regions, or per_matrix on every family"
             )
         for what, found in (
             ("score", {self.score_of(region) for region in competing}),
@@ -248,6 +303,13 @@ class SelectionConfig:
                     f"selection.regions compete under one budget with a different {what} "
                     f"({', '.join(sorted(found))}): give them the same, or fix their number with per_matrix"
                 )
+        scores = {self.score_of(region) for region in self.regions if region.kind != "whole"}
+        if self.reselect is not None and self.reselect.captured_below is not None and len(scores) > 1:
+            raise InputError(
+                f"selection.reselect.captured_below is {self.reselect.captured_below}, and selection.regions have "
+                f"several scores ({', '.join(sorted(scores))}), of which no common share can be captured: use one "
+                "score, or leave captured_below out"
+            )
         steps, batches = self.full_calibration.batches_per_step, self.calibration_batches
         if self.calibration_weights == "full" and batches % steps:
             raise InputError(
@@ -255,12 +317,25 @@ class SelectionConfig:
                 f"{steps}: make it one"
             )
 
+    @property
+    def keeps_weights_in(self) -> str | None:
+        """The folder of the base that calibration makes, and training starts from; None if the base stays the same."""
+        trains = self.file is None and self.calibration_weights == "full"
+        return self.full_calibration.keep_weights_in if trains else None
+
     def score_of(self, region: RegionConfig) -> str:
         """The score that ranks ``region``: its own, or the selection's."""
         return region.score or self.score
 
     @property
     def needs_data(self) -> bool:
-        """Whether any score reads gradients or activations, so that calibration data are needed."""
-        scored = [region for region in self.regions if region.kind != "whole"]
-        return any(self.score_of(region) not in ("random", "first") for region in scored)
+        """Whether any score reads gradients or activations, so that calibration data are needed.
+
+        Raises:
+            InputError: a score that does not exist.
+        """
+        # Rules rank candidates, which are made from this config.
+        from sparse_zero.selection.scores import resolve_score
+
+        names = {self.score_of(region) for region in self.regions if region.kind != "whole"}
+        return any(resolve_score(name).needs_data for name in sorted(names))

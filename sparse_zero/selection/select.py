@@ -1,72 +1,338 @@
 """The whole way from a model and data to a selection: candidates, scores, budget, choice?"""
 
 import dataclasses
-import hashlib
+import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_zero.collectives import check_equal_on_all_ranks
+from sparse_zero.collectives import check_equal_on_all_ranks, collective_device
 from sparse_zero.errors import InputError
-from sparse_zero.module_map import ModuleMap, default_module_map
-from sparse_zero.selection.budget import SUMMATION_NOISE, choose
-from sparse_zero.selection.calibration import Key, LossFunction, default_loss, gradient_scores
-from sparse_zero.selection.candidates import Candidates, find_candidates
-from sparse_zero.selection.config import BudgetConfig, SelectionConfig
+from sparse_zero.module_map import ModuleMap, default_module_map, parameter_shape
+from sparse_zero.selection.budget import SUMMATION_NOISE, Choice, choose
+from sparse_zero.selection.calibration import Key, LossFunction, calibrate, default_loss
+from sparse_zero.selection.candidates import Candidates, find_candidates, find_whole, match_matrices
+from sparse_zero.selection.config import SelectionConfig
+from sparse_zero.selection.full_calibration import calibrate_full, check_can_train
+from sparse_zero.selection.region_scores import RegionScores
+from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.scores import (
+    DATA_NEEDS,
+    ScoreRule,
+    check_reached,
+    check_rule,
+    checked_scores,
+    generator_for,
+    resolve_score,
+)
 from sparse_zero.selection.selection import Selection
+from sparse_zero.selection.shares import check_budget
+from sparse_zero.zero.compat import whole
+
+# Training state of one entry beside its value and gradient: an fp32 master and AdamW's two fp32 moments.
+_OPTIMIZER_BYTES = 12
 
 
 class SelectionWarning(UserWarning):
     """The selection is valid, but not quite what was asked for; the message says in which respect."""
 
 
-def num_parameters(model: nn.Module) -> int:
-    """All parameters of the model, tied ones counted once: what a budget's fraction is a fraction of."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+def num_parameters(model: nn.Module, module_map: ModuleMap | None = None) -> int:
+    """All parameters of the model, tied ones counted once: what a budget's fraction is a fraction of.
 
-
-def max_parameters(budget: BudgetConfig | None, total: int) -> int | None:
-    """The budget in entries, for a model of ``total`` parameters.
-
-    Raises:
-        InputError: the budget is larger than the model.
+    A quantized matrix counts with its entries, however many of them share a byte.
     """
-    if budget is None:
-        return None
-    if budget.fraction is not None:
-        return int(budget.fraction * total)
-    assert budget.parameters is not None
-    if budget.parameters > total:
-        raise InputError(
-            f"selection.budget.parameters is {budget.parameters:,}, more than the model's {total:,}: lower it"
-        )
-    return budget.parameters
+    matrices = (module_map or default_module_map(model)).by_parameter()
+    total = 0
+    for name, parameter in model.named_parameters():
+        matrix = matrices.get(name)
+        if matrix is not None and matrix.is_quantized:
+            total += math.prod(matrix.shape) * (matrix.num_slices or 1)
+        else:
+            total += math.prod(parameter_shape(parameter))
+    return total
 
 
-def _dataless_score(candidates: Candidates, seed: int) -> Tensor:
-    """random: uniform, from a seed of its own for every weight and kind; first: falling with the index."""
-    sizes = candidates.sizes()
-    if candidates.score == "first":
-        return (1.0 - torch.arange(sizes.numel(), dtype=torch.float64) / sizes.numel()).reshape(sizes.shape)
-    key = f"{seed}/{candidates.weight}/{candidates.kind}".encode()
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "little"))
-    return torch.rand(sizes.shape, dtype=torch.float64, generator=generator)
+def bytes_per_parameter(model: nn.Module, candidates: Iterable[Candidates], vectors: Iterable[str]) -> int:
+    """Bytes of training state of one entry: value and gradient in the weight's dtype, fp32 master and two moments.
+
+    Where dtypes are mixed, the widest one of what may be trained counts.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in dict.fromkeys([*(c.matrix.parameter for c in candidates), *vectors])]
+    # A quantized weight's own dtype says nothing about its values'.
+    floating = [p for p in chosen if p.is_floating_point()] or [p for p in parameters.values() if p.is_floating_point()]
+    return 2 * max(p.element_size() for p in floating) + _OPTIMIZER_BYTES
 
 
 def check_selection(model: nn.Module, config: SelectionConfig, module_map: ModuleMap | None = None) -> list[Candidates]:
     """Everything about ``config`` that can be checked against ``model`` before any data are read.
 
-    Works on a model on the meta device. Returns the candidates that :func:`select` will score.
+    Works on a model on the meta device. Returns the candidates that :func:`score_regions` will score.
+
+    Raises:
+        InputError: patterns, sizes, scores or budget do not fit the model.
     """
     if config.file is not None:
         raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
-    candidates = find_candidates(config, module_map or default_module_map(model))
-    max_parameters(config.budget, num_parameters(model))
+    module_map = module_map or default_module_map(model)
+    candidates = find_candidates(config, module_map)
+    vectors = _find_whole(model, config, module_map)
+    rules = _rules(candidates)
+    for each in candidates:
+        check_rule(rules[each.score], each)
+    if config.calibration_weights == "full" and not any(rule.needs_data for rule in rules.values()):
+        raise InputError(
+            "selection.calibration_weights is 'full', but no score reads what that training computes "
+            f"({', '.join(rules) or 'there is none'}): set it to 'frozen', or use a score of the gradient"
+        )
+    if config.calibration_weights == "full":
+        check_can_train(model)
+    check_budget(
+        candidates,
+        config.budget,
+        module_map=module_map,
+        num_parameters_model=num_parameters(model, module_map),
+        bytes_per_parameter=bytes_per_parameter(model, candidates, vectors),
+    )
     return candidates
+
+
+def _rules(candidates: Iterable[Candidates]) -> dict[str, ScoreRule]:
+    return {name: resolve_score(name) for name in dict.fromkeys(c.score for c in candidates)}
+
+
+def _find_whole(model: nn.Module, config: SelectionConfig, module_map: ModuleMap) -> dict[str, WeightSelection]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return find_whole(config, module_map, {name: parameter_shape(parameters[name])[0] for name in module_map.vectors})
+
+
+@torch.no_grad()
+def _scores_without_data(
+    model: nn.Module, candidates: Sequence[Candidates], rules: Mapping[str, ScoreRule], seed: int
+) -> dict[Key, Tensor]:
+    """Scores by rules that read weights or nothing. Collective: every rank gets rank 0's bits."""
+    found: dict[Key, Tensor] = {}
+    for each in candidates:
+        rule = rules[each.score]
+        with ExitStack() as stack:
+            needs: dict[str, Any] = {}
+            if "weight" in rule.needs:
+                parameter = model.get_parameter(each.matrix.parameter)
+                stack.enter_context(whole(parameter))
+                needs["weight"] = each.matrix.view(parameter.detach(), each.slice_index)
+            if "generator" in rule.needs:
+                needs["generator"] = generator_for(each, seed)
+            found[each.weight, each.kind] = checked_scores(rule.function(each, **needs), each)
+    if found and dist.is_initialized():
+        # A sum over a weight depends on the number of threads, in its last bits.
+        flat = torch.cat([scores.reshape(-1) for scores in found.values()]).to(collective_device())
+        dist.broadcast(flat, src=0)
+        pieces = flat.cpu().split([scores.numel() for scores in found.values()])
+        found = {key: piece.reshape(found[key].shape) for key, piece in zip(found, pieces, strict=True)}
+    return found
+
+
+def score_regions(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    config: SelectionConfig,
+    loss_fn: LossFunction | None = None,
+    *,
+    module_map: ModuleMap | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> RegionScores:
+    """Score every candidate region: the part of :func:`select` that costs time. Collective.
+
+    The arguments are those of :func:`select`. The budget is checked, and not used.
+
+    Raises:
+        InputError: patterns, sizes, scores or budget do not fit the model, calibration has no data, meets numbers
+            that are not finite, or does not reach a module.
+    """
+    module_map = module_map or default_module_map(model)
+    candidates = check_selection(model, config, module_map)
+    rules = _rules(candidates)
+    by_data = [c for c in candidates if rules[c.score].needs_data]
+    scores: dict[Key, Tensor] = {}
+    num_batches = 0
+    if by_data:
+        if batches is None:
+            raise InputError(f"selection.score {by_data[0].score} reads data: pass calibration batches")
+        run = calibrate_full if config.calibration_weights == "full" else calibrate
+        scores, num_batches = run(
+            model,
+            batches,
+            by_data,
+            rules,
+            loss_fn or default_loss,
+            config=config,
+            module_map=module_map,
+            on_batch=on_batch,
+        )
+    # After calibration, which may train weights that stay.
+    without_data = [c for c in candidates if not rules[c.score].needs_data]
+    scores.update(_scores_without_data(model, without_data, rules, config.seed))
+    metadata = {
+        "config": dataclasses.asdict(config),
+        "num_calibration_batches": num_batches,
+        "rules": {
+            name: {"needs": sorted(rule.needs), "size_neutral": rule.size_neutral} for name, rule in rules.items()
+        },
+    }
+    found = RegionScores(candidates, scores, metadata)
+    check_reached(rules, candidates, found.scores)
+    return found
+
+
+def _calibration_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What scores that read data depend on; budget, pick and per_matrix are not among it."""
+    names = ["accumulate", "accumulator_dtype", "calibration_batches", "calibration_batch_size", "calibration_weights"]
+    found = {name: config[name] for name in [*names, "seed"]}
+    if config["calibration_weights"] == "full":
+        for name in ("learning_rate", "batches_per_step"):
+            found[f"full_calibration.{name}"] = config["full_calibration"][name]
+    return found
+
+
+def _scores_for(scores: RegionScores, candidates: Sequence[Candidates], config: SelectionConfig) -> RegionScores:
+    """The part of ``scores`` that ``config`` chooses among.
+
+    Raises:
+        InputError: it asks for regions that were not scored, or for a calibration that was another one.
+    """
+    scored = {(c.weight, c.kind): c for c in scores.candidates}
+    for each in candidates:
+        was = scored.get((each.weight, each.kind))
+        if was is None:
+            raise InputError(
+                f"selection.regions has {each.kind}s of {each.weight}, which were not scored: score them too, or take "
+                "them out"
+            )
+        for what in ("shape", "block_shape", "score"):
+            if getattr(was, what) != getattr(each, what):
+                raise InputError(
+                    f"selection.regions has {each.kind}s of {each.weight} with {what} {getattr(each, what)}, and "
+                    f"scored was {getattr(was, what)}: score them again, or choose among the scored ones"
+                )
+    needs: frozenset[str] = frozenset().union(*(scores.needs(c.score) for c in candidates))
+    if "config" in scores.metadata and needs & (DATA_NEEDS | {"generator"}):
+        recorded, asked = _calibration_of(scores.metadata["config"]), _calibration_of(dataclasses.asdict(config))
+        for name in asked if needs & DATA_NEEDS else ("seed",):
+            if recorded.get(name) != asked[name]:
+                raise InputError(
+                    f"selection.{name} is {asked[name]!r}, and the scores were computed with {recorded.get(name)!r}: "
+                    "score again, or set it to that"
+                )
+    return RegionScores(
+        candidates, {(c.weight, c.kind): scores.scores[c.weight, c.kind] for c in candidates}, scores.metadata
+    )
+
+
+def _warn_of_noise(scores: RegionScores, choice: Choice) -> None:
+    """Warn where rounding may have decided: only scores that read data are summed in an order that may change."""
+    for margin, is_fixed in ((choice.cut_margin, False), (choice.per_matrix_cut_margin, True)):
+        members = [c for c in scores.candidates if (c.per_matrix is not None) == is_fixed]
+        if margin is not None and margin < SUMMATION_NOISE and any(scores.needs(c.score) & DATA_NEEDS for c in members):
+            where = " of a family with per_matrix" if is_fixed else ""
+            warnings.warn(
+                f"scores at the cut{where} differ by {margin:.1e} relative, within summation noise: "
+                "another world size might choose another region there",
+                SelectionWarning,
+                stacklevel=4,
+            )
+
+
+def _warn_of_rest(scores: RegionScores, choice: Choice, config: SelectionConfig, module_map: ModuleMap) -> None:
+    """Warn where the budget, or a part of it, is more than all regions it may be spent on."""
+    budget, competing = config.budget, [c for c in scores.candidates if c.per_matrix is None]
+    if budget is None or not competing:
+        return
+
+    def is_exhausted(c: Candidates) -> bool:
+        chosen = choice.weights.get(c.weight)
+        number = 0 if chosen is None else chosen.num_regions(c.kind)
+        return number == int((scores.scores[c.weight, c.kind] > -math.inf).sum())
+
+    open_weights = {c.weight for c in competing if not is_exhausted(c)}
+    covered: list[str] = []
+    if not open_weights:
+        covered = ["the budget covers every candidate region"]
+    elif budget.over == "matrix":
+        full = sorted({c.weight for c in competing} - open_weights)
+        if full:
+            covered = [f"the equal parts of the budget cover every region of {len(full)} matrices ({full[0]}, ...)"]
+    for group in budget.groups if open_weights else ():
+        matched = {m.parameter for m in match_matrices(group.modules, module_map, "selection.budget.groups.modules")}
+        if not open_weights & {c.weight for c in competing if c.matrix.parameter in matched}:
+            covered.append(f"the share of the group {', '.join(group.modules)} covers every region of it")
+    left = [
+        f"{number:,} {unit}"
+        for number, unit in (
+            (choice.bytes_left, "bytes"),
+            (choice.num_parameters_left, "parameters"),
+            (choice.num_regions_left, "regions"),
+        )
+        if number is not None
+    ]
+    for what in covered:
+        warnings.warn(f"{what}: {left[0]} of the budget are left unused", SelectionWarning, stacklevel=4)
+
+
+def choose_regions(
+    model: nn.Module, scores: RegionScores, config: SelectionConfig, *, module_map: ModuleMap | None = None
+) -> Selection:
+    """Rank scored regions and take what the budget allows. Collective: every rank calls it with equal arguments.
+
+    Args:
+        model: read for names, shapes and dtypes only, so that the meta device will do.
+        scores: of all regions that ``config`` names, or of more. Budget, per_matrix and pick may be others than
+            when they were computed.
+        config: candidates and budget.
+        module_map: the model's family; default: read from module names.
+
+    Raises:
+        InputError: budget or regions do not fit the model or the scores, or the ranks disagree.
+    """
+    module_map = module_map or default_module_map(model)
+    if config.file is not None:
+        raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
+    candidates = find_candidates(config, module_map)
+    vectors = _find_whole(model, config, module_map)
+    scores = _scores_for(scores, candidates, config)
+    total = num_parameters(model, module_map)
+    choice = choose(
+        candidates,
+        scores.scores,
+        config.budget,
+        module_map=module_map,
+        whole=vectors,
+        num_parameters_model=total,
+        bytes_per_parameter=bytes_per_parameter(model, candidates, vectors),
+        size_neutral=all(scores.is_size_neutral(c.score) for c in candidates if c.per_matrix is None),
+    )
+    _warn_of_noise(scores, choice)
+    _warn_of_rest(scores, choice, config, module_map)
+    selection = Selection(
+        choice.weights,
+        {
+            "config": dataclasses.asdict(config),
+            "num_parameters_model": total,
+            "num_layers": module_map.num_layers,
+            "num_calibration_batches": scores.metadata.get("num_calibration_batches"),
+            **choice.metadata(),
+        },
+    )
+    captured = scores.share_captured(selection)
+    selection.metadata["share_captured"] = {"total": captured["total"], "by_kind": captured["by_kind"]}
+    if dist.is_initialized():
+        check_equal_on_all_ranks(selection.digest(), "the selection")
+    return selection
 
 
 def select(
@@ -78,61 +344,23 @@ def select(
     module_map: ModuleMap | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Selection:
-    """Calibrate, rank and choose. Collective: every rank calls it with equal arguments.
+    """Calibrate, rank and choose: :func:`score_regions`, then :func:`choose_regions`. Collective.
+
+    Every rank calls it with equal arguments.
 
     Args:
-        model: dense model with weights; unchanged afterwards.
+        model: dense model with weights; unchanged afterwards, unless ``full_calibration.keep_weights_in`` says else.
         batches: micro-batches of fixed composition, the same sequence on every rank (a rank computes its
-            share of them); None if no score reads gradients.
+            share of them); None if no score reads data.
         config: candidates, scores and budget.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar; default: the loss of a transformers model.
         module_map: the model's family; default: read from module names.
         on_batch: called after each micro-batch that this rank computed, for progress displays.
 
     Raises:
-        InputError: patterns, sizes or budget do not fit the model, or the ranks disagree.
+        InputError: patterns, sizes, scores or budget do not fit the model, calibration has no data, meets numbers
+            that are not finite, or does not reach a module, or the ranks disagree.
     """
     module_map = module_map or default_module_map(model)
-    candidates = check_selection(model, config, module_map)
-    total = num_parameters(model)
-    scores: dict[Key, Tensor] = {
-        (c.weight, c.kind): _dataless_score(c, config.seed) for c in candidates if c.score in ("random", "first")
-    }
-    by_gradient = [c for c in candidates if c.score in ("abs_of_mean", "mean_of_abs")]
-    num_batches = 0
-    if by_gradient:
-        if batches is None:
-            raise InputError(f"selection.score {by_gradient[0].score} reads gradients: pass calibration batches")
-        found, num_batches = gradient_scores(model, batches, by_gradient, loss_fn or default_loss, on_batch)
-        scores.update(found)
-    budget = max_parameters(config.budget, total)
-    choice = choose(candidates, scores, budget)
-    if by_gradient and choice.cut_margin is not None and choice.cut_margin < SUMMATION_NOISE:
-        warnings.warn(
-            f"scores at the cut differ by {choice.cut_margin:.1e} relative, within summation noise: "
-            "another world size might choose another region there",
-            SelectionWarning,
-            stacklevel=2,
-        )
-    competing = any(c.per_matrix is None for c in candidates)
-    if competing and choice.cut_margin is None:
-        warnings.warn(
-            f"the budget of {budget:,} parameters covers every candidate region: "
-            f"{choice.num_parameters_left:,} parameters are left unused",
-            SelectionWarning,
-            stacklevel=2,
-        )
-    selection = Selection(
-        choice.weights,
-        {
-            "config": dataclasses.asdict(config),
-            "num_parameters_model": total,
-            "num_layers": module_map.num_layers,
-            "num_parameters_left": choice.num_parameters_left,
-            "cut_margin": choice.cut_margin,
-            "num_calibration_batches": num_batches,
-        },
-    )
-    if dist.is_initialized():
-        check_equal_on_all_ranks(selection.digest(), "the selection")
-    return selection
+    scores = score_regions(model, batches, config, loss_fn, module_map=module_map, on_batch=on_batch)
+    return choose_regions(model, scores, config, module_map=module_map)

@@ -4,11 +4,14 @@ All uses of names that DeepSpeed does not document are here. ``tests/distributed
 a new version changes one of them.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
 
@@ -120,3 +123,103 @@ def write_moment(engine: Any, parameter: Any, value: Tensor, key: str) -> None:
         safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
     else:
         inner_optimizer(engine).state[parameter][key].copy_(value)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds ``parameter`` in shards, one on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def whole(parameter: Tensor, *, writes: bool = False) -> Iterator[None]:
+    """Have all of ``parameter`` on every rank while the block runs, also under ZeRO-3. Collective there.
+
+    Args:
+        parameter: sharded or not.
+        writes: whether the block changes it, on every rank alike; otherwise its changes are lost where it is sharded.
+    """
+    if not is_sharded(parameter):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if writes else None):
+        yield
+
+
+def release_gathered(engine: Any) -> None:
+    """Under stage 3, give back every weight that a forward or backward outside the engine left gathered."""
+    if hasattr(engine.optimizer, "empty_partition_cache"):
+        engine.optimizer.empty_partition_cache()
+
+
+# What stage 3 leaves on modules: the hooks' functions and counters of the engine that set them.
+MODULE_ATTRIBUTES = (
+    "_external_params",
+    "_original_parameters",
+    "all_parameters",
+    "applied_pre_backward_ref_cnt",
+    "ds_external_parameters",
+    "ds_grads_remaining",
+    "ds_id",
+    "ds_recompute_parameters",
+    "post_bwd_fn",
+    "pre_bwd_fn",
+)
+
+
+def detach_engine(engine: Any) -> nn.Module:
+    """End ``engine`` and give back its module, ready for another engine; its optimizer's memory is freed.
+
+    ``engine.destroy`` alone leaves hooks on the module that keep the engine alive, and at stage 3 functions of it that
+    the next engine would call. What is sharded stays sharded, and the next engine goes on with the shards.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    module: nn.Module = engine.module
+    engine.optimizer.zero_grad()
+    release_gathered(engine)
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    engine.destroy()
+    engine.optimizer = engine.basic_optimizer = engine.client_optimizer = engine.lr_scheduler = None
+    # Process-wide lists and caches of stage 3 that hold on to the engine's module and coordinator.
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [each for each in stack if each is not module]
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    for each in module.modules():
+        for name in MODULE_ATTRIBUTES:
+            each.__dict__.pop(name, None)
+        if type(each._parameters) is not dict:
+            each._parameters = dict(each._parameters)
+        for parameter in each._parameters.values():
+            if parameter is not None and is_sharded(parameter):
+                parameter.__dict__.pop("_z3_optimizer", None)
+                parameter.__dict__["ds_active_sub_modules"].clear()
+    gc.collect()
+    return module
+
+
+def make_plain(engine: Any) -> nn.Module:
+    """End ``engine`` and give back its module as it was before DeepSpeed saw it, with its present weights.
+
+    Collective at stage 3. Every parameter is the same object as before (so ties, names and references to it hold),
+    whole, in memory of its own, without a gradient; attributes that were set on parameters are gone, all of them.
+    """
+    module = detach_engine(engine)
+    for parameter in module.parameters():
+        # Stages 1 and 2 have made it a view of a flat buffer, which lives until the last of its views is gone.
+        with whole(parameter):
+            data = parameter.detach().clone()
+        # The attributes hold closures of the engine, and at stage 3 methods that the next engine would find.
+        parameter.__dict__.clear()
+        parameter.data = data
+        parameter.grad = None
+    for each in module.modules():
+        each.__dict__.pop("ds_inflight_param_registry", None)
+    gc.collect()
+    return module

@@ -25,6 +25,22 @@ def test_the_private_names_are_there():
                 assert not entry["linked_before"], "DeepSpeed links all groups now: link_optimizer_states can go"
 
 
+def test_an_engine_can_be_taken_apart():
+    found = run_ranks("tests.distributed.full_calibration_workers:take_apart", 2)
+    for stage, entry in found.items():
+        for what, wrong in entry["names"].items():
+            assert not wrong, (
+                f"stage {stage}: {what} of DeepSpeed is not there any more: {wrong}; see compat.detach_engine"
+            )
+        assert entry["left"] == [], f"stage {stage}: compat.make_plain leaves {entry['left']} of the engine"
+        assert entry["unknown"] == [], (
+            f"stage {stage}: DeepSpeed puts {entry['unknown']} on modules now: add them to compat's names"
+        )
+        assert entry["alive"] == [], f"stage {stage}: {entry['alive']} outlive compat.make_plain"
+        if Version(deepspeed.__version__) == Version("0.19.8"):
+            assert entry["outlives_destroy"], f"stage {stage}: engine.destroy() is enough now: detach_engine can go"
+
+
 def test_an_older_deepspeed_is_refused(monkeypatch):
     monkeypatch.setattr(deepspeed, "__version__", "0.18.0")
     with pytest.raises(ValueError, match=r"0\.18\.0 is older than 0\.19\.8"):

@@ -119,6 +119,12 @@ CONFIG_CASES = [
     Case(name="no budget", remove=["selection.budget"], says=["selection.budget is missing"]),
     Case(name="block without size", remove=["selection.regions.0.block_size"], says=["selection.regions.block_size is None"]),
     Case(name="row with a size", overrides=["--selection.regions.0.kind=row"], says=["selection.regions.block_size is 64", "remove it"]),
+    Case(name="unknown score", overrides=["--selection.score=abs_of_men"], says=["selection.score is 'abs_of_men'", "did you mean 'abs_of_mean'"]),
+    Case(name="score that cannot be imported", overrides=["--selection.score=gone.module:rule"], says=["selection.score is 'gone.module:rule'", "PYTHONPATH"]),
+    Case(name="score of nothing", overrides=["--selection.regions.0.pick=min", "--selection.regions.0.kind=whole", "--selection.regions.0.block_size=null"], says=["selection.regions.pick is 'min' for kind 'whole'"]),
+    Case(name="groups that do not add up", overrides=["--selection.budget.groups=[{modules: ['*.q_proj'], share: 0.5}]"], says=["selection.budget.groups", "add up to 0.5"]),
+    Case(name="floor above the cap", overrides=["--selection.budget.min_share_per_layer=0.5", "--selection.budget.max_share_per_layer=0.2"], says=["min_share_per_layer is 0.5", "max_share_per_layer 0.2"]),
+    Case(name="accumulate of another kind", overrides=["--selection.accumulate=steps"], says=["selection.accumulate is 'steps'", "per_step"]),
     Case(name="no regions", overrides=["--selection.regions=[]"], says=["selection.regions is empty"]),
     Case(name="stage 3 inplace", overrides=["--zero.stage=3"], says=["zero.placement is 'inplace' at zero.stage 3", "delta"]),
     Case(name="stage 4", overrides=["--zero.stage=4"], says=["zero.stage is 4", "0, 1, 2, 3"]),
@@ -158,7 +164,7 @@ RECORDS = json.dumps([{"instruction": f"Add {i} and 3.", "output": str(i + 3), "
 _MODULES = "--selection.regions.0.modules="
 
 # What only the model, the tokenizer, the data or a file on disk can tell: the folder has two models (another has
-# other weights), one with tied embeddings, data, and adapters.
+# other weights), data, and adapters.
 RUN_CASES = [
     # the model
     Case(name="model missing", overrides=["--model.name_or_path=./gone"], says=["model.name_or_path is './gone'"]),
@@ -180,7 +186,6 @@ RUN_CASES = [
     Case(name="block larger than the matrix", overrides=["--selection.regions.0.block_size=4096"], says=["selection.regions.block_size is 4096", "64x64"]),
     Case(name="more rows than there are", overrides=["--selection.regions=[{kind: row, modules: ['*.q_proj'], per_matrix: 65}]"], says=["per_matrix is 65", "64"]),
     Case(name="layer that does not exist", overrides=["--selection.regions.0.min_layer=99"], says=["min_layer", "99"]),
-    Case(name="tied head", overrides=["--model.name_or_path=tied", f"{_MODULES}['lm_head']"], says=["'lm_head'", "tied"]),
     Case(name="no linear", overrides=[f"{_MODULES}['model.norm']"], says=["'model.norm'"]),
     # the run folder
     Case(name="output folder is a file", files={"out": "x"}, says=["output.folder is out", "is a file"]),
@@ -265,7 +270,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     write_tiny_llama(folder / "model-folder")
     write_tiny_llama(folder / "other", seed=1)
-    write_tiny_llama(folder / "tied", tie=True)
     shutil.copytree(folder / "model-folder", folder / "cut")
     cut(folder / "cut" / "model.safetensors")
     (folder / "train.json").write_text(RECORDS, encoding="utf-8")

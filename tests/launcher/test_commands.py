@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from launcher.world import World
 from launcher.yaml_files import dump_yaml
 from sparse_zero.collectives import PeerError
 from sparse_zero.errors import InputError
+from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
 from tests.launcher.test_bad_input import clear_ranks, run_mapping
@@ -193,15 +195,130 @@ def test_inspect_lists_regions(
 ) -> None:
     folder = tmp_path / "adapter" if place == "run" else tmp_path
     selection.save(folder / "selection.safetensors")
-    assert main(["inspect", str(folder / "selection.safetensors" if place == "file" else tmp_path)]) == 0
+    path = str(folder / "selection.safetensors" if place == "file" else tmp_path)
+    assert main(["inspect", path, "--by", "weight"]) == 0
     out = capsys.readouterr().out
-    rows = [line.strip(" │").replace(" ", "").split("│") for line in out.splitlines() if ".weight" in line]
+    rows = [re.split(r" {2,}", line.strip()) for line in out.splitlines() if ".weight" in line]
     assert rows == [
-        ["model.layers.0.self_attn.q_proj.weight", "8x12", "block4", "2", "32", "33.33%"],
+        ["model.layers.0.self_attn.q_proj.weight", "8 x 12", "block 4", "2", "32", "33.3%"],
         # The first block owns 4 of the column's 8 entries.
-        ["model.layers.0.self_attn.q_proj.weight", "8x12", "column", "1", "4", "4.17%"],
-        ["model.layers.9.mlp.down_proj.weight", "2000x3", "row", "1", "3", "0.05%"],
-        ["model.layers.10.mlp.down_proj.weight", "2000x3", "row", "2", "6", "0.10%"],
+        ["model.layers.0.self_attn.q_proj.weight", "8 x 12", "column", "1", "4", "4.17%"],
+        ["model.layers.9.mlp.down_proj.weight", "2000 x 3", "row", "1", "3", "0.050%"],
+        ["model.layers.10.mlp.down_proj.weight", "2000 x 3", "row", "2", "6", "0.100%"],
     ]
-    assert "45 parameters in 3 weights" in out
+    assert "45 in 3 weights" in out
     assert selection.digest() in out
+
+
+TRAIN_RECORDS = json.dumps([{"instruction": f"Add {i} and 3.", "output": str(i + 3)} for i in range(12)])
+
+
+@pytest.fixture
+def selectable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, data and a run that lets blocks, rows and norms be chosen."""
+    clear_ranks(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_tiny_llama(tmp_path / "model-folder")
+    (tmp_path / "train.json").write_text(TRAIN_RECORDS, encoding="utf-8")
+    regions = [
+        {"kind": "block", "modules": ["*.{q,v}_proj"], "block_size": 16},
+        {"kind": "row", "modules": ["*.down_proj"], "per_matrix": 2},
+        {"kind": "whole", "modules": ["*.input_layernorm.weight"]},
+    ]
+    selection = {"regions": regions, "budget": {"fraction": 0.02}, "calibration_batches": 2}
+    (tmp_path / "run.yaml").write_text(dump_yaml({**run_mapping(), "selection": selection}), encoding="utf-8")
+    return tmp_path
+
+
+def test_select_writes_scores_and_chooses_again_from_them(selectable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select = ["select", "--config", "run.yaml"]
+    assert main([*select, "--out", "one.safetensors"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "q_proj",
+        "block 16",
+        "down_proj",
+        "row",
+        "input_layernorm",
+        "whole",
+        "captured",
+        "Left of the budget",
+    ):
+        assert part in out
+    first, scores = Selection.load("one.safetensors"), RegionScores.load("one.scores.safetensors")
+    assert f"{first.num_parameters:,} of " in out
+    assert {c.kind for c in scores.candidates} == {"block", "row"}
+    assert scores.metadata["base"] == first.metadata["base"]
+    files = {path.name for path in selectable.iterdir()}
+
+    # The same budget gives the same selection, without data and weights; another one gives another.
+    (selectable / "train.json").unlink()
+    again = [*select, "--from-scores", "one.scores.safetensors"]
+    assert main([*again, "--out", "same.safetensors"]) == 0
+    same = Selection.load("same.safetensors")
+    assert same == first
+    assert same.metadata == first.metadata
+    assert main([*again, "--out", "new/two.safetensors", "--selection.budget.fraction=0.04"]) == 0
+    second = Selection.load("new/two.safetensors")
+    assert second.num_parameters > 1.8 * first.num_parameters
+    assert {path.name for path in selectable.iterdir()} == {*files, "same.safetensors", "new"} - {"train.json"}
+    assert [path.name for path in (selectable / "new").iterdir()] == ["two.safetensors"], "the scores are kept once"
+    capsys.readouterr()
+
+    def refused(*arguments: str) -> str:
+        assert main([*again, "--out", "no.safetensors", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert not Path("no.safetensors").exists()
+        return captured.err
+
+    assert "block_shape (32, 32), and scored was (16, 16)" in refused("--selection.regions.0.block_size=32")
+    assert "were not scored" in refused("--selection.regions.0.modules=['*.k_proj']")
+    assert "with score magnitude, and scored was abs_of_mean" in refused("--selection.score=magnitude")
+    assert "gone does not exist" in refused("--from-scores=gone")
+    assert "has format 'sparse_zero.selection'" in refused("--from-scores=one.safetensors")
+    assert "keep one of them" in refused(
+        "--selection.file=one.safetensors", "--selection.regions=[]", "--selection.budget=null"
+    )
+    write_tiny_llama(selectable / "other", seed=1)
+    assert "has scores of the base model-folder" in refused("--model.name_or_path=other")
+
+    # Beside the run, the scores get the name that a run gives them.
+    (selectable / "train.json").write_text(TRAIN_RECORDS, encoding="utf-8")
+    assert main(select) == 0
+    assert {path.name for path in (selectable / "out").iterdir()} == {"selection.safetensors", "scores.safetensors"}
+    assert Selection.load("out/selection.safetensors") == first
+    assert main(["inspect", "out", "same.safetensors"]) == 0
+    assert "1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--out=a/s.safetensors", "--scores=a/s.safetensors"],
+            "--scores is a/s.safetensors, the file of the selection",
+        ),
+        (["--scores=."], "--scores is ., which is a folder"),
+        (["--scores=run.yaml/x"], "--scores is run.yaml/x, but run.yaml is a file"),
+        (
+            ["--selection.regions=[]", "--selection.budget=null", "--selection.file=s", "--scores=x"],
+            "--scores is x, but selection.file s is used as it is",
+        ),
+    ],
+)
+def test_select_refuses_impossible_files(
+    run_file: Path, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run_file.parent)
+    assert main(["select", "--config", "run.yaml", *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert [path.name for path in run_file.parent.iterdir()] == ["run.yaml"]
+
+
+def test_from_scores_needs_no_ranks(selectable: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["select", "--config", "run.yaml", "--from-scores=x"]) == 2
+    assert "--from-scores is x on several ranks" in capsys.readouterr().err

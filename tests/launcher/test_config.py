@@ -245,7 +245,7 @@ def test_unknown_key_names_the_nearest(override: str, message: str) -> None:
         ("zero.stage=true", "zero.stage is True: it may be 0, 1, 2, 3"),
         ("zero.stage='2'", "zero.stage is '2': it may be 0, 1, 2, 3; did you mean 2?"),
         ("training.schedule=cosin", "training.schedule is 'cosin': it may be constant, linear, cosine; did you mean cosine?"),
-        ("selection.regions.0.score=best", "selection.regions.0.score is 'best': it may be abs_of_mean, "),
+        ("selection.regions.0.pick=best", "selection.regions.0.pick is 'best': it may be max, "),
     ],
 )  # fmt: skip
 def test_wrong_type_names_field_value_and_expectation(override: str, message: str) -> None:

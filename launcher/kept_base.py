@@ -1,0 +1,98 @@
+"""Where is the base that a calibration has trained and kept, when may it be written, and who loads it?
+
+Without ``selection.full_calibration.keep_weights_in`` a run has one base, ``model.name_or_path``. With it, calibration
+starts from that one and writes another, which everything later belongs to: selection, checkpoints, adapter.
+"""
+
+import dataclasses
+
+from launcher.config import RunConfig
+from launcher.run_folder import RunFolder, check_can_write_in, is_filled, kept_folder
+from models.base_identity import base_identity
+from models.loading import ModelConfig
+from sparse_zero.checkpoint.identity import BaseIdentity
+from sparse_zero.errors import InputError
+from sparse_zero.selection.selection import Selection
+
+_FIELD = "selection.full_calibration.keep_weights_in"
+
+
+def kept_model(config: RunConfig) -> ModelConfig:
+    """What to load where the kept weights are the base."""
+    return dataclasses.replace(config.model, name_or_path=str(kept_folder(config)), revision=None, gguf_file=None)
+
+
+def model_of(config: RunConfig, identity: BaseIdentity | None) -> ModelConfig:
+    """Which of the run's bases to load for an adapter.
+
+    Args:
+        config: the run.
+        identity: of the adapter's base; None where it is not known, or no adapter is loaded.
+
+    Returns:
+        The kept base if it is that one, else ``config.model``, for the caller to compare.
+    """
+    kept = kept_folder(config)
+    if identity is None or kept is None or not is_filled(kept) or base_identity(kept).sha256 != identity.sha256:
+        return config.model
+    return kept_model(config)
+
+
+def earlier_selection(config: RunConfig, folder: RunFolder) -> Selection | None:
+    """The selection of a start of this run that ended after calibration had kept its weights, and before a checkpoint.
+
+    Args:
+        config: the run, which :func:`launcher.run_folder.check_same_run` has found to be that of the folder.
+        folder: of the run.
+    """
+    kept = kept_folder(config)
+    if kept is None or not is_filled(kept) or not folder.selection.is_file() or config.checkpoint.resume == "never":
+        return None
+    return Selection.load(folder.selection)
+
+
+def check_kept(config: RunConfig, folder: RunFolder | None, *, resumes: bool) -> None:
+    """Raise unless the kept base can be written, or, where the run has it already, be read.
+
+    Args:
+        config: the run.
+        folder: of the run; None where none is written to.
+        resumes: whether there is a checkpoint to continue from.
+
+    Raises:
+        InputError: nothing is trained that could be kept, the folder is not empty, cannot be written, or is gone.
+    """
+    named, kept = config.selection.full_calibration.keep_weights_in, kept_folder(config)
+    if kept is None:
+        if named is not None and config.selection.file is None:
+            raise InputError(
+                f"{_FIELD} is {named}, and selection.calibration_weights is 'frozen', which trains no weights: set it "
+                "to 'full', or leave keep_weights_in out"
+            )
+    elif resumes:
+        if not is_filled(kept):
+            raise InputError(
+                f"{_FIELD} is {kept}, where the run that is continued has its base, and there is none: put it back, or "
+                "start in another output.folder"
+            )
+    elif not is_filled(kept):
+        check_can_write_in(kept, f"{_FIELD} is {kept}")
+    elif folder is None or earlier_selection(config, folder) is None:
+        raise InputError(
+            f"{_FIELD} is {kept}, which is not empty: name a new folder, or delete this one; to train from weights "
+            "that it holds, name it as model.name_or_path, and their selection as selection.file"
+        )
+
+
+def check_is_base_of(selection: Selection, base: BaseIdentity) -> None:
+    """Raise unless ``base``, as it lies in the kept folder, is what ``selection`` was made for.
+
+    Raises:
+        InputError: names both.
+    """
+    made_for = selection.metadata.get("base") or {}
+    if made_for.get("sha256") != base.sha256:
+        raise InputError(
+            f"{_FIELD} holds the base {base.name} ({base.sha256[:12]}), and the selection of this run was made for "
+            f"another ({str(made_for.get('sha256'))[:12]}): delete both output.folder and that folder to start anew"
+        )

@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""What does calibration with frozen weights cost, next to what any gradient needs?
+
+The floor is a forward and the gradients of the activations: backward from the loss to the output of the embeddings,
+with all weights frozen. Over it come the hooks that read strip sums (abs_of_mean), or form each weight's gradient
+(mean_of_abs). One random Llama does everything; rounds of some micro-batches take turns in random order, so that a slow
+second of the machine hits all alike. The table shows the median time of a micro-batch and the ratios of minima and of
+medians to the floor; setting the hooks up and computing the scores at the end is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+import sparse_zero as sz
+from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_json
+from sparse_zero.selection.calibration import calibrate
+from sparse_zero.selection.candidates import find_candidates
+from sparse_zero.selection.scores import resolve_score
+
+ATTENTION = ("*.{q,k,v}_proj",)
+LINEARS = ("*.{q,k,v,o}_proj", "*.{gate,up,down}_proj")
+# Kinds and matrices that are scored, by which rule; what of the gradient the rule reads.
+METHODS: Mapping[str, dict[str, Any]] = {
+    "floor": {},
+    "blocks_qkv": {"kinds": ("block",), "modules": ATTENTION, "score": "abs_of_mean"},
+    "blocks": {"kinds": ("block",), "modules": LINEARS, "score": "abs_of_mean"},
+    "rows": {"kinds": ("row",), "modules": LINEARS, "score": "abs_of_mean"},
+    "columns": {"kinds": ("column",), "modules": LINEARS, "score": "abs_of_mean"},
+    "all_kinds": {"kinds": ("block", "row", "column"), "modules": LINEARS, "score": "abs_of_mean"},
+    "norms": {"kinds": ("column",), "modules": LINEARS, "score": "input_norm"},
+    "gradient_qkv": {"kinds": ("block",), "modules": ATTENTION, "score": "mean_of_abs"},
+    "gradient": {"kinds": ("block",), "modules": LINEARS, "score": "mean_of_abs"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One comparison: the model, the micro-batches, and how often it is measured."""
+
+    hidden: int = 1024
+    layers: int = 4
+    heads: int = 16
+    intermediate: int = 2816
+    vocab: int = 8192
+    batch: int = 2  # samples in a micro-batch
+    length: int = 256  # tokens in a sample
+    micro_batches: int = 4  # of a round; what is timed is a round
+    block_size: int = 64
+    accumulate: str = "per_step"  # of the rules that read the whole gradient: sum or per_step
+    rounds: int = 10  # timed rounds per method
+    warmup: int = 2  # rounds before, not counted
+    threads: int = 2
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size > self.hidden:
+            raise InputError(f"--block-size {self.block_size} is larger than --hidden {self.hidden}: lower it")
+
+
+SMALL = Settings(
+    hidden=64,
+    layers=2,
+    heads=4,
+    intermediate=160,
+    vocab=128,
+    length=16,
+    micro_batches=2,
+    block_size=16,
+    rounds=3,
+    warmup=1,
+)
+
+
+def build_model(settings: Settings) -> Any:
+    """The random Llama that everything runs on."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=settings.vocab,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.length,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).to(device=settings.device, dtype=getattr(torch, settings.dtype))
+    return model.train().requires_grad_(False)
+
+
+def loss_of(model: Any, tokens: Tensor) -> Tensor:
+    """Next-token loss of a micro-batch."""
+    loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss
+
+
+Round = Callable[[Sequence[Tensor]], Any]
+
+
+def floor(model: Any) -> Round:
+    """Forward, and backward to the output of the embeddings."""
+
+    def run(batches: Sequence[Tensor]) -> None:
+        hook = model.get_input_embeddings().register_forward_hook(lambda *arguments: arguments[2].requires_grad_())
+        for tokens in batches:
+            loss = loss_of(model, tokens)
+            loss.backward()
+            float(loss.detach())  # waits for the device
+        hook.remove()
+
+    return run
+
+
+def calibration(method: str, model: Any, settings: Settings) -> Round:
+    """Scores of all regions that ``method`` names."""
+    what = METHODS[method]
+    config = sz.SelectionConfig(
+        regions=tuple(
+            sz.RegionConfig(
+                kind=kind,
+                modules=what["modules"],
+                per_matrix=1,
+                block_size=settings.block_size if kind == "block" else None,
+            )
+            for kind in what["kinds"]
+        ),
+        score=what["score"],
+        accumulate=settings.accumulate if what["score"] == "mean_of_abs" else "sum",  # type: ignore[arg-type]
+    )
+    module_map = sz.default_module_map(model)
+    candidates = find_candidates(config, module_map)
+    rules = {config.score: resolve_score(config.score)}
+
+    def run(batches: Sequence[Tensor]) -> Any:
+        return calibrate(model, batches, candidates, rules, loss_of, config=config, module_map=module_map)
+
+    return run
+
+
+def prepare(method: str, model: Any, settings: Settings) -> Round:
+    """What one round of a method does with its micro-batches."""
+    return calibration(method, model, settings) if METHODS[method] else floor(model)
+
+
+def batches_of(settings: Settings, number: int) -> list[Tensor]:
+    """The random tokens [batch, length] of one round; its number decides them."""
+    generator = torch.Generator().manual_seed(settings.seed * 1000 + number)
+    shape = (settings.batch, settings.length)
+    made = (torch.randint(0, settings.vocab, shape, generator=generator) for _ in range(settings.micro_batches))
+    return [tokens.to(settings.device) for tokens in made]
+
+
+def synchronize(settings: Settings) -> None:
+    """Wait for the device, so that a clock says what it seems to."""
+    if settings.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def measure(
+    methods: Sequence[str], settings: Settings, on_round: Callable[[int], None] = lambda number: None
+) -> dict[str, list[float]]:
+    """Seconds per micro-batch of every timed round, per method."""
+    model = build_model(settings)
+    prepared = {method: prepare(method, model, settings) for method in methods}
+    shuffler = random.Random(settings.seed)
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for number in range(settings.warmup + settings.rounds):
+        batches = batches_of(settings, number)
+        gc.collect()
+        gc.disable()
+        for method in shuffler.sample(list(methods), len(methods)):
+            synchronize(settings)
+            start = time.perf_counter()
+            prepared[method](batches)
+            synchronize(settings)
+            if number >= settings.warmup:
+                seconds[method].append((time.perf_counter() - start) / settings.micro_batches)
+        gc.enable()
+        on_round(number + 1)
+    return seconds
+
+
+def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Per method: median and minimum of a micro-batch, and their ratios to the floor's."""
+    summary: dict[str, dict[str, float]] = {}
+    for method, own in seconds.items():
+        row = {"median_seconds": statistics.median(own), "min_seconds": min(own)}
+        if "floor" in seconds:
+            row["median_over_floor"] = row["median_seconds"] / statistics.median(seconds["floor"])
+            row["min_over_floor"] = row["min_seconds"] / min(seconds["floor"])
+        summary[method] = row
+    return summary
+
+
+def print_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
+    """The table that people read."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="One calibration micro-batch; ratios are of minima (of medians)")
+    for heading in ("method", "rule", "scored", "micro-batch", "time / floor"):
+        table.add_column(heading, justify="right" if heading in ("micro-batch", "time / floor") else "left")
+    for method, row in summary.items():
+        what = METHODS[method]
+        ratio = f"{row['min_over_floor']:.3f} ({row['median_over_floor']:.3f})" if "min_over_floor" in row else "-"
+        scored = f"{', '.join(what['kinds'])} of {', '.join(what['modules'])}" if what else "-"
+        table.add_row(method, what.get("score", "-"), scored, f"{row['median_seconds'] * 1e3:,.1f} ms", ratio)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; every setting is a flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods to compare, joined by commas")
+    parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
+    for setting in fields(Settings):
+        name, kind = f"--{setting.name.replace('_', '-')}", type(setting.default)
+        parser.add_argument(name, type=kind, default=None, help=f"default: {setting.default}")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print and write what the command line asks for."""
+    preset = asdict(SMALL if options.small else Settings())
+    given = {name: value for name in preset if (value := getattr(options, name)) is not None}
+    settings = Settings(**{**preset, **given})
+    torch.set_num_threads(settings.threads)
+    methods = tuple(options.methods.split(","))
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise InputError(f"--methods has {unknown[0]!r}: choose from {', '.join(METHODS)}")
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("time", total=settings.warmup + settings.rounds)
+        seconds = measure(methods, settings, lambda number: progress.update(task, completed=number))
+    summary = summarize(seconds)
+    print_summary(summary)
+    if options.json is not None:
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        atomic_write_json(
+            options.json,
+            {"settings": asdict(settings), "machine": machine, "methods": summary, "micro_batch_seconds": seconds},
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 for wrong input, with one line on stderr."""
+    try:
+        run(parse(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The selection is made anew during training: what is kept, what begins, and what is retired."""

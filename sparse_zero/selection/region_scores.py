@@ -1,0 +1,193 @@
+"""What did calibration find: the scores of all candidate regions, kept so that other budgets need no other pass?"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_zero.errors import InputError
+from sparse_zero.files import read_safetensors, to_json, write_safetensors
+from sparse_zero.module_map import Matrix
+from sparse_zero.selection.calibration import Key
+from sparse_zero.selection.candidates import Candidates
+from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.scores import checked_scores, resolve_score
+from sparse_zero.selection.selection import Selection
+
+FORMAT = "sparse_zero.scores"
+FORMAT_VERSION = 1
+
+
+class RegionScores:
+    """A score for every candidate region, and how they came about; not to be changed after construction.
+
+    Args:
+        candidates: what was scored, in the order of :func:`~sparse_zero.selection.candidates.find_candidates`.
+        scores: by weight and kind, fp64 on the host in the shape of each candidate's grid; higher is better, -inf
+            means never.
+        metadata: JSON values: ``config`` (of the selection), ``num_calibration_batches`` (micro-batches seen) and
+            ``rules`` (``needs`` and ``size_neutral`` of each score, so that scores can be used where the function
+            that made them is not installed).
+
+    Raises:
+        InputError: scores that are missing, not asked for, of another shape than the grid, or NaN or +inf.
+    """
+
+    def __init__(
+        self, candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], metadata: Mapping[str, Any]
+    ) -> None:
+        self.candidates = list(candidates)
+        self.metadata = dict(metadata)
+        wanted = [(c.weight, c.kind) for c in self.candidates]
+        if len(set(wanted)) != len(wanted) or set(wanted) != set(scores):
+            differing = sorted(set(wanted) ^ set(scores)) or sorted({key for key in wanted if wanted.count(key) > 1})
+            raise InputError(
+                f"scores and candidates differ in {', '.join(f'{kind}s of {name}' for name, kind in differing[:3])}: "
+                "give every candidate once, with its scores"
+            )
+        self.scores: dict[Key, Tensor] = {
+            key: checked_scores(scores[key], c) for key, c in zip(wanted, self.candidates, strict=True)
+        }
+
+    def __repr__(self) -> str:
+        names = ", ".join(sorted({c.score for c in self.candidates}))
+        return f"RegionScores({sum(c.num_regions for c in self.candidates):,} regions, by {names})"
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: a tensor ``<weight>/<kind>`` each, and a JSON header of the candidates.
+
+        The scores are kept in fp64, so that a selection chosen from the file is the one chosen without it.
+        """
+        matrices = list(dict.fromkeys(c.matrix for c in self.candidates))
+        number_of = {matrix: number for number, matrix in enumerate(matrices)}
+        own = [field.name for field in dataclasses.fields(Candidates) if field.name != "matrix"]
+        header = {
+            "version": FORMAT_VERSION,
+            "matrices": [dataclasses.asdict(matrix) for matrix in matrices],
+            "candidates": [
+                {"matrix": number_of[c.matrix], **{name: getattr(c, name) for name in own}} for c in self.candidates
+            ],
+            "metadata": self.metadata,
+        }
+        tensors = {f"{weight}/{kind}": scores for (weight, kind), scores in self.scores.items()}
+        write_safetensors(Path(path), tensors, {"format": FORMAT, "header": to_json(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RegionScores":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: not such a file, cut off, of another version, or with scores that do not fit its header.
+        """
+        tensors, file_metadata = read_safetensors(Path(path), FORMAT)
+        try:
+            header = json.loads(file_metadata["header"])
+            version = header["version"]
+            if version == FORMAT_VERSION:
+                matrices = [_matrix(entry) for entry in header["matrices"]]
+                candidates = [
+                    Candidates(
+                        **{
+                            **entry,
+                            "matrix": matrices[entry["matrix"]],
+                            "block_shape": (entry["block_shape"][0], entry["block_shape"][1]),
+                        }
+                    )
+                    for entry in header["candidates"]
+                ]
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(f"{path} has a header that cannot be read ({error!r}): score again") from error
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path} has scores in version {version}, and this is for {FORMAT_VERSION}: score again")
+        key_of = {f"{c.weight}/{c.kind}": (c.weight, c.kind) for c in candidates}
+        if set(key_of) != set(tensors):
+            differing = ", ".join(sorted(set(key_of) ^ set(tensors))[:3])
+            raise InputError(f"{path} has a header and scores that differ in {differing}: score again")
+        try:
+            return cls(candidates, {key_of[name]: tensor for name, tensor in tensors.items()}, header["metadata"])
+        except InputError as error:
+            raise InputError(f"{path} is damaged ({error}): score again") from error
+
+    def needs(self, score: str) -> frozenset[str]:
+        """What ``score`` was computed from, see :class:`~sparse_zero.selection.scores.ScoreRule`."""
+        recorded = self.metadata.get("rules", {})
+        return frozenset(recorded[score]["needs"]) if score in recorded else resolve_score(score).needs
+
+    def is_size_neutral(self, score: str) -> bool:
+        """Whether regions of different sizes may be compared by ``score`` as they are."""
+        recorded = self.metadata.get("rules", {})
+        return bool(recorded[score]["size_neutral"]) if score in recorded else resolve_score(score).size_neutral
+
+    def mass(self, candidates: Candidates) -> Tensor:
+        """Mass of every region of one of the candidates: fp64, in the shape of the scores.
+
+        Its score if that is positive, and 0 otherwise. A size-neutral score is a mean per entry: its mass is multiplied
+        by the region's entries, so that the mass of a matrix does not depend on how it is cut.
+        """
+        scores = self.scores[candidates.weight, candidates.kind].clamp(min=0.0)
+        return scores * candidates.sizes() if self.is_size_neutral(candidates.score) else scores
+
+    def share_captured(self, selection: Selection) -> dict[str, Any]:
+        """How much of the score of all candidate regions lies in the chosen ones.
+
+        In terms of :meth:`mass`. A region counts when it was chosen itself, also where another kind owns some of its
+        entries; entries that several kinds cover count once for each kind.
+
+        Returns:
+            ``total``, ``by_kind`` and ``by_weight``: shares in [0, 1] of the mass of all candidates, of those of a
+            kind, and of those of a weight (names without a chosen region included, with 0). None where the
+            candidates have several scores, whose masses cannot be added, or no mass.
+
+        Raises:
+            InputError: the selection's blocks of a weight are not those that were scored.
+        """
+        groups: dict[str, dict[str, list[Candidates]]] = {"total": {"": []}, "by_kind": {}, "by_weight": {}}
+        captured: dict[Key, float] = {}
+        for c in self.candidates:
+            groups["total"][""].append(c)
+            groups["by_kind"].setdefault(c.kind, []).append(c)
+            groups["by_weight"].setdefault(c.weight, []).append(c)
+            chosen = selection.weights.get(c.weight)
+            flat = _flat_regions(c, chosen) if chosen is not None else torch.empty(0, dtype=torch.int64)
+            captured[c.weight, c.kind] = float(self.mass(c).reshape(-1)[flat].sum())
+
+        def share(members: Sequence[Candidates]) -> float | None:
+            total = sum(float(self.mass(c).sum()) for c in members)
+            if len({c.score for c in members}) != 1 or total == 0.0:
+                return None
+            return sum(captured[c.weight, c.kind] for c in members) / total
+
+        shares = {name: {key: share(members) for key, members in group.items()} for name, group in groups.items()}
+        return {"total": shares["total"][""], "by_kind": shares["by_kind"], "by_weight": shares["by_weight"]}
+
+
+def _matrix(entry: Mapping[str, Any]) -> Matrix:
+    """A matrix from its JSON form, which knows no tuples."""
+    return Matrix(
+        **{
+            **entry,
+            "owners": tuple((module, attribute) for module, attribute in entry["owners"]),
+            "shape": (entry["shape"][0], entry["shape"][1]),
+        }
+    )
+
+
+def _flat_regions(candidates: Candidates, chosen: WeightSelection) -> Tensor:
+    """[number] int64: positions in the candidates' flat scores of the regions that ``chosen`` has of their kind."""
+    if chosen.shape != candidates.shape:
+        raise InputError(
+            f"the selection has {candidates.weight} as {chosen.shape}, the scores have {candidates.shape}: "
+            "they belong to different models"
+        )
+    if candidates.kind != "block":
+        return chosen.rows if candidates.kind == "row" else chosen.columns
+    if len(chosen.blocks) and chosen.block_shape != candidates.block_shape:
+        raise InputError(
+            f"the selection has blocks of {chosen.block_shape} in {candidates.weight}, the scores have "
+            f"{candidates.block_shape}: score blocks of that size"
+        )
+    return chosen.blocks[:, 0] * candidates.grid[1] + chosen.blocks[:, 1]

@@ -1,0 +1,123 @@
+"""What the spawned ranks do in the tests of model families: train transposed, tied, expert and classifier weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import sparse_zero as sz
+from sparse_zero.layers.carriers import carriers
+from sparse_zero.layers.sparse_parameter import SparseParameter
+from sparse_zero.zero.config import Placement
+from tests.distributed.workers import count_optimizer_elements, make_engine
+from tests.models.tiny_families import FAMILIES, TinyFamily, dense_training, family_loss, hand_made_selection
+from tests.models.tiny_families import make_batches as batches_of
+
+GLOBAL_BATCH, ACCUMULATION, STEPS = 8, 2, 5
+# As make_engine sets them.
+LEARNING_RATE, DECAY, CLIP = 3e-2, 0.1, 0.5
+
+
+def make_batches() -> Tensor:
+    """[STEPS, GLOBAL_BATCH, length] token ids."""
+    return batches_of(STEPS, batch=GLOBAL_BATCH)
+
+
+def sparse_engine(family: TinyFamily, placement: Placement, stage: int, only: str = "") -> Any:
+    """An engine over every kind of region in the family's matrices and vectors; layers are recomputed.
+
+    Args:
+        family: what is trained.
+        placement: inplace or delta.
+        stage: of ZeRO.
+        only: part of the names of the weights to select; default: all.
+    """
+    model = family.make()
+    selection = hand_made_selection(family, model, "mixed")
+    sz.sparsify(model, sz.Selection({name: w for name, w in selection.weights.items() if only in name}), placement)
+    model.train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return make_engine(model, stage, GLOBAL_BATCH // (dist.get_world_size() * ACCUMULATION), ACCUMULATION)
+
+
+def train(family: TinyFamily, engine: Any, batches: Tensor) -> list[float]:
+    """Global losses of the steps over ``batches``."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    size = GLOBAL_BATCH // (world_size * ACCUMULATION)
+    losses = []
+    for tokens in batches:
+        total = torch.zeros(())
+        for number in range(ACCUMULATION):
+            start = (number * world_size + rank) * size
+            loss = family_loss(family, engine, tokens[start : start + size])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / ACCUMULATION
+        dist.all_reduce(total)
+        losses.append(total.item() / world_size)
+    return losses
+
+
+def difference(found: list[float], expected: list[float]) -> float:
+    """The largest relative difference of two lists of losses."""
+    return max(abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True))
+
+
+def families_equal_dense(name: str, folder: str) -> list[dict[str, Any]]:
+    """Stages 1 and 2 in both placements against dense AdamW; then resumed from a checkpoint, and as an adapter."""
+    family, batches = FAMILIES[name], make_batches()
+    report = []
+    places: tuple[tuple[int, Placement], ...] = ((1, "inplace"), (2, "inplace"), (1, "delta"), (2, "delta"))
+    for stage, placement in places:
+        engine = sparse_engine(family, placement, stage)
+        model = engine.module
+        selection = hand_made_selection(family, family.make(), "mixed")
+        expected, _ = dense_training(
+            family, selection, placement, batches, learning_rate=LEARNING_RATE, decay=DECAY, clip=CLIP
+        )
+        path = Path(folder) / f"{placement}{stage}"
+        losses = train(family, engine, batches[:3])
+        sz.save_checkpoint(engine, path / "checkpoint", extra={})
+        losses += train(family, engine, batches[3:])
+        hooked = [carrier for _, carrier in carriers(model) if isinstance(carrier, SparseParameter)]
+        entry: dict[str, Any] = {
+            "case": [name, stage, placement],
+            "difference": difference(losses, expected),
+            "effect": abs(expected[-1] - family_loss(family, family.make().train(), batches[-1]).item()),
+            "num_parameters": selection.num_parameters,
+            "optimizer_elements": count_optimizer_elements(engine),
+            "hooked": len(hooked),
+            "dense_gradients": sum(p.grad is not None for n, p in model.named_parameters() if "values_" not in n),
+        }
+        if placement == "inplace":
+            entry["written_back"] = all(
+                torch.equal(carrier.entries(kind), values) for carrier in hooked for kind, values in carrier.values().items()
+            )  # fmt: skip
+        sz.save_adapter(engine, path / "adapter")
+        model.eval()
+        with torch.no_grad():
+            trained = model(input_ids=batches[0]).logits
+            loaded = family.make().eval()
+            sz.load_adapter(loaded, path / "adapter", placement=placement)
+            entry["adapter_difference"] = float((loaded(input_ids=batches[0]).logits - trained).abs().max())
+        engine.destroy()
+
+        resumed = sparse_engine(family, placement, stage)
+        sz.load_checkpoint(resumed, path / "checkpoint")
+        entry["resumed_difference"] = difference(train(family, resumed, batches[3:]), losses[3:])
+        resumed.destroy()
+        report.append(entry)
+    return report
+
+
+def refused_at_stage_3() -> dict[str, str]:
+    """What initialize says of hooked parameters that stage 3 would shard."""
+    found = {}
+    for name, only in (("gpt2", "c_attn"), ("mixtral", "down_proj"), ("bert", "query.bias"), ("llama_tied", "embed")):
+        try:
+            sparse_engine(FAMILIES[name], "delta", 3, only)
+        except sz.InputError as error:
+            found[name] = str(error)
+    return found
