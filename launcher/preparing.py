@@ -24,6 +24,7 @@ from models.families import check_not_fused, module_map
 from models.gather import gather_json
 from models.loading import (
     check_tokenizer_fits,
+    checkpoint_activations,
     load_model,
     load_tokenizer,
     model_folder,
@@ -39,6 +40,7 @@ from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import check_fits, sparsify
 from sparse_zero.optional import require
+from sparse_zero.selection.config import SelectionConfig
 from sparse_zero.selection.full_calibration import check_world_size
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.scores import resolve_score
@@ -152,12 +154,16 @@ def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder} has another selection than selection.file {config.selection.file}: "
                 "name the same file, or start anew in another output.folder"
             )
-    elif found is not None and found != wanted:
-        key = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
-        raise InputError(
-            f"{checkpoint.folder} was selected with {key}={found.get(key)!r}, and selection.{key} is "
-            f"{wanted.get(key)!r}: continue with the same selection, or start anew in another output.folder"
-        )
+    elif found is not None:
+        # A setting that is younger than the checkpoint had its default.
+        defaults = json.loads(json.dumps(dataclasses.asdict(SelectionConfig(file=""))))
+        for key in [*wanted, *found]:
+            had, has = found.get(key, defaults.get(key)), wanted.get(key)
+            if had != has:
+                raise InputError(
+                    f"{checkpoint.folder} was selected with {key}={had!r}, and selection.{key} is {has!r}: continue "
+                    "with the same selection, or start anew in another output.folder"
+                )
 
 
 def _agree_on_start(checkpoint: Checkpoint | None, earlier: Selection | None) -> None:
@@ -235,7 +241,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         )
     model.to(world.device)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return Prepared(
         config=config,
         folder=folder,

@@ -58,6 +58,8 @@ def check_selection_now(
     )
     engine.train()
     if found.changed and world.is_main:
+        assert found.scores is not None
+        found.scores.save(folder.scores)
         selection_of(engine.module).save(folder.selection)
     return engine, _row(found, time.perf_counter() - started)
 
@@ -70,12 +72,15 @@ def _row(found: Reselection, seconds: float) -> dict[str, Any]:
         **dataclasses.asdict(found.entries),
         "captured_before": found.captured_before,
         "captured_after": found.captured_after,
+        "problem": found.problem,
         "seconds": seconds,
     }
 
 
 def describe_check(row: dict[str, Any]) -> str:
     """A row of metrics in words: what the selection captured, and what changed."""
+    if row["problem"] is not None:
+        return f"step {row['step']}: the selection could not be checked, and stays: {row['problem']}"
     before, after = (
         ABSENT if row[name] is None else format_percent(row[name]) for name in ("captured_before", "captured_after")
     )

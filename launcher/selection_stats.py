@@ -106,15 +106,6 @@ class Count:
         return f"block {height}" if height == width else f"block {height}x{width}"
 
 
-def region_mass(scores: RegionScores, candidates: Candidates) -> Tensor:
-    """Mass of every candidate region, fp64 in the shape of the scores: what :meth:`RegionScores.share_captured` sums.
-
-    A positive score, times the region's entries where the score is a mean per entry; 0 for scores below 0.
-    """
-    mass = scores.scores[candidates.weight, candidates.kind].clamp(min=0.0)
-    return mass * candidates.sizes() if scores.is_size_neutral(candidates.score) else mass
-
-
 def chosen_mask(candidates: Candidates, weight: WeightSelection | None) -> Tensor:
     """Which candidate regions are chosen: bool, in the shape of the scores."""
     mask = torch.zeros(candidates.grid, dtype=torch.bool)
@@ -187,7 +178,7 @@ def count_regions(selection: Selection, scores: RegionScores | None, by: By) -> 
     for (name, kind), c in candidates.items():
         assert scores is not None
         weight = selection.weights.get(name)
-        mass = region_mass(scores, c)
+        mass = scores.mass(c)
         part = Count(place=place_of(name, by), kind=kind, candidates=c.num_regions, shapes={name: c.shape})
         if kind == "block":
             part.block_shapes.add(c.block_shape)
@@ -271,7 +262,7 @@ def trained_shares(selection: Selection, scores: RegionScores | None, num_layers
 def mass_shares(scores: RegionScores, kind: Kind, score: str, num_layers: int | None = None) -> LayerGrid:
     """Share of the mass of one kind and score, over the whole model, that lies in each place; empty without mass."""
     members = [c for c in scores.candidates if (c.kind, c.score) == (kind, score)]
-    mass = {c.weight: float(region_mass(scores, c).sum()) for c in members}
+    mass = {c.weight: float(scores.mass(c).sum()) for c in members}
     total = sum(mass.values())
     return layer_sums({name: amount / total for name, amount in mass.items()} if total > 0.0 else {}, num_layers)
 
@@ -308,8 +299,8 @@ def budget_curves(selection: Selection, scores: RegionScores) -> list[BudgetCurv
     """One curve for every kind and score of the candidates that has any mass."""
     curves = []
     for (kind, score), members in kinds_and_scores(scores).items():
-        values = torch.cat([scores.scores[c.weight, kind].reshape(-1) for c in members])
-        mass = torch.cat([region_mass(scores, c).reshape(-1) for c in members])
+        values = torch.cat([scores.comparable(c).reshape(-1) for c in members])
+        mass = torch.cat([scores.mass(c).reshape(-1) for c in members])
         sizes = torch.cat([c.sizes().reshape(-1) for c in members])
         chosen = torch.cat([chosen_mask(c, selection.weights.get(c.weight)).reshape(-1) for c in members])
         total = float(mass.sum())

@@ -111,7 +111,9 @@ def _parameters(parameters: Mapping[str, Any]) -> str:
     trained, total = as_number(parameters.get("trained")), as_number(parameters.get("total"))
     if trained is None or not total:
         return ABSENT if trained is None else f"{trained:,.0f}"
-    return f"{trained:,.0f} of {total:,.0f}  ({format_percent(trained / total)})"
+    retired = as_number(parameters.get("retired"))
+    also = f", {retired:,.0f} retired" if retired else ""
+    return f"{trained:,.0f} of {total:,.0f}  ({format_percent(trained / total)}){also}"
 
 
 def _peak_memory(peaks: object) -> str:

@@ -248,3 +248,13 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let every decoder layer recompute its activations in backward instead of keeping them (non-reentrant)."""
+    # transformers 5.23 renamed it; the old name warns there.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -35,20 +35,24 @@ CONDITIONS: dict[str, list[str]] = {
 }
 
 
+def command_of(folder: Path, changes: Sequence[str], seed: int, options: argparse.Namespace, model: str) -> list[str]:
+    """The command line of one run."""
+    return [
+        sys.executable, "-m", "launcher", "train", "--config", str(ROOT / "configs/runs/quickstart.yaml"),
+        f"--model.name_or_path={model}", f"--data.train={options.data}/train.json",
+        f"--data.validation={options.data}/validation.json", "--data.test=null", "--output.evaluate=false",
+        f"--training.steps={options.steps}", f"--training.seed={seed}", f"--selection.seed={seed}",
+        f"--selection.budget.fraction={options.fraction}", "--selection.regions.1.per_matrix=null",
+        "--selection.regions.2.per_matrix=null", "--output.merged=false", "--output.report=false",
+        "--output.tensorboard=false", f"--checkpoint.every={options.steps}", f"--output.folder={folder}", *changes,
+    ]  # fmt: skip
+
+
 def run_one(name: str, changes: Sequence[str], seed: int, options: argparse.Namespace, model: str) -> dict[str, float]:
     """Validation loss, trained and retired parameters of one run; runs it unless its summary is there."""
     folder = options.folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     if not (folder / "summary.json").is_file():
-        command = [
-            sys.executable, "-m", "launcher", "train", "--config", "configs/runs/quickstart.yaml",
-            f"--model.name_or_path={model}", f"--data.train={options.data}/train.json",
-            f"--data.validation={options.data}/validation.json", "--data.test=null", "--output.evaluate=false",
-            f"--training.steps={options.steps}", f"--training.seed={seed}", f"--selection.seed={seed}",
-            f"--selection.budget.fraction={options.fraction}", "--selection.regions.1.per_matrix=null",
-            "--selection.regions.2.per_matrix=null", "--output.merged=false", "--output.report=false",
-            "--output.tensorboard=false", f"--checkpoint.every={options.steps}", f"--output.folder={folder}", *changes,
-        ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run(command_of(folder, changes, seed, options, model), cwd=ROOT, check=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     return {

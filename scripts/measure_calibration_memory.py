@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
+from models.loading import checkpoint_activations
 from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_json
 from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.memory.simulate import simulated
 from sparse_zero.selection.calibration import Observation
@@ -97,7 +99,7 @@ def load(options: argparse.Namespace) -> Any:
     folder = options.model or smollm2_folder(default_cache())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if options.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 
@@ -148,7 +150,7 @@ def llama_7b(checkpointing: bool) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

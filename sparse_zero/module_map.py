@@ -57,12 +57,6 @@ class Matrix:
         """Fully qualified name of the parameter."""
         return ".".join(part for part in self.owners[0] if part)
 
-    def weights(self) -> list[str]:
-        """Names of the matrices in a selection: the parameter's, followed by ``[3]`` for the fourth of a stack."""
-        if self.num_slices is None:
-            return [self.parameter]
-        return [f"{self.parameter}[{number}]" for number in range(self.num_slices)]
-
     def view(self, stored: Tensor, slice_index: int | None) -> Tensor:
         """[out, in] view of one matrix in a tensor that is stored like the parameter (it, or its gradient)."""
         matrix = stored if slice_index is None else stored[slice_index]
@@ -103,6 +97,11 @@ class ModuleMap:
     def by_parameter(self) -> dict[str, Matrix]:
         """The matrices by the fully qualified names of their parameters."""
         return {matrix.parameter: matrix for matrix in self.matrices}
+
+
+def weight_name(parameter: str, number: int | None) -> str:
+    """Name of a matrix in a selection: the parameter's, followed by ``[3]`` for the fourth of a stack."""
+    return parameter if number is None else f"{parameter}[{number}]"
 
 
 def layer_index(name: str) -> int | None:

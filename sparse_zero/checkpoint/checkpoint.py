@@ -22,6 +22,7 @@ from sparse_zero.files import atomic_write_json, read_json, read_safetensors, wr
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparsify import placement_of, retired_of, selection_of
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.compat import check_optimizer
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.state import TrainingState, read_training_state, write_training_state
 
@@ -69,6 +70,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    check_optimizer(engine)
     state = read_training_state(engine, keep=is_writer)
     if is_writer:
         with new_folder(folder) as temporary:

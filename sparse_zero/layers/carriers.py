@@ -6,6 +6,7 @@ from torch import nn
 
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import SparseParameter
+from sparse_zero.module_map import weight_name as weight_name
 
 # What has values: a swapped linear, or a parameter on the hook path. Both have ``placement``, ``attribute``,
 # ``parameter``, ``selections()``, ``positions()``, ``values()``, ``originals``, ``entries()``, ``set_entries()`` and
@@ -26,12 +27,7 @@ def parameter_name(name: str, carrier: Carrier) -> str:
     return f"{module}.{carrier.attribute}" if module else carrier.attribute
 
 
-def weight_name(parameter: str, number: int | None) -> str:
-    """Name of a matrix in a selection: the parameter's, followed by its number in a stack."""
-    return parameter if number is None else f"{parameter}[{number}]"
-
-
 def split_weight_name(weight: str) -> tuple[str, int | None]:
-    """(parameter, number in a stack or None) of a matrix in a selection."""
+    """(parameter, number in a stack or None) of a matrix in a selection: the inverse of ``weight_name``."""
     parameter, bracket, number = weight.partition("[")
     return parameter, int(number.removesuffix("]")) if bracket else None

@@ -11,9 +11,10 @@ from sparse_zero.layers.entries import add_wide, scatter_positions
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import stored_positions
 from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, replace_module, selection_of
-from sparse_zero.module_map import default_module_map
+from sparse_zero.module_map import Layout
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.compat import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class MergeUndo:
     """What :func:`unmerge` needs: the entries that :func:`merge` overwrote, on the host."""
 
     selection: Selection
+    # Parameter name to how it is stored.
+    layouts: dict[str, Layout]
     # Parameter name to kind to the base's entries, 1-D in the weight's dtype.
     originals: dict[str, dict[Kind, Tensor]]
     # Parameter name to the int64 positions of its retired entries, and the base's entries there.
@@ -87,23 +90,25 @@ def merge(model: nn.Module) -> MergeUndo:
     """
     selection = selection_of(model)
     found = hooked_first(model)
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         raise InputError(
             "merge needs whole weights, and these are sharded by ZeRO-3: save the adapter, load it into "
             "an unsharded model, and merge there"
         )
     originals: dict[str, dict[Kind, Tensor]] = {}
+    layouts: dict[str, Layout] = {}
     retired: dict[str, tuple[Tensor, Tensor]] = {}
     for name, carrier in found:
         parameter = parameter_name(name, carrier)
         originals[parameter] = dict(carrier.originals)
+        layouts[parameter] = "out_in" if isinstance(carrier, SparseLinear) else carrier.layout
         if carrier.retired is not None:
             retired[parameter] = (carrier.retired.positions, carrier.retired_originals)
         fold(carrier)
         remove(model, name, carrier)
     # The merged weights are a base of their own: adapters loaded before do not belong to it.
     vars(model).pop(ADAPTERS, None)
-    return MergeUndo(selection=selection, originals=originals, retired=retired)
+    return MergeUndo(selection=selection, layouts=layouts, originals=originals, retired=retired)
 
 
 @torch.no_grad()
@@ -126,12 +131,11 @@ def unmerge(model: nn.Module, undo: MergeUndo) -> None:
     missing = sorted({*undo.originals, *undo.retired} - set(parameters))
     if missing:
         raise InputError(f"the model has no weight {missing[0]}: the undo belongs to another model")
-    matrices, chosen = default_module_map(model).by_parameter(), by_parameter(undo.selection)
+    chosen = by_parameter(undo.selection)
     for name, kinds in undo.originals.items():
         parameter = parameters[name]
-        layout = matrices[name].layout if name in matrices else "out_in"
         for kind, entries in kinds.items():
-            positions = stored_positions(chosen[name], kind, layout, parameter.device)
+            positions = stored_positions(chosen[name], kind, undo.layouts[name], parameter.device)
             scatter_positions(parameter, positions, entries)
     for name, (positions, entries) in undo.retired.items():
         scatter_positions(parameters[name], positions, entries)

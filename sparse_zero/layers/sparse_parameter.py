@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
+from sparse_zero.layers.entries import add_wide
 from sparse_zero.layers.retired import RetiredEntries
 from sparse_zero.module_map import VALUES_PREFIX, Layout
 from sparse_zero.selection.config import KINDS, Kind
@@ -188,7 +189,9 @@ class SparseParameter(nn.Module):
             self._retired_acting = (at.to(combined.device), numbers.to(combined.device))
             added.append(self._retired_acting)
         for at, numbers in added:
-            combined.view(-1).index_add_(0, at, numbers.to(combined.dtype))
+            # Rounded once, as a merge does.
+            entries = combined.view(-1).index_select(0, at)
+            combined.view(-1).index_copy_(0, at, add_wide(entries, numbers))
         return combined
 
     def read(self) -> Tensor:

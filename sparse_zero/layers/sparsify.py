@@ -129,6 +129,11 @@ def check_fits(
             raise InputError(
                 f"{parameter} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
             )
+        if matrix is not None and swapped and "forward" in vars(model.get_submodule(matrix.module)):
+            raise InputError(
+                f"{matrix.module} has a forward that something else has put there (such as accelerate's offloading), "
+                "which a sparse linear would drop: sparsify the model first"
+            )
         if matrix is not None and matrix.is_quantized:
             raise InputError(
                 f"{parameter} is quantized: its entries cannot be trained; load the base in full precision"

@@ -13,6 +13,7 @@ from sparse_zero.layers.carriers import carriers, parameter_name
 from sparse_zero.layers.merge import remove_values
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparsify import (
+    ADAPTERS,
     by_parameter,
     check_fits,
     live_positions,
@@ -89,7 +90,7 @@ def migrate(
 
     Raises:
         InputError: the selection is empty or does not fit the model, or something trainable is on the hook path at
-            stage 3; nothing has changed then.
+            stage 3, or the optimizer is no plain Adam; nothing has changed then.
         RuntimeError: the selections of the ranks differ.
     """
     model: nn.Module = engine.module
@@ -97,6 +98,7 @@ def migrate(
         raise InputError("the selection is empty: nothing would be trained")
     if dist.is_initialized():
         check_equal_on_all_ranks(selection.digest(), "the new selection")
+    compat.check_optimizer(engine)
     placement = placement_of(model)
     with without_values(model):
         module_map = module_map or default_module_map(model)
@@ -109,6 +111,8 @@ def migrate(
     del state
     compat.detach_engine(engine)
     remove_values(model)
+    # Adapters that were loaded go back to what they were; none of them is active any more.
+    vars(model).pop(ADAPTERS, None)
     retired = Retired(placement=placement, entries=migration.retired)
     sparsify(model, selection, placement, retired=retired, module_map=module_map)
     engine = make_engine(model)

@@ -1,12 +1,17 @@
 """Does the selection still capture what matters now, and if not, what is trained instead from now on?"""
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
+from sparse_zero.collectives import PeerError, collective_device
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.module_map import ModuleMap, default_module_map
@@ -14,7 +19,8 @@ from sparse_zero.reselection.migrate import MakeEngine, migrate
 from sparse_zero.reselection.migration import EntryCounts
 from sparse_zero.reselection.plain import plain, without_values
 from sparse_zero.selection.calibration import LossFunction
-from sparse_zero.selection.config import ReselectConfig, SelectionConfig
+from sparse_zero.selection.config import FullCalibrationConfig, ReselectConfig, SelectionConfig
+from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.select import choose_regions, score_regions
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero import compat
@@ -36,6 +42,10 @@ class Reselection:
     # scores, which cannot be added, or none above zero.
     captured_before: float | None
     captured_after: float | None
+    # Why the check could not be made, and training goes on as before; None if it was made.
+    problem: str | None = None
+    # Of all candidates, as the check found them; None if it was not made.
+    scores: RegionScores | None = None
 
 
 def _reselect_config(config: SelectionConfig) -> ReselectConfig:
@@ -56,8 +66,29 @@ def config_at(config: SelectionConfig, step: int) -> SelectionConfig:
         seed=config.seed + _SEED_STRIDE * step,
         calibration_batches=reselect_config.calibration_batches or config.calibration_batches,
         calibration_weights="frozen",
+        full_calibration=FullCalibrationConfig(),
         reselect=None,
     )
+
+
+class ReselectionWarning(UserWarning):
+    """A check of the selection could not be made; training goes on with the current one."""
+
+
+def _said(problem: object, step: int) -> str:
+    warnings.warn(
+        f"the selection could not be checked after step {step}, and stays: {problem}", ReselectionWarning, stacklevel=3
+    )
+    return str(problem)
+
+
+def _agreed(share: float | None) -> float | None:
+    """Rank 0's: the last bits of sums depend on the number of threads, and all ranks must decide alike. Collective."""
+    if not dist.is_initialized():
+        return share
+    agreed = torch.tensor(math.nan if share is None else share, dtype=torch.float64, device=collective_device())
+    dist.broadcast(agreed, src=0)
+    return None if math.isnan(float(agreed)) else float(agreed)
 
 
 def reselect(
@@ -74,8 +105,10 @@ def reselect(
     """Score the model as it is now, and train what matters now. Collective: equal arguments on every rank.
 
     The scores read the weights that act, and gradients at them; regions, score and budget are those of ``config``.
-    Nothing changes if the current selection captures ``config.reselect.captured_below`` of the score, or is found
-    again; otherwise see :func:`~sparse_zero.reselection.migrate.migrate`.
+    A check that its data make impossible (a gradient that is not finite, a matrix that none reaches) is said in a
+    :class:`ReselectionWarning` and changes nothing. Nothing changes, either, if the current selection captures
+    ``config.reselect.captured_below`` of the score, or is found again; otherwise see
+    :func:`~sparse_zero.reselection.migrate.migrate`.
 
     Args:
         engine: from :func:`sparse_zero.initialize`, between two steps. At its end when another one is returned.
@@ -92,9 +125,10 @@ def reselect(
         The engine to go on with, and what was found and done.
 
     Raises:
-        InputError: ``config.reselect`` is missing, or as :func:`sparse_zero.select`.
+        InputError: ``config.reselect`` is missing, or the optimizer is no plain Adam.
     """
     reselect_config = _reselect_config(config)
+    compat.check_optimizer(engine)
     step = compat.optimizer_step_count(engine) if step is None else step
     now = config_at(config, step)
     model: nn.Module = engine.module
@@ -102,18 +136,26 @@ def reselect(
     if module_map is None:
         with without_values(model):
             module_map = default_module_map(model)
-    with plain(engine):
-        scores = score_regions(model, batches, now, loss_fn, module_map=module_map, on_batch=on_batch)
-    captured = scores.share_captured(current)["total"]
     unchanged = Reselection(
         step=step,
         changed=False,
         entries=EntryCounts(kept=current.num_parameters, new=0, returned=0, dropped=0, retired=num_retired(model)),
-        captured_before=captured,
-        captured_after=captured,
+        captured_before=None,
+        captured_after=None,
     )
+    try:
+        with plain(engine):
+            scores = score_regions(model, batches, now, loss_fn, module_map=module_map, on_batch=on_batch)
+    except (InputError, PeerError) as error:
+        # All ranks raise together. One check on unlucky data is no reason to lose the training.
+        return engine, dataclasses.replace(unchanged, problem=_said(error, step))
+    captured = _agreed(scores.share_captured(current)["total"])
+    unchanged = dataclasses.replace(unchanged, captured_before=captured, captured_after=captured, scores=scores)
     wanted = reselect_config.captured_below
-    if wanted is not None and (captured is None or captured >= wanted):
+    if wanted is not None and captured is None:
+        problem = "the scores have no positive mass in common, so that captured_below cannot be judged"
+        return engine, dataclasses.replace(unchanged, problem=_said(problem, step))
+    if wanted is not None and captured is not None and captured >= wanted:
         return engine, unchanged
     with without_values(model):
         chosen = choose_regions(model, scores, now, module_map=module_map)
@@ -125,6 +167,11 @@ def reselect(
     captured_after = scores.share_captured(chosen)["total"]
     engine, counts = migrate(engine, chosen, make_engine, moments=reselect_config.moments, module_map=module_map)
     report = Reselection(
-        step=step, changed=True, entries=counts, captured_before=captured, captured_after=captured_after
+        step=step,
+        changed=True,
+        entries=counts,
+        captured_before=captured,
+        captured_after=captured_after,
+        scores=scores,
     )
     return engine, report

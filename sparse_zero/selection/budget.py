@@ -7,7 +7,7 @@ layer first takes the longest prefix of a ranking of its own that fits its floor
 ranking; with caps, a layer is passed over from the first region on that does not fit its cap.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.calibration import Key
 from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.competition import Competition
-from sparse_zero.selection.config import BudgetConfig
+from sparse_zero.selection.config import BudgetConfig, Kind
 from sparse_zero.selection.ranking import smallest_margin, take_order
-from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.regions import BlockShape, WeightSelection
 from sparse_zero.selection.shares import check_layers, divide, find_layers, resolve_budget
 
 # Relative differences of scores below this may come from rounding alone: the sums are fp64, but the gradients in
@@ -68,24 +68,19 @@ class Choice:
         }
 
 
-def _checked(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """The scores in fp64, flat.
-
-    Raises:
-        InputError: NaN or +inf, which say nothing about an order.
-    """
-    flat: dict[Key, Tensor] = {}
+def mean_magnitudes(
+    candidates: Iterable[Candidates], scores: Mapping[Key, Tensor]
+) -> dict[tuple[Kind, BlockShape], float]:
+    """Mean magnitude of the scores that are not -inf, of every kind and block shape; 1 where all are zero."""
+    totals: dict[tuple[Kind, BlockShape], float] = {}
+    numbers: dict[tuple[Kind, BlockShape], int] = {}
     for c in candidates:
         found = scores[c.weight, c.kind]
-        assert tuple(found.shape) == c.grid, f"{c.weight} {c.kind}: {tuple(found.shape)} for the grid {c.grid}"
-        flat[c.weight, c.kind] = found.reshape(-1).double()
-        wrong = int((~(found < torch.inf)).sum())
-        if wrong:
-            raise InputError(
-                f"selection.score {c.score} of the {c.kind}s of {c.weight} is NaN or +inf for {wrong:,} of "
-                f"{c.num_regions:,} regions: scores are finite, or -inf for regions that must not be chosen"
-            )
-    return flat
+        finite = found[found != -torch.inf]
+        shape = (c.kind, c.block_shape)
+        totals[shape] = totals.get(shape, 0.0) + float(finite.abs().sum())
+        numbers[shape] = numbers.get(shape, 0) + finite.numel()
+    return {shape: total / max(numbers[shape], 1) or 1.0 for shape, total in totals.items()}
 
 
 def normalised(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], size_neutral: bool) -> dict[Key, Tensor]:
@@ -99,14 +94,7 @@ def normalised(candidates: Sequence[Candidates], scores: Mapping[Key, Tensor], s
     shapes = {(c.kind, c.block_shape) for c in candidates}
     if size_neutral or len(shapes) < 2:
         return own
-    totals = dict.fromkeys(shapes, 0.0)
-    numbers = dict.fromkeys(shapes, 0)
-    for c in candidates:
-        found = own[c.weight, c.kind]
-        finite = found[found != -torch.inf]
-        totals[c.kind, c.block_shape] += float(finite.abs().sum())
-        numbers[c.kind, c.block_shape] += len(finite)
-    means = {shape: totals[shape] / max(numbers[shape], 1) or 1.0 for shape in shapes}
+    means = mean_magnitudes(candidates, own)
     return {(c.weight, c.kind): own[c.weight, c.kind] / means[c.kind, c.block_shape] for c in candidates}
 
 
@@ -166,7 +154,9 @@ def choose(
 
     Args:
         candidates: as from ``find_candidates``: sorted, so that ties fall the same way on every rank.
-        scores: higher is better, -inf means never; in the shape of each candidate's grid.
+        scores: higher is better, -inf means never; in the shape of each candidate's grid, fp64, without NaN and
+            +inf (which say nothing about an order), as :class:`~sparse_zero.selection.region_scores.RegionScores` has
+            them.
         budget: how much may be trained, overlaps counted once; None (no bound) if nothing competes.
         module_map: tells which matrices the groups' patterns match, and in which layer they lie.
         whole: vectors that are trained entirely, by name; they count against the budget, as one region each.
@@ -175,12 +165,12 @@ def choose(
         size_neutral: whether the competing regions' score may be compared across sizes as it is.
 
     Raises:
-        InputError: see :func:`~sparse_zero.selection.shares.check_budget`; scores that are NaN or +inf, or -inf where
-            a choice is due; the fixed regions alone exceed the budget; or the budget, a part of it, a floor or a cap
+        InputError: see :func:`~sparse_zero.selection.shares.check_budget`; scores that are -inf where a choice is due;
+            the fixed regions alone exceed the budget; or the budget, a part of it, a floor or a cap
             is less than one region.
     """
     whole = whole or {}
-    flat = _checked(candidates, scores)
+    flat = {(c.weight, c.kind): scores[c.weight, c.kind].reshape(-1) for c in candidates}
     fixed, fixed_margin = _take_fixed(candidates, flat)
     taken = _weight_selections(candidates, fixed)
     competing = [c for c in candidates if c.per_matrix is None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_zero.errors import InputError
-from sparse_zero.module_map import Matrix, ModuleMap, layer_index
+from sparse_zero.module_map import Matrix, ModuleMap, layer_index, weight_name
 from sparse_zero.selection.config import KINDS, Kind, Pick, RegionConfig, SelectionConfig
 from sparse_zero.selection.regions import BlockShape, WeightSelection, grid_shape
 
@@ -39,7 +39,7 @@ class Candidates:
     @property
     def weight(self) -> str:
         """Name of the weight in a selection."""
-        return self.matrix.parameter + ("" if self.slice_index is None else f"[{self.slice_index}]")
+        return weight_name(self.matrix.parameter, self.slice_index)
 
     @property
     def shape(self) -> tuple[int, int]:

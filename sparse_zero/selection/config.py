@@ -1,5 +1,6 @@
 """Which regions may be selected, by which score, under which budget?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -16,6 +17,25 @@ AccumulatorDtype = Literal["float32", "float64", "bfloat16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MATRIX_KINDS: tuple[Kind, ...] = ("block", "row", "column")
 PICKS: tuple[Pick, ...] = get_args(Pick)
+
+
+def _check_whole_numbers(section: str, config: object, *names: str) -> None:
+    """Raise unless the fields of these names are integers, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise InputError(f"{section}.{name} is {value!r}: it must be a whole number")
+
+
+def _check_patterns(field: str, patterns: object) -> None:
+    """Raise unless there are several patterns, or one in a tuple: a text alone would be read letter by letter."""
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise InputError(f"{field} is {patterns!r}: give a tuple of patterns, such as ('*.q_proj',)")
+    if not patterns:
+        raise InputError(f"{field} is empty: name at least one pattern, such as '*.q_proj'")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InputError(f"{field} has {pattern!r} in it: a pattern is a text, such as '*.q_proj'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +66,13 @@ class RegionConfig:
     pick: Pick = "max"
 
     def __post_init__(self) -> None:
+        _check_patterns("selection.regions.modules", self.modules)
+        _check_whole_numbers(
+            "selection.regions", self, "block_size", "blocks_per_side", "min_layer", "max_layer", "per_matrix"
+        )
         named = ", ".join(self.modules)
         if self.kind not in KINDS:
             raise InputError(f"selection.regions.kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if not self.modules:
-            raise InputError("selection.regions.modules is empty: name at least one pattern, such as '*.q_proj'")
         if self.kind == "block" and (self.block_size is None) == (self.blocks_per_side is None):
             raise InputError(
                 f"selection.regions.block_size is {self.block_size} and blocks_per_side {self.blocks_per_side} "
@@ -92,8 +114,7 @@ class BudgetGroupConfig:
     share: float
 
     def __post_init__(self) -> None:
-        if not self.modules:
-            raise InputError("selection.budget.groups.modules is empty: name at least one pattern")
+        _check_patterns("selection.budget.groups.modules", self.modules)
         if not 0.0 < self.share <= 1.0:
             raise InputError(
                 f"selection.budget.groups.share is {self.share} for {', '.join(self.modules)}: it must lie in (0, 1]"
@@ -136,6 +157,7 @@ class BudgetConfig:
             raise InputError(
                 f"selection.budget.fraction is {self.fraction}: it must lie in (0, 1], 0.01 is one percent"
             )
+        _check_whole_numbers("selection.budget", self, "parameters", "bytes", "regions")
         for name in ("parameters", "bytes", "regions"):
             if amounts[name] is not None and amounts[name] < 1:
                 raise InputError(f"selection.budget.{name} is {amounts[name]}: it must be at least 1")
@@ -179,6 +201,7 @@ class FullCalibrationConfig:
     keep_weights_in: str | None = None
 
     def __post_init__(self) -> None:
+        _check_whole_numbers("selection.full_calibration", self, "batches_per_step")
         if self.learning_rate <= 0.0:
             raise InputError(f"selection.full_calibration.learning_rate is {self.learning_rate}: it must be positive")
         if self.batches_per_step < 1:
@@ -202,7 +225,7 @@ class ReselectConfig:
     # and always with frozen weights.
     every: int
     # Select anew only if the current selection captures less than this share of the score of all candidates.
-    # None: at every check.
+    # None: at every check. The regions are then the ones of the highest scores (pick: max).
     captured_below: float | None = None
     # No check after this step; entries that become trained near the end have little time. None: up to the last.
     until: int | None = None
@@ -215,10 +238,16 @@ class ReselectConfig:
     moments: Moments = "mean"
 
     def __post_init__(self) -> None:
+        _check_whole_numbers("selection.reselect", self, "every", "until", "calibration_batches")
         for name in ("every", "until", "calibration_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"selection.reselect.{name} is {value}: it must be at least 1")
+        if self.until is not None and self.until < self.every:
+            raise InputError(
+                f"selection.reselect.until is {self.until} and every {self.every}: no check would ever come; raise "
+                "until, or lower every"
+            )
         if self.captured_below is not None and not 0.0 < self.captured_below <= 1.0:
             raise InputError(f"selection.reselect.captured_below is {self.captured_below}: it must lie in (0, 1]")
         if self.moments not in get_args(Moments):
@@ -242,7 +271,8 @@ class SelectionConfig:
     score: str = "abs_of_mean"
     # Needed when a family competes (has no per_matrix); also an upper bound on everything together.
     budget: BudgetConfig | None = None
-    # Micro-batches of calibration data over all ranks together. SMT scores over 100 steps.
+    # Micro-batches of calibration data over all ranks together. SMT scores over 100 steps. In the library, all
+    # that are passed are read, however many; the selection's metadata have their number.
     calibration_batches: int = 32
     # Samples in one calibration micro-batch: fixed, so that the result does not depend on the world size.
     calibration_batch_size: int = 4
@@ -252,8 +282,8 @@ class SelectionConfig:
     # sum: a score reads the gradient summed over all micro-batches. per_step: it reads each micro-batch's
     # gradient, and the scores are averaged.
     accumulate: Accumulate = "sum"
-    # Scores that are not linear in the gradient keep, with accumulate: sum, one accumulator per matrix on the
-    # host. Its dtype, and a folder to map it from disk instead of holding it in memory.
+    # Scores that are not linear in the gradient keep, with accumulate: sum, one accumulator per matrix on every
+    # rank's host. Its dtype, and a folder to map it from disk instead of holding it in memory.
     accumulator_dtype: AccumulatorDtype = "float32"
     accumulator_folder: str | None = None
     # Seed of the random score and of the calibration order.
@@ -262,6 +292,17 @@ class SelectionConfig:
     reselect: ReselectConfig | None = None
 
     def __post_init__(self) -> None:
+        _check_whole_numbers("selection", self, "calibration_batches", "calibration_batch_size", "seed")
+        for name in ("calibration_batches", "calibration_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"selection.{name} is {getattr(self, name)}: it must be at least 1")
+        for name, choices in (
+            ("calibration_weights", get_args(CalibrationWeights)),
+            ("accumulate", get_args(Accumulate)),
+            ("accumulator_dtype", get_args(AccumulatorDtype)),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(f"selection.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if self.file is not None:
             if self.regions or self.budget is not None:
                 raise InputError(
@@ -275,19 +316,6 @@ class SelectionConfig:
             return
         if not self.regions:
             raise InputError("selection.regions is empty: name at least one family of regions, or a selection.file")
-        if self.calibration_batches < 1:
-            raise InputError(f"selection.calibration_batches is {self.calibration_batches}: it must be at least 1")
-        if self.calibration_batch_size < 1:
-            raise InputError(
-                f"selection.calibration_batch_size is {self.calibration_batch_size}: it must be at least 1"
-            )
-        for name, value, choices in (
-            ("calibration_weights", self.calibration_weights, get_args(CalibrationWeights)),
-            ("accumulate", self.accumulate, get_args(Accumulate)),
-            ("accumulator_dtype", self.accumulator_dtype, get_args(AccumulatorDtype)),
-        ):
-            if value not in choices:
-                raise InputError(f"selection.{name} is {value!r}: choose one of {', '.join(choices)}")
         competing = [region for region in self.regions if region.per_matrix is None and region.kind != "whole"]
         if competing and self.budget is None:
             raise InputError(
@@ -309,6 +337,20 @@ class SelectionConfig:
                 f"selection.reselect.captured_below is {self.reselect.captured_below}, and selection.regions have "
                 f"several scores ({', '.join(sorted(scores))}), of which no common share can be captured: use one "
                 "score, or leave captured_below out"
+            )
+        if self.reselect is not None and self.reselect.captured_below is not None:
+            for region in self.regions:
+                if region.pick != "max":
+                    raise InputError(
+                        f"selection.reselect.captured_below is {self.reselect.captured_below}, and "
+                        f"selection.regions.pick is {region.pick!r} for {', '.join(region.modules)}, which leaves high "
+                        "scores out by design: use pick max, or leave captured_below out"
+                    )
+        if self.calibration_weights == "frozen" and self.full_calibration.keep_weights_in is not None:
+            raise InputError(
+                f"selection.full_calibration.keep_weights_in is {self.full_calibration.keep_weights_in}, and "
+                "selection.calibration_weights is 'frozen', which trains no weights: set it to 'full', or leave "
+                "keep_weights_in out"
             )
         steps, batches = self.full_calibration.batches_per_step, self.calibration_batches
         if self.calibration_weights == "full" and batches % steps:

@@ -35,6 +35,8 @@ from sparse_zero.selection.scores import ScoreRule, checked_scores, generator_fo
 
 Side = Literal["input_norm", "output_norm"]
 SIDES: tuple[Side, ...] = ("input_norm", "output_norm")
+# Features that are summed in fp32 where no blocks say how many.
+_STRIP = 64
 # Tokens whose squares, which cannot cancel, are summed in fp32 before the sum goes on in fp64.
 _GROUP_TOKENS = 64
 # Elements that are copied to fp64 at once: on a CPU as many as its cache holds, else 128 MiB.
@@ -377,11 +379,13 @@ class ProductObserver:
         x_TI = x.detach().reshape(-1, x.shape[-1])
         kept = []
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if "block" in tally.sum_kinds:
-                width = tally.candidates["block"].block_shape[1]
-                kept.append(cache.get(x, ("strips", width), lambda: narrow_strip_sums(x_TI, width)))
-            if "row" in tally.sum_kinds:
-                kept.append(cache.get(x, "totals", lambda: x_TI.sum(1, dtype=_narrow(x.dtype))))
+            if {"block", "row"} & set(tally.sum_kinds):
+                width = tally.candidates["block"].block_shape[1] if "block" in tally.sum_kinds else _STRIP
+                strips = cache.get(x, ("strips", width), lambda: narrow_strip_sums(x_TI, width))
+                if "block" in tally.sum_kinds:
+                    kept.append(strips)
+                if "row" in tally.sum_kinds:
+                    kept.append(cache.get(x, ("totals", width), lambda: strips.sum(1, dtype=torch.float64)))
             if "column" in tally.sum_kinds or tally.wants_gradient:
                 # In the dtype that the product was computed in, as autograd would keep it.
                 kept.append(cache.get(x, dtype, lambda: x_TI.to(dtype)))
@@ -397,13 +401,16 @@ class ProductObserver:
         tally = self.tally
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             dy_TO = dy.detach().reshape(-1, dy.shape[-1])
-            if "block" in tally.sum_kinds:
-                height = tally.candidates["block"].block_shape[0]
-                tally.add_sums("block", narrow_strip_sums(dy_TO, height).double().T @ kept.pop(0).double())
+            strips = None
+            if {"block", "column"} & set(tally.sum_kinds):
+                height = tally.candidates["block"].block_shape[0] if "block" in tally.sum_kinds else _STRIP
+                strips = narrow_strip_sums(dy_TO, height).double()
+            if strips is not None and "block" in tally.sum_kinds:
+                tally.add_sums("block", strips.T @ kept.pop(0).double())
             if "row" in tally.sum_kinds:
                 tally.add_sums("row", weighted_token_sums(dy_TO, kept.pop(0)))
-            if "column" in tally.sum_kinds:
-                tally.add_sums("column", weighted_token_sums(kept[0], dy_TO.sum(1, dtype=_narrow(dy.dtype))))
+            if strips is not None and "column" in tally.sum_kinds:
+                tally.add_sums("column", weighted_token_sums(kept[0], strips.sum(1)))
             if tally.wants_gradient:
                 tally.add_gradient(dy_TO.T @ kept[0])
             self._num_open -= 1

@@ -12,9 +12,11 @@ from torch import Tensor
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_safetensors, to_json, write_safetensors
 from sparse_zero.module_map import Matrix
+from sparse_zero.selection.budget import mean_magnitudes
 from sparse_zero.selection.calibration import Key
 from sparse_zero.selection.candidates import Candidates
-from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.config import Kind
+from sparse_zero.selection.regions import BlockShape, WeightSelection
 from sparse_zero.selection.scores import checked_scores, resolve_score
 from sparse_zero.selection.selection import Selection
 
@@ -52,6 +54,7 @@ class RegionScores:
         self.scores: dict[Key, Tensor] = {
             key: checked_scores(scores[key], c) for key, c in zip(wanted, self.candidates, strict=True)
         }
+        self._known_units: dict[str, dict[tuple[Kind, BlockShape], tuple[float, float]]] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(sorted({c.score for c in self.candidates}))
@@ -122,14 +125,52 @@ class RegionScores:
         recorded = self.metadata.get("rules", {})
         return bool(recorded[score]["size_neutral"]) if score in recorded else resolve_score(score).size_neutral
 
+    def _units(self, score: str) -> dict[tuple[Kind, BlockShape], tuple[float, float]]:
+        """Mean magnitude of a score, and mean number of entries of a region, for every kind and block shape.
+
+        As kinds compete: of a kind that competes, the regions with per_matrix are left out of the mean.
+        """
+        if score not in self._known_units:
+            members: dict[tuple[Kind, BlockShape], list[Candidates]] = {}
+            for c in self.candidates:
+                if c.score == score:
+                    members.setdefault((c.kind, c.block_shape), []).append(c)
+            self._known_units[score] = {}
+            for shape, own in members.items():
+                competing = [c for c in own if c.per_matrix is None]
+                entries = sum(c.shape[0] * c.shape[1] for c in own)
+                self._known_units[score][shape] = (
+                    mean_magnitudes(competing or own, self.scores)[shape],
+                    entries / sum(c.num_regions for c in own),
+                )
+        return self._known_units[score]
+
+    def comparable(self, candidates: Candidates) -> Tensor:
+        """Scores of one of the candidates as kinds compete: fp64, in their shape.
+
+        A score that favours a size is divided by its mean magnitude over all regions of the kind and block shape, if
+        there are several of these (see :func:`~sparse_zero.selection.budget.normalised`).
+        """
+        scores = self.scores[candidates.weight, candidates.kind]
+        if self.is_size_neutral(candidates.score):
+            return scores
+        units = self._units(candidates.score)
+        return scores if len(units) < 2 else scores / units[candidates.kind, candidates.block_shape][0]
+
     def mass(self, candidates: Candidates) -> Tensor:
         """Mass of every region of one of the candidates: fp64, in the shape of the scores.
 
         Its score if that is positive, and 0 otherwise. A size-neutral score is a mean per entry: its mass is multiplied
-        by the region's entries, so that the mass of a matrix does not depend on how it is cut.
+        by the region's entries, so that the mass of a matrix does not depend on how it is cut. Another score is taken
+        as it is; where there are several kinds or block shapes, whose scores are on unlike scales, as kinds compete by
+        it (see :meth:`comparable`), times the mean number of entries of such regions. So every kind weighs as much as
+        the entries it covers, and the regions that a budget of entries captures most with are those that it chooses.
         """
-        scores = self.scores[candidates.weight, candidates.kind].clamp(min=0.0)
-        return scores * candidates.sizes() if self.is_size_neutral(candidates.score) else scores
+        mass = self.comparable(candidates).clamp(min=0.0)
+        if self.is_size_neutral(candidates.score):
+            return mass * candidates.sizes()
+        units = self._units(candidates.score)
+        return mass if len(units) < 2 else mass * units[candidates.kind, candidates.block_shape][1]
 
     def share_captured(self, selection: Selection) -> dict[str, Any]:
         """How much of the score of all candidate regions lies in the chosen ones.
@@ -147,16 +188,18 @@ class RegionScores:
         """
         groups: dict[str, dict[str, list[Candidates]]] = {"total": {"": []}, "by_kind": {}, "by_weight": {}}
         captured: dict[Key, float] = {}
+        masses: dict[Key, float] = {}
         for c in self.candidates:
             groups["total"][""].append(c)
             groups["by_kind"].setdefault(c.kind, []).append(c)
             groups["by_weight"].setdefault(c.weight, []).append(c)
             chosen = selection.weights.get(c.weight)
             flat = _flat_regions(c, chosen) if chosen is not None else torch.empty(0, dtype=torch.int64)
-            captured[c.weight, c.kind] = float(self.mass(c).reshape(-1)[flat].sum())
+            mass = self.mass(c).reshape(-1)
+            masses[c.weight, c.kind], captured[c.weight, c.kind] = float(mass.sum()), float(mass[flat].sum())
 
         def share(members: Sequence[Candidates]) -> float | None:
-            total = sum(float(self.mass(c).sum()) for c in members)
+            total = sum(masses[c.weight, c.kind] for c in members)
             if len({c.score for c in members}) != 1 or total == 0.0:
                 return None
             return sum(captured[c.weight, c.kind] for c in members) / total

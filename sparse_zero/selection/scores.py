@@ -360,6 +360,8 @@ def checked_scores(scores: object, candidates: Candidates) -> Tensor:
     if scores.is_complex():
         raise InputError(f"{what} is complex: return real numbers")
     scores = scores.detach().to("cpu", torch.float64)
+    if bool((scores < torch.inf).all()):
+        return scores
     for name, wrong in (("NaN", scores.isnan()), ("+inf", scores.isposinf())):
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())

@@ -224,9 +224,15 @@ def _scores_for(scores: RegionScores, candidates: Sequence[Candidates], config: 
     if "config" in scores.metadata and needs & (DATA_NEEDS | {"generator"}):
         recorded, asked = _calibration_of(scores.metadata["config"]), _calibration_of(dataclasses.asdict(config))
         for name in asked if needs & DATA_NEEDS else ("seed",):
-            if recorded.get(name) != asked[name]:
+            used = recorded.get(name)
+            if asked[name] == used:
+                continue
+            if name == "calibration_batches":
+                # What was read counts: callers of score_regions may pass more or fewer than the config says.
+                used = scores.metadata.get("num_calibration_batches", used)
+            if asked[name] != used:
                 raise InputError(
-                    f"selection.{name} is {asked[name]!r}, and the scores were computed with {recorded.get(name)!r}: "
+                    f"selection.{name} is {asked[name]!r}, and the scores were computed with {used!r}: "
                     "score again, or set it to that"
                 )
     return RegionScores(
@@ -351,7 +357,8 @@ def select(
     Args:
         model: dense model with weights; unchanged afterwards, unless ``full_calibration.keep_weights_in`` says else.
         batches: micro-batches of fixed composition, the same sequence on every rank (a rank computes its
-            share of them); None if no score reads data.
+            share of them); None if no score reads data. All of them are read, whatever ``calibration_batches`` is;
+            ``num_calibration_batches`` in the selection's metadata is their number.
         config: candidates, scores and budget.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar; default: the loss of a transformers model.
         module_map: the model's family; default: read from module names.

@@ -56,7 +56,10 @@ class Selection:
         return totals
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and indices: equal exactly when the same entries are trained."""
+        """SHA-256 over names, shapes and indices: equal exactly when the same regions are chosen.
+
+        Regions of another kind or size that cover the same entries have another digest.
+        """
         sha = hashlib.sha256()
         for name, weight in self.weights.items():
             header = [name, *weight.shape, *weight.block_shape, *(weight.num_regions(kind) for kind in KINDS)]
@@ -87,27 +90,37 @@ class Selection:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: not such a file, cut off, of a newer version, or not matching its own digest.
+            InputError: not such a file, cut off, of another version, with a header that is incomplete or does not fit
+                its indices, or not matching its own digest.
         """
         tensors, file_metadata = read_safetensors(Path(path), FORMAT)
-        header = json.loads(file_metadata["header"])
-        if header["version"] != FORMAT_VERSION:
-            remedy = "update sparse-zero" if header["version"] > FORMAT_VERSION else "select again"
+        try:
+            header = json.loads(file_metadata["header"])
+            version = int(header["version"])
+            if version == FORMAT_VERSION:
+                digest = header["digest"]
+                weights = {
+                    name: WeightSelection(
+                        shape=(int(entry["shape"][0]), int(entry["shape"][1])),
+                        block_size=(int(entry["block_shape"][0]), int(entry["block_shape"][1])),
+                        whole=bool(entry["whole"]),
+                        **{
+                            part: tensors[key]
+                            for part in ("blocks", "rows", "columns")
+                            if (key := f"{name}/{part}") in tensors
+                        },
+                    )
+                    for name, entry in header["weights"].items()
+                }
+                selection = cls(weights, header["metadata"])
+        # RuntimeError: indices of another shape than regions have.
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{path} has a header that cannot be read ({error!r}): select again") from error
+        if version != FORMAT_VERSION:
+            remedy = "update sparse-zero" if version > FORMAT_VERSION else "select again"
             raise InputError(
-                f"{path} has selection format version {header['version']}, and this is for {FORMAT_VERSION}: {remedy}"
+                f"{path} has selection format version {version}, and this is for {FORMAT_VERSION}: {remedy}"
             )
-        weights = {
-            name: WeightSelection(
-                shape=(entry["shape"][0], entry["shape"][1]),
-                block_size=(entry["block_shape"][0], entry["block_shape"][1]),
-                whole=entry["whole"],
-                **{
-                    part: tensors[key] for part in ("blocks", "rows", "columns") if (key := f"{name}/{part}") in tensors
-                },
-            )
-            for name, entry in header["weights"].items()
-        }
-        selection = cls(weights, header["metadata"])
-        if selection.digest() != header["digest"]:
+        if selection.digest() != digest:
             raise InputError(f"{path} does not match its own digest: the file was changed; select again")
         return selection

@@ -132,7 +132,7 @@ def check_layers(budget: BudgetConfig, layers: Layers) -> None:
             )
     for group in sorted({group for group, _ in layers.keys}):
         number = sum(key[0] == group for key in layers.keys)
-        if low is not None and number * low > 1.0 + 1e-9:
+        if low is not None and number * low > 1.0 + 1e-12:
             where = f" of {', '.join(budget.groups[group].modules)}" if budget.groups else ""
             raise InputError(
                 f"selection.budget.min_share_per_layer is {low:g} and {number} layers{where} compete, which takes "
@@ -174,7 +174,10 @@ def divide(
     group_of = _group_of(competing, budget, module_map)
     amounts, says = [left], [whole_says]
     if budget.groups:
-        amounts = [share_of(group.share, left) for group in budget.groups]
+        amounts = []
+        for group in budget.groups:
+            # Shares may add up to a little more than 1, as they were written: never to more than there is.
+            amounts.append(min(share_of(group.share, left), left - sum(amounts)))
         says = [
             f"{whole_says}; the group {', '.join(group.modules)} gets {amount:,} of them"
             for group, amount in zip(budget.groups, amounts, strict=True)

@@ -41,6 +41,24 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def check_optimizer(engine: Any) -> None:
+    """Refuse an optimizer whose state is not Adam's: it could not be saved, nor go on with another selection.
+
+    Raises:
+        InputError: names the optimizer.
+    """
+    inner = inner_optimizer(engine)
+    wanted = {"exp_avg", "exp_avg_sq"}
+    plain = all("betas" in group and "eps" in group and not group.get("amsgrad") for group in inner.param_groups)
+    for state in inner.state.values():
+        plain = plain and (not state or wanted <= set(state) <= wanted | {"step"})
+    if not plain:
+        raise InputError(
+            f"the optimizer {type(inner).__name__} has a state other than Adam's two moments, which cannot be saved: "
+            "use Adam or AdamW without amsgrad"
+        )
+
+
 def create_optimizer_states(engine: Any, keys: tuple[str, ...], step: int) -> None:
     """Give the optimizer the zero moments and step counters that its first step would create.
 

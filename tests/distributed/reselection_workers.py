@@ -2,6 +2,7 @@
 
 import gc
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sparse_zero as sz
+from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import retired_of, selection_of
 from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.state import read_training_state
@@ -449,3 +451,46 @@ def checks_that_change_nothing() -> list[dict[str, Any]]:
             }
         )
     return report
+
+
+def checks_that_cannot_be_made() -> list[dict[str, Any]]:
+    """A check whose data are useless on one rank, then training on; and an optimizer that has no Adam state."""
+    config = scoring_config("mean_of_abs")
+    selection = sz.select(make_model(), calibration(0), config, tiny_loss)
+    batches = make_batches(2)
+
+    def spoiled(model: nn.Module, batch: Tensor) -> Tensor:
+        return tiny_loss(model, batch) * (float("nan") if dist.get_rank() == 1 else 1.0)
+
+    engine = sparse_engine(2, "inplace", selection=selection)
+    losses = train_whole(engine, batches)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        after, found = sz.reselect(
+            engine, calibration(1), config, make_engine=rebuild(2), loss_fn=spoiled, step=len(batches)
+        )
+    same = after is engine and not found.changed
+    losses += train_whole(engine, batches)
+    engine.destroy()
+    model = make_model()
+    sz.sparsify(model, selection)
+    other, *_ = sz.initialize(
+        model=model,
+        config={"train_batch_size": dist.get_world_size(), "zero_allow_untested_optimizer": True},
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    )
+    try:
+        sz.migrate(other, selection, rebuild(0))
+        refused = ""
+    except InputError as error:
+        refused = str(error)
+    other.destroy()
+    return [
+        {
+            "same": same,
+            "problem": found.problem,
+            "said": [str(each.message) for each in said if issubclass(each.category, UserWarning)],
+            "losses": losses,
+            "refused": refused,
+        }
+    ]

@@ -77,3 +77,13 @@ def test_a_check_that_finds_enough_captured_and_a_refused_migration_leave_traini
         assert "the new selection differs between rank 0 and ranks [1]" in errors["one rank only"]
         assert len(errors) == (4 if entry["place"][0] == 3 else 3)
         assert "sharded by ZeRO-3" in errors.get("hooked", "sharded by ZeRO-3")
+
+
+def test_a_check_on_useless_data_is_said_and_training_goes_on():
+    (entry,) = run_ranks(f"{WORKERS}:checks_that_cannot_be_made", 2)
+    assert entry["same"]
+    assert "rank 1" in entry["problem"] or "non-finite" in entry["problem"]
+    assert any("could not be checked after step 2" in text for text in entry["said"])
+    assert len(entry["losses"]) == 4
+    assert entry["losses"][-1] < entry["losses"][0]
+    assert "SGD has a state other than Adam's" in entry["refused"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from launcher.__main__ import main
 from launcher.yaml_files import dump_yaml
@@ -63,6 +64,9 @@ class Case:
     # Set in the environment, as a launcher would.
     environment: dict[str, str] = field(default_factory=dict)
 
+
+# A selection file with one number in it and no header beyond its format.
+NO_HEADER = save({"a/rows": torch.zeros(1, dtype=torch.int32)}, {"format": "sparse_zero.selection"})
 
 CONFIG_CASES = [
     # the command line
@@ -119,6 +123,12 @@ CONFIG_CASES = [
     Case(name="no budget", remove=["selection.budget"], says=["selection.budget is missing"]),
     Case(name="block without size", remove=["selection.regions.0.block_size"], says=["selection.regions.block_size is None"]),
     Case(name="row with a size", overrides=["--selection.regions.0.kind=row"], says=["selection.regions.block_size is 64", "remove it"]),
+    Case(name="part of a block", overrides=["--selection.regions.0.block_size=16.5"], says=["selection.regions.0.block_size is 16.5"]),
+    Case(name="accumulate of another kind beside a file", overrides=["--selection={file: chosen.safetensors, accumulate: steps}"], says=["selection.accumulate is 'steps'", "per_step"]),
+    Case(name="base kept of nothing trained", overrides=["--selection.full_calibration.keep_weights_in=new"], says=["keep_weights_in is new", "calibration_weights is 'frozen'"]),
+    Case(name="re-selection that never comes", overrides=["--selection.reselect={every: 5, until: 4}"], says=["selection.reselect.until is 4", "every 5"]),
+    Case(name="captured share of low scores", overrides=["--selection.regions.0.pick=min", "--selection.reselect={every: 1, captured_below: 0.5}"], says=["captured_below is 0.5", "pick is 'min'"]),
+    Case(name="selection with a broken header", arguments=["inspect", "one.safetensors"], files={"one.safetensors": NO_HEADER}, says=["one.safetensors has a header that cannot be read", "select again"]),
     Case(name="unknown score", overrides=["--selection.score=abs_of_men"], says=["selection.score is 'abs_of_men'", "did you mean 'abs_of_mean'"]),
     Case(name="score that cannot be imported", overrides=["--selection.score=gone.module:rule"], says=["selection.score is 'gone.module:rule'", "PYTHONPATH"]),
     Case(name="score of nothing", overrides=["--selection.regions.0.pick=min", "--selection.regions.0.kind=whole", "--selection.regions.0.block_size=null"], says=["selection.regions.pick is 'min' for kind 'whole'"]),

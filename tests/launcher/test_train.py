@@ -252,7 +252,9 @@ def test_export_and_evaluate_give_what_the_run_gave(launched, base, tmp_path):
 def test_inspect_report_and_select_work_on_the_run(launched, base, tmp_path):
     folder, _ = launched
     run_folder = folder / "run"
-    assert "model.layers.1.mlp.up_proj.weight" in run(cli("inspect", str(run_folder / "adapter"), "--by", "weight"), folder)
+    assert "model.layers.1.mlp.up_proj.weight" in run(
+        cli("inspect", str(run_folder / "adapter"), "--by", "weight"), folder
+    )
     page = run(cli("report", str(run_folder)), folder)
     assert "report.html" in page
     assert (run_folder / "report" / "loss.png").stat().st_size > 5000

@@ -454,6 +454,24 @@ def test_groups_say_what_they_left() -> None:
     }
 
 
+def test_groups_together_get_no_more_than_there_is() -> None:
+    names, shares = ("q", "k", "up"), (0.3333334, 0.3333333, 0.3333334)
+    groups = tuple(BudgetGroupConfig(modules=(name,), share=share) for name, share in zip(names, shares, strict=True))
+    problem = simple({name: [1.0] for name in names}, BudgetConfig(parameters=10_000_000, groups=groups))
+    problem.num_parameters_model = 10**8
+    found = [group["allowed"] for group in problem.choose().metadata()["groups"]]
+    assert found == [3_333_334, 3_333_333, 3_333_333]
+    assert sum(found) == 10_000_000
+
+
+def test_floors_that_add_up_to_a_little_more_than_the_budget_are_refused() -> None:
+    rows = {f"layers.{layer}.q": [1.0] for layer in range(3)}
+    floors = BudgetConfig(parameters=12, min_share_per_layer=1 / 3)
+    assert simple(rows, floors).choose().num_parameters_left == 0
+    with pytest.raises(InputError, match="3 layers compete, which takes 1 of the budget: use at most 0.3333"):
+        simple(rows, replace(floors, min_share_per_layer=0.3333333334)).choose()
+
+
 def test_shares_are_of_what_fixed_regions_and_vectors_leave() -> None:
     problem = simple({"layers.0.q": [4.0, 3.0, 2.0], "layers.1.q": [9.0, 8.0, 7.0]})
     fixed = make_matrix("layers.0.o", (3, 4))
@@ -655,14 +673,6 @@ def test_fixed_regions_beyond_the_budget_are_refused() -> None:
         problem.choose()
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-@pytest.mark.parametrize("per_matrix", [None, 1])
-def test_scores_that_are_no_numbers_are_refused(wrong: float, per_matrix: int | None) -> None:
-    problem = simple({"a": [1.0, 2.0], "b": [wrong, 2.0, wrong]}, per_matrix=per_matrix)
-    with pytest.raises(InputError, match=r"given of the rows of b.weight is NaN or \+inf for 2 of 3 regions"):
-        problem.choose()
-
-
 def test_too_much_minus_infinity_is_refused() -> None:
     never = [-math.inf, -math.inf]
     for budget in (None, BudgetConfig(regions=4, over="matrix")):
@@ -676,6 +686,26 @@ def test_too_much_minus_infinity_is_refused() -> None:
         simple({"a": [1.0], "b": never}, BudgetConfig(regions=4, groups=groups)).choose()
     with pytest.raises(InputError, match=r"per_matrix is 2, but selection.score given lets only 1 row regions of b.we"):
         simple({"a": [1.0, 2.0], "b": [1.0, -math.inf]}, per_matrix=2).choose()
+
+
+@pytest.mark.parametrize("name", ["parameters", "bytes", "regions"])
+@pytest.mark.parametrize("value", [512.0, "512", True])
+def test_amounts_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"selection\.budget\.{name} is {value!r}: it must be a whole number"):
+        BudgetConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ("*.q", r"selection\.budget\.groups\.modules is '\*\.q': give a tuple of patterns"),
+        ((), r"selection\.budget\.groups\.modules is empty"),
+        ((1,), r"selection\.budget\.groups\.modules has 1 in it"),
+    ],
+)
+def test_groups_have_a_tuple_of_patterns(modules: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BudgetGroupConfig(modules=modules, share=1.0)
 
 
 def test_resolve_budget() -> None:

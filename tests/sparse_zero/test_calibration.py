@@ -50,6 +50,10 @@ def of_norms(regions: Candidates, *, weight: Tensor, input_norm: Tensor, output_
     return regions.sums(weight.abs() * input_norm * output_norm.unsqueeze(1))
 
 
+def input_and_output(regions: Candidates, *, input_norm: Tensor, output_norm: Tensor) -> Tensor:
+    return regions.sums(input_norm * output_norm.unsqueeze(1))
+
+
 def everything(
     regions: Candidates,
     *,
@@ -71,7 +75,8 @@ def rule(function: Callable[..., Tensor]) -> ScoreRule:
 
 
 RULES = {
-    function.__name__: rule(function) for function in (sums, squares, dense_sums, failing_in_one, of_norms, everything)
+    function.__name__: rule(function)
+    for function in (sums, squares, dense_sums, failing_in_one, of_norms, input_and_output, everything)
 } | dict(SCORES)
 
 
@@ -404,10 +409,12 @@ def test_weights_in_four_bits():
             setattr(model.get_submodule(parent), last, quantized)
             values = bnb.functional.dequantize_4bit(quantized.weight.data, quantized.weight.quant_state)
             plain.weight.data.copy_(values)
-    found = calibrated(model, families("sums"))
-    assert all(c.matrix.is_quantized for c in found[1])
     steps = plainly_observed(dense, make_batches())
-    assert_as_expected(dense, steps, found, per_step=False, tolerance=1e-5)
+    for score in ("sums", "squares", "input_and_output"):
+        for accumulate in ("sum", "per_step"):
+            found = calibrated(model, families(score), accumulate=accumulate)
+            assert all(c.matrix.is_quantized for c in found[1])
+            assert_as_expected(dense, steps, found, per_step=accumulate == "per_step", tolerance=1e-5)
     assert all(module.weight.dtype == torch.uint8 for name, module in model.named_modules() if name.endswith("_proj"))
 
 

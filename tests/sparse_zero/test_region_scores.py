@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_safetensors, write_safetensors
+from sparse_zero.selection.budget import normalised
 from sparse_zero.selection.calibration import Key
 from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.region_scores import RegionScores
@@ -163,6 +164,39 @@ def test_the_mass_of_a_score_that_is_no_mean_per_entry_is_the_score() -> None:
     for metadata in (METADATA, {}):
         found = RegionScores(candidates, scores, metadata).share_captured(selection)
         assert found["total"] == pytest.approx(float(positive[2, 2] / positive.sum()))
+
+
+def test_kinds_on_unlike_scales_are_added_on_one() -> None:
+    """Blocks 3x4 and rows of 10 entries: each divided by its mean magnitude, and as heavy as the entries it covers."""
+    candidates = [regions("block", (6, 8)), regions("row", (6, 8)), regions("row", (6, 8), name="k", per_matrix=1)]
+    (name, fixed), scores = (candidates[0].weight, candidates[2].weight), scores_of(candidates)
+    scores[name, "block"][0, 1] = -math.inf
+    selection = Selection(
+        {
+            name: WeightSelection(shape=(6, 8), block_size=(3, 4), blocks=[[0, 0], [1, 0]], rows=[1, 4]),
+            fixed: WeightSelection(shape=(6, 8), rows=[2]),
+        }
+    )
+    block, row, other = (scores[c.weight, c.kind].reshape(-1).tolist() for c in candidates)
+    # Of the rows, those compete that have no fixed number.
+    block_unit = 12 / (sum(abs(each) for each in block if each > -math.inf) / 3)
+    row_unit = 8 / (sum(map(abs, row)) / 6)
+    mass = [max(each, 0.0) * block_unit for each in block], [max(each, 0.0) * row_unit for each in (*row, *other)]
+    expected = (mass[0][0] + mass[0][2] + mass[1][1] + mass[1][4] + mass[1][8]) / sum(map(sum, mass))
+    found = RegionScores(candidates, scores, METADATA).share_captured(selection)
+    assert found["total"] == pytest.approx(expected)
+    assert found["by_kind"]["block"] == pytest.approx((mass[0][0] + mass[0][2]) / sum(mass[0]))
+    # On which scale a kind is scored does not matter.
+    larger = {key: each * (1000.0 if key[1] == "row" else 1.0) for key, each in scores.items()}
+    again = RegionScores(candidates, larger, METADATA).share_captured(selection)
+    assert again["total"] == pytest.approx(found["total"])
+    assert again["by_kind"] == pytest.approx(found["by_kind"])
+    # With the same means, the regions compete.
+    competing = {key: each.reshape(-1) for key, each in scores.items()}
+    whole = RegionScores(candidates, scores, METADATA)
+    for c in candidates[:2]:
+        expected_scores = normalised(candidates[:2], competing, False)[c.weight, c.kind]
+        torch.testing.assert_close(whole.comparable(c).reshape(-1), expected_scores, rtol=1e-12, atol=0)
 
 
 def test_masses_of_several_scores_are_not_added() -> None:

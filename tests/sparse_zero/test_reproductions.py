@@ -179,7 +179,8 @@ def test_smt_scores_the_gradients_of_real_fine_tuning():
         optimizer.zero_grad()
         (sum(loss(trained, batch) for batch in step) / 2).backward()
         for name, weight in weights(trained, ("q_proj", "k_proj", "v_proj")).items():
-            summed[name] = summed.get(name, 0.0) + weight.grad
+            assert weight.grad is not None
+            summed[name] = weight.grad.clone() if name not in summed else summed[name] + weight.grad
         optimizer.step()
     ranked = sorted(
         ((abs(mean), name, i, j) for name, each in summed.items() for mean, i, j in block_means(each, 256)),

@@ -1,6 +1,7 @@
 """Retired entries: they act like the numbers that they are, survive every form on disk, and leave no trace behind."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -412,3 +413,41 @@ def test_checks_come_at_their_steps_with_seeds_of_their_own():
     assert [(each.calibration_batches, each.calibration_weights) for each in checks] == [(3, "frozen")] * 2
     with pytest.raises(InputError, match=r"selection\.reselect is missing"):
         sz.config_at(checks[0], 5)
+
+
+def test_what_a_hooked_parameter_does_under_delta_is_what_merge_writes_in_bf16():
+    """Both round W plus the number once."""
+    model = sparse("delta", torch.bfloat16)
+    with torch.no_grad():
+        for values in sz.trainable_parameters(model).values():
+            values.copy_(0.37 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
+    acting = model.embed(torch.arange(11)).detach().clone()
+    sz.merge(model)
+    assert torch.equal(model.embed.weight.detach(), acting)
+
+
+def test_merge_undo_needs_no_map_of_the_model():
+    """A map that says another layout than names tell is followed back, too."""
+    holder = nn.Module()
+    holder.table = nn.Embedding(6, 4)
+    told = sz.default_module_map(holder)
+    turned = dataclasses.replace(told.matrices[0], layout="in_out", shape=(4, 6))
+    module_map = dataclasses.replace(told, matrices=(turned,))
+    base = holder.table.weight.detach().clone()
+    selection = sz.Selection({"table.weight": sz.WeightSelection(shape=(4, 6), rows=[1])})
+    sz.sparsify(holder, selection, module_map=module_map)
+    with torch.no_grad():
+        for values in sz.trainable_parameters(holder).values():
+            values.fill_(9.0)
+    undo = sz.merge(holder)
+    assert (holder.table.weight[:, 1] == 9.0).all()
+    sz.unmerge(holder, undo)
+    assert torch.equal(holder.table.weight, base)
+
+
+def test_a_linear_whose_forward_was_replaced_is_refused():
+    model = make_model()
+    model.up.forward = lambda x: nn.Linear.forward(model.up, x)  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"up has a forward that something else has put there"):
+        sz.sparsify(model, live())
+    assert type(model.up) is nn.Linear

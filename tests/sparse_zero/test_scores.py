@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_zero.errors import InputError
-from sparse_zero.module_map import Matrix
+from sparse_zero.layers.carriers import split_weight_name
+from sparse_zero.module_map import Matrix, weight_name
 from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.scores import (
@@ -389,6 +390,13 @@ def test_scores_that_form_no_gradient_rank_quantized_weights() -> None:
 def test_results_that_are_no_scores_are_refused(scores: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         checked_scores(scores, regions("row", (2, 3)))
+
+
+def test_candidates_are_named_as_their_weights() -> None:
+    for number, expected in ((None, "experts.weight"), (3, "experts.weight[3]")):
+        named = regions(name="experts", slice_index=number).weight
+        assert (named, split_weight_name(named)) == (expected, ("experts.weight", number))
+        assert named == weight_name("experts.weight", number)
 
 
 def test_results_become_fp64_on_the_host() -> None:

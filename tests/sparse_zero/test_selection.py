@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sparse_zero as sz
 from sparse_zero.errors import InputError
+from sparse_zero.files import read_safetensors, write_safetensors
 from sparse_zero.layers.sparsify import replace_module
 from sparse_zero.selection.candidates import expand_braces, find_candidates
 from sparse_zero.selection.config import Kind
@@ -294,7 +295,7 @@ def test_one_calibration_serves_many_budgets(tmp_path):
         ),
         ({"score": "squared"}, "with score squared, and scored was mean_of_abs"),
         ({"accumulate": "per_step"}, "selection.accumulate is 'per_step', and the scores were computed with 'sum'"),
-        ({"calibration_batches": 7}, "calibration_batches is 7, and the scores were computed with 32"),
+        ({"calibration_batches": 7}, "calibration_batches is 7, and the scores were computed with 3"),
         ({"seed": 1}, "selection.seed is 1, and the scores were computed with 0"),
         ({"regions": (), "budget": None, "file": "chosen.safetensors"}, "nothing is left to select"),
     ],
@@ -304,6 +305,14 @@ def test_scores_of_another_calibration_are_refused(change, message):
     scores = sz.score_regions(model, make_batches(), scored, tiny_loss)
     with pytest.raises(InputError, match=message):
         sz.choose_regions(model, scores, replace(scored, **change))
+
+
+def test_the_number_of_micro_batches_is_the_one_that_was_read():
+    model, scored = make_model(), config(score="mean_of_abs")
+    scores = sz.score_regions(model, make_batches(), scored, tiny_loss)
+    selection = sz.choose_regions(model, scores, replace(scored, calibration_batches=3))
+    assert selection == sz.choose_regions(model, scores, scored)
+    assert selection.metadata["num_calibration_batches"] == 3
 
 
 def test_how_weights_would_be_trained_matters_only_where_they_are():
@@ -348,6 +357,21 @@ def test_metadata_say_how_the_selection_came_about():
     # More than its share of the entries: that is what choosing by score is for.
     candidates = sum(c.sizes().sum().item() for c in scores.candidates)
     assert captured["total"] > 1.3 * selection.num_parameters / candidates
+
+
+@pytest.mark.parametrize("score", ["abs_of_mean", "mean_of_abs", "l1"])
+def test_what_is_chosen_captures_more_than_arbitrary_regions(score):
+    model, asked = make_model(), config(score=score, budget=sz.BudgetConfig(parameters=900))
+    scores = sz.score_regions(model, make_batches(), asked, tiny_loss)
+    captured = scores.share_captured(sz.choose_regions(model, scores, asked))["total"]
+    assert captured > 0.0
+    for seed in range(10):
+        arbitrary = sz.select(model, None, replace(asked, score="random", seed=seed))
+        assert captured > 1.2 * scores.share_captured(arbitrary)["total"]
+    # Nor does it help to spend everything on one kind, whose scores may be the largest numbers.
+    for family in asked.regions:
+        one_kind = sz.choose_regions(model, scores, replace(asked, regions=(family,)))
+        assert captured > scores.share_captured(one_kind)["total"]
 
 
 # -- scores of one's own
@@ -510,8 +534,6 @@ def test_selection_file_round_trip_and_digest(tmp_path):
 
 
 def test_a_changed_selection_file_is_refused(tmp_path):
-    from sparse_zero.files import read_safetensors, write_safetensors
-
     path = tmp_path / "selection.safetensors"
     mixed_selection(make_model()).save(path)
     tensors, metadata = read_safetensors(path, "sparse_zero.selection")
@@ -526,6 +548,49 @@ def test_a_changed_selection_file_is_refused(tmp_path):
         sz.Selection.load(path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match=str(path)):
+        sz.Selection.load(path)
+
+
+def first_weight(header: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(header["weights"].values()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("version"),
+        lambda header: header.pop("digest"),
+        lambda header: header.pop("weights"),
+        lambda header: header.pop("metadata"),
+        lambda header: header.update(version="new"),
+        lambda header: header.update(weights=["q_proj"]),
+        lambda header: header.update(metadata=3),
+        lambda header: first_weight(header).pop("shape"),
+        lambda header: first_weight(header).update(shape=[3]),
+        lambda header: first_weight(header).update(shape=[1, 1]),
+        lambda header: first_weight(header).update(block_shape="large"),
+    ],
+)
+def test_a_selection_file_with_a_malformed_header_is_refused(change, tmp_path):
+    path = tmp_path / "selection.safetensors"
+    mixed_selection(make_model()).save(path)
+    tensors, metadata = read_safetensors(path, "sparse_zero.selection")
+    header = json.loads(metadata["header"])
+    change(header)
+    for broken in ({"header": json.dumps(header)}, {"header": json.dumps([header])}, {"header": "{"}, {}):
+        write_safetensors(path, tensors, {"format": metadata["format"], **broken})
+        with pytest.raises(InputError, match="header that cannot be read .*: select again") as caught:
+            sz.Selection.load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_indices_of_another_shape_are_refused(tmp_path):
+    path = tmp_path / "selection.safetensors"
+    mixed_selection(make_model()).save(path)
+    tensors, metadata = read_safetensors(path, "sparse_zero.selection")
+    key = next(key for key in tensors if key.endswith("/blocks"))
+    write_safetensors(path, {**tensors, key: torch.ones(3, dtype=torch.int32)}, metadata)
+    with pytest.raises(InputError, match="header that cannot be read"):
         sz.Selection.load(path)
 
 
@@ -550,12 +615,58 @@ def region(**options: object) -> sz.SelectionConfig:
         (lambda: region(budget=None), "budget is missing"),
         (lambda: region(kind="diagonal"), "kind is 'diagonal'"),
         (lambda: region(block_size=4), "only blocks have a size"),
+        (lambda: region(kind="block", block_size=16.0), r"regions\.block_size is 16\.0: it must be a whole number"),
+        (lambda: region(kind="block", blocks_per_side=2.0), r"blocks_per_side is 2\.0: it must be a whole number"),
+        (lambda: region(per_matrix=4.0), r"per_matrix is 4\.0: it must be a whole number"),
+        (lambda: region(min_layer=0.0), r"min_layer is 0\.0: it must be a whole number"),
+        (lambda: region(max_layer="1"), r"max_layer is '1': it must be a whole number"),
+        (lambda: region(modules="q_proj"), r"regions\.modules is 'q_proj': give a tuple of patterns"),
+        (lambda: region(modules=()), r"regions\.modules is empty"),
+        (lambda: region(modules=(7,)), r"regions\.modules has 7 in it: a pattern is a text"),
+        (lambda: config(calibration_batches=2.0), r"calibration_batches is 2\.0: it must be a whole number"),
+        (lambda: config(seed=0.5), r"selection\.seed is 0\.5: it must be a whole number"),
         (lambda: region(budget=sz.BudgetConfig(fraction=1.5)), r"fraction is 1.5.*\(0, 1\]"),
     ],
 )
 def test_bad_selections_are_named(make_config, message):
     with pytest.raises(InputError, match=message):
         sz.select(make_model(tie=True), None, make_config())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration_weights": "ful"}, "calibration_weights is 'ful': choose one of frozen, full"),
+        ({"accumulate": "steps"}, "accumulate is 'steps': choose one of sum, per_step"),
+        ({"accumulator_dtype": "float16"}, "accumulator_dtype is 'float16'"),
+        ({"calibration_batches": 0}, "calibration_batches is 0: it must be at least 1"),
+    ],
+)
+def test_settings_are_checked_beside_a_saved_selection_too(options, message):
+    with pytest.raises(InputError, match=message):
+        sz.SelectionConfig(file="chosen.safetensors", **options)
+
+
+def test_settings_without_effect_are_refused():
+    kept = sz.FullCalibrationConfig(keep_weights_in="new")
+    with pytest.raises(InputError, match=r"keep_weights_in is new, and selection.calibration_weights is 'frozen'"):
+        config(full_calibration=kept)
+    with pytest.raises(InputError, match=r"selection.reselect.until is 4 and every 5: no check would ever come"):
+        sz.ReselectConfig(every=5, until=4)
+    assert sz.ReselectConfig(every=5, until=5).is_due(5)
+    # The checks of a run that keeps its weights train none.
+    run = config(calibration_weights="full", full_calibration=kept, reselect=sz.ReselectConfig(every=5))
+    assert sz.config_at(run, 5).calibration_weights == "frozen"
+
+
+@pytest.mark.parametrize("pick", ["min", "mixed"])
+def test_the_share_captured_is_no_measure_of_low_scores(pick):
+    rows = sz.RegionConfig(kind="row", modules=("*.q_proj",), pick=pick)
+    with pytest.raises(
+        InputError, match=rf"captured_below is 0.5, and selection.regions.pick is '{pick}' for \*.q_proj"
+    ):
+        config(regions=(rows,), reselect=sz.ReselectConfig(every=5, captured_below=0.5))
+    assert config(regions=(rows,), reselect=sz.ReselectConfig(every=5)).reselect is not None
 
 
 def test_a_saved_selection_leaves_nothing_to_select():
