@@ -60,16 +60,12 @@ def check_kept(config: RunConfig, folder: RunFolder | None, *, resumes: bool) ->
         resumes: whether there is a checkpoint to continue from.
 
     Raises:
-        InputError: nothing is trained that could be kept, the folder is not empty, cannot be written, or is gone.
+        InputError: the folder is not empty, cannot be written, or is gone.
     """
-    named, kept = config.selection.full_calibration.keep_weights_in, kept_folder(config)
+    kept = kept_folder(config)
     if kept is None:
-        if named is not None and config.selection.file is None:
-            raise InputError(
-                f"{_FIELD} is {named}, and selection.calibration_weights is 'frozen', which trains no weights: set it "
-                "to 'full', or leave keep_weights_in out"
-            )
-    elif resumes:
+        return
+    if resumes:
         if not is_filled(kept):
             raise InputError(
                 f"{_FIELD} is {kept}, where the run that is continued has its base, and there is none: put it back, or "

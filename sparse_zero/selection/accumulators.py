@@ -4,9 +4,11 @@ One accumulator per weight on the host: in memory, or in a file that is mapped i
 are reduced one weight at a time, each to the rank that scores it.
 """
 
+import hashlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,26 +19,81 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparse_zero.collectives import collective_device
+from sparse_zero.collectives import collective_device, failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.selection.config import AccumulatorDtype
 
 # Elements that travel at once: the fp64 copy of a piece takes 32 MiB on the ranks that do not own the weight.
 _PIECE_ELEMENTS = 2**22
-_REMEDY = "set selection.accumulator_dtype: bfloat16, or selection.accumulate: per_step, which keeps none"
+_REMEDY = "set selection.accumulate: per_step, which keeps none"
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB"
 
 
-def _available_memory() -> int | None:
-    """Bytes that new allocations may take, where the kernel tells."""
+def _ranks_on_this_host() -> int:
+    """How many ranks share this host's memory. Collective."""
+    if not dist.is_initialized():
+        return 1
+    digest = torch.frombuffer(bytearray(hashlib.sha256(socket.gethostname().encode()).digest()), dtype=torch.uint8)
+    own = digest.to(collective_device())
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return sum(torch.equal(each, own) for each in gathered)
+
+
+def _number_in(file: Path, pattern: str = r"^(\d+)$") -> int | None:
+    """The number that a line of a kernel's file tells; None where it tells none (no file, or "max")."""
     try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found = re.search(pattern, file.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(found[1]) if found else None
+
+
+def _left_in_groups(groups: Path, mounted: Path) -> int | None:
+    """Bytes that the memory limits of this process's cgroups leave, in either version; None without a limit.
+
+    Args:
+        groups: as ``/proc/self/cgroup``: a line of id, controllers and path for each hierarchy.
+        mounted: as ``/sys/fs/cgroup``.
+    """
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return None
+    left = []
+    for _, controllers, path in lines:
+        if controllers == "":
+            root, limit_file, usage_file, prefix = mounted, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, prefix = mounted / "memory", "total_"
+            limit_file, usage_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # Every group above binds, too; inside a container, only the lower end of the path may be there, or the root.
+        own = root / path.strip("/")
+        for folder in [own, *own.parents][: len(own.parts) - len(root.parts) + 1]:
+            limit, usage = _number_in(folder / limit_file), _number_in(folder / usage_file)
+            if limit is not None and usage is not None:
+                # Cached files count as used, and give way: a base that was just read is in them.
+                cached = [
+                    _number_in(folder / "memory.stat", rf"^{prefix}{kind}_file (\d+)$")
+                    for kind in ("inactive", "active")
+                ]
+                left.append(max(0, limit - usage + sum(number or 0 for number in cached)))
+    return min(left, default=None)
+
+
+def _available_memory() -> int | None:
+    """Bytes that new allocations of all processes on this host may take, where the kernel tells."""
+    free_kib = _number_in(Path("/proc/meminfo"), r"^MemAvailable:\s*(\d+) kB$")
+    limits = [
+        None if free_kib is None else free_kib * 1024,
+        _left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")),
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _mapped_file(folder: Path, num_elements: int, dtype: torch.dtype, rank: int) -> Tensor:
@@ -72,16 +129,16 @@ def _mapped_file(folder: Path, num_elements: int, dtype: torch.dtype, rank: int)
 
 
 class Accumulators:
-    """Sums of dense gradients on the host, one for each weight; a context manager that frees them.
+    """Sums of dense gradients on the host, one for each weight; a context manager that frees them. Made collectively.
 
     Args:
         shapes: (out, in) of each weight, by name.
-        dtype: of the sums; ``float32``, ``float64`` or ``bfloat16``. Every addition rounds to it.
+        dtype: of the sums; ``float32`` or ``float64``. Every addition rounds to it.
         folder: for one file per rank, mapped into memory instead of held in it; the file has no name from the start,
             and its space is free again when the accumulators are closed or the process ends. None: in memory.
 
     Raises:
-        InputError: the folder or the memory cannot hold them. Raised before anything is computed.
+        InputError: the folder or the memory cannot hold them, on any rank. Raised before anything is computed.
     """
 
     def __init__(
@@ -94,18 +151,26 @@ class Accumulators:
         self._sums: dict[str, Tensor] = {}
         if not total:
             return
-        if folder is not None:
-            pieces = _mapped_file(Path(folder), total, torch_dtype, self._rank).split(list(sizes.values()))
-            self._sums = {name: piece.view(shapes[name]) for name, piece in zip(sizes, pieces, strict=True)}
-            return
+        num_ranks = _ranks_on_this_host()
+        with failing_together():
+            if folder is None:
+                self._check_memory(len(sizes), num_ranks)
+            else:
+                pieces = _mapped_file(Path(folder), total, torch_dtype, self._rank).split(list(sizes.values()))
+                self._sums = {name: piece.view(shapes[name]) for name, piece in zip(sizes, pieces, strict=True)}
+        if folder is None:
+            # Only now: what one rank has taken would be missing in the others' sums.
+            self._sums = {name: torch.zeros(shape, dtype=torch_dtype) for name, shape in shapes.items()}
+
+    def _check_memory(self, num_weights: int, num_ranks: int) -> None:
         available = _available_memory()
-        if available is not None and available < self.num_bytes:
+        if available is not None and available < self.num_bytes * num_ranks:
+            shared = f", shared by {num_ranks} ranks" if num_ranks > 1 else ""
             raise InputError(
-                f"accumulators of {len(sizes)} weights take {_gib(self.num_bytes)} of host memory on every rank, and "
-                f"{_gib(available)} are available on rank {self._rank}: set selection.accumulator_folder to map them "
-                f"from disk, or {_REMEDY}"
+                f"accumulators of {num_weights} weights take {_gib(self.num_bytes)} of host memory on every rank, and "
+                f"{_gib(available)} are available on the host of rank {self._rank}{shared}: set "
+                f"selection.accumulator_folder to map them from disk, or {_REMEDY}"
             )
-        self._sums = {name: torch.zeros(shape, dtype=torch_dtype) for name, shape in shapes.items()}
 
     def __enter__(self) -> "Accumulators":
         return self

@@ -21,13 +21,14 @@ from sparse_zero.module_map import Matrix, ModuleMap, parameter_shape
 from sparse_zero.selection.accumulators import Accumulators
 from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.config import Kind, SelectionConfig
-from sparse_zero.selection.observers import Observer, Pass, Tally, begin_everywhere, observe
-from sparse_zero.selection.scores import ScoreRule, checked_scores, generator_for
+from sparse_zero.selection.observers import Observer, Pass, Tally, begin_everywhere, observe, peak
+from sparse_zero.selection.scores import ScoreRule, check_reached, checked_scores, generator_for
 from sparse_zero.zero.compat import is_sharded, whole
 
 Key = tuple[str, Kind]
-# The gradients of a mean loss underflow in fp16; a power of two scales them up without rounding.
-FP16_LOSS_SCALE = 1024.0
+# The gradients of a mean loss underflow where any of them is in fp16, be it by autocast. A power of two scales them up
+# without rounding, and does nothing in wider dtypes.
+LOSS_SCALE = 1024.0
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -43,10 +44,29 @@ def _ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+class BufferSnapshot:
+    """A model's buffers, copied to the host: a forward may change them, as it does running statistics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, name, buffer, buffer.detach().to("cpu", copy=True))
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back: the same tensors, with the same bits."""
+        for module, name, buffer, kept in self._kept:
+            buffer.copy_(kept)
+            setattr(module, name, buffer)
+
+
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze everything while calibrating, and put every flag and gradient back afterwards."""
+    """Freeze everything while calibrating, and put every flag, gradient and buffer back afterwards."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = BufferSnapshot(model)
     try:
         for parameter, _, _ in before:
             parameter.requires_grad_(False)
@@ -56,42 +76,56 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad, grad in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+        buffers.restore()
 
 
 @contextmanager
-def own_random_state(model: nn.Module) -> Iterator[None]:
-    """Leave the generators, which every micro-batch seeds anew, as they were."""
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
+def own_random_state() -> Iterator[None]:
+    """Leave the generators, all of which every micro-batch seeds anew, as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
 
 
 class Runner:
-    """Runs micro-batches through the model, and backwards as far as needed."""
+    """Runs micro-batches through the model, and backwards as far as needed.
+
+    Args:
+        model: whatever ``loss_fn`` is to be called with.
+        loss_fn: ``loss_fn(model, batch)`` gives the scalar loss of a micro-batch.
+        observation: of the candidates in the model.
+        observers: that are installed for its tallies.
+        stack: for hooks that turn out to be needed; closed after the last micro-batch.
+        backward: from the loss.
+        remedy: for a loss or gradient that is not finite.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        running: Pass,
+        observation: "Observation",
         observers: Sequence[Observer],
         stack: ExitStack,
         backward: Callable[[Tensor], object],
+        remedy: str,
     ) -> None:
-        self._model, self._loss_fn, self._pass, self._observers, self._stack = (
-            model, loss_fn, running, observers, stack,
-        )  # fmt: skip
-        self._backward = backward
+        self._model, self._loss_fn, self._observers, self._stack = model, loss_fn, observers, stack
+        self._pass, self._tallies = observation.running, observation.tallies
+        self._backward, self._remedy = backward, remedy
         self._begins_everywhere = False
 
     def _forward(self, batch: Any, seed: int, recording: bool) -> Tensor:
         self._pass.begin(batch, recording=recording)
         torch.manual_seed(seed)
         with torch.set_grad_enabled(self._pass.needs_gradient):
-            return self._loss_fn(self._model, batch)
+            loss = self._loss_fn(self._model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"loss_fn returned {what} for a calibration micro-batch: it must return a scalar tensor")
+        return loss
 
     def run(self, batch: Any, seed: int, *, recording: bool) -> float:
-        """One micro-batch; returns its loss.
+        """One micro-batch; returns its loss, which :meth:`check` is to be told.
 
         Args:
             batch: for the loss function.
@@ -105,6 +139,7 @@ class Runner:
             loss = self._forward(batch, seed, recording)
         if running.needs_gradient and running.met_no_grad and not (running.trained or self._begins_everywhere):
             self._begins_everywhere = True
+            del loss  # And its graph, before there is another one.
             begin_everywhere(self._model, running, self._stack)
             for observer in self._observers:
                 observer.restart()
@@ -121,6 +156,29 @@ class Runner:
             observer.finish()
         running.inputs.clear()
         return float(loss.detach())
+
+    def check(self, index: int, loss: float) -> None:
+        """Raise what was wrong with the micro-batch that has run. No rank raises it while others wait in a collective.
+
+        Raises:
+            InputError: a loss or gradient that is not finite.
+            Exception: what a rule has raised.
+        """
+        if not math.isfinite(loss):
+            raise InputError(f"calibration micro-batch {index} has the non-finite loss {loss}: {self._remedy}")
+        met = [tally for tally in self._tallies if "peak" in tally.totals]
+        if met:
+            # Together: the device is waited for once.
+            peaks = torch.stack([tally.totals["peak"].to(met[0].totals["peak"].device) for tally in met]).tolist()
+            for tally, largest in zip(met, peaks, strict=True):
+                if not math.isfinite(largest):
+                    raise InputError(
+                        f"calibration micro-batch {index} has a non-finite gradient of {tally.name}: {self._remedy}"
+                    )
+        for tally in self._tallies:
+            failure, tally.failure = tally.failure, None
+            if failure is not None:
+                raise failure
 
 
 def _tallies(
@@ -161,7 +219,7 @@ def _agree(flat: Tensor) -> None:
 
 
 def _check_finite(tally: Tally, tensor: Tensor, what: str) -> None:
-    if not math.isfinite(float((tensor * 0.0).sum())):
+    if not math.isfinite(float(peak(tensor))):
         raise InputError(
             f"calibration met a non-finite {what} of {tally.name}: check the data, or use a wider dtype (model.dtype)"
         )
@@ -260,18 +318,22 @@ def _run_all(
         if sharded and rank >= num_batches % world_size > 0:
             yield num_batches - 1, batch, False
 
-    # A rank that fails tells the others at the end; where each forward is a collective, after every micro-batch.
+    # A rank that fails tells the others at the end; where each forward is a collective, before and after every one.
+    together = failing_together if sharded else nullcontext
+    own_share = own()
     with nullcontext() if sharded else failing_together():
-        for index, batch, recording in own():
+        while True:
+            with together():
+                step = next(own_share, None)
+            if step is None:
+                break
+            index, batch, recording = step
             loss = runner.run(batch, seed + index, recording=recording)
-            with failing_together() if sharded else nullcontext():
-                if recording and not math.isfinite(loss):
-                    raise InputError(
-                        f"calibration micro-batch {index} has the non-finite loss {loss}: check the data, or use a "
-                        "wider dtype (model.dtype)"
-                    )
-            if recording and on_batch is not None:
-                on_batch(index)
+            with together():
+                if recording:
+                    runner.check(index, loss)
+                    if on_batch is not None:
+                        on_batch(index)
         if num_batches == 0:
             raise InputError("calibration got no batches: give at least one, or a score that needs no data")
     if world_size > 1:
@@ -320,8 +382,8 @@ class Observation:
         used = [rules[each.score] for each in candidates]
         self.running = Pass(needs_gradient=any(rule.needs_gradient for rule in used), trained=trained)
         self._scale, self._seed = scale, config.seed
-        with failing_together():
-            self._accumulators = Accumulators(dense, config.accumulator_dtype, config.accumulator_folder)
+        self._candidates, self._rules = candidates, rules
+        self._accumulators = Accumulators(dense, config.accumulator_dtype, config.accumulator_folder)
 
         def tally_of(group: list[Candidates]) -> Tally:
             return Tally(
@@ -332,6 +394,8 @@ class Observation:
                 per_step=per_step,
                 scale=scale,
                 seed=config.seed,
+                # In training, they are the optimizer's.
+                owns_gradients=not trained,
             )
 
         self.tallies = _tallies(candidates, rules, tally_of)
@@ -346,13 +410,16 @@ class Observation:
         """Scores after ``num_batches`` micro-batches over all ranks; equal bits on all. Collective, once.
 
         Raises:
-            InputError: a gradient or an activation was not finite, or a rule does not return scores.
+            InputError: a gradient or an activation was not finite, a parameter had no gradient, or a rule does not
+                return scores.
         """
         _add_up(self.tallies)
         for tally in self.tallies:
             for name, total in tally.totals.items():
                 if not name.startswith("scores"):
                     _check_finite(tally, total, "activation" if name in tally.sides else "gradient")
+        reached = {tally.name: bool(tally.totals["peak"] > 0) for tally in self.tallies if "peak" in tally.totals}
+        check_reached(self._rules, self._candidates, reached)
         return _score_all(self.tallies, self._accumulators, num_batches, self._scale, self._seed)
 
 
@@ -399,17 +466,23 @@ def calibrate(
 
     Raises:
         InputError: candidates of another model, no micro-batch, a loss or gradient that is not finite, a place for
-            accumulators that cannot hold them, or scores that are none.
+            accumulators that cannot hold them, a matrix that no gradient reached, or scores that are none.
     """
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
-    in_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    scale = FP16_LOSS_SCALE if in_fp16 else 1.0
-    with Observation(model, candidates, rules, config=config, module_map=module_map, scale=scale) as observation:
+    with Observation(model, candidates, rules, config=config, module_map=module_map, scale=LOSS_SCALE) as observation:
         with ExitStack() as stack:
             stack.enter_context(_frozen(model))
-            stack.enter_context(own_random_state(model))
-            running = observation.running
-            observers = observe(model, observation.tallies, running, stack)
-            runner = Runner(model, loss_fn, running, observers, stack, lambda loss: (loss * scale).backward())
+            stack.enter_context(own_random_state())
+            observers = observe(model, observation.tallies, observation.running, stack)
+            runner = Runner(
+                model,
+                loss_fn,
+                observation,
+                observers,
+                stack,
+                # From above: the loss itself may be in fp16.
+                lambda loss: loss.backward(torch.full_like(loss, LOSS_SCALE)),
+                "check the data, or use a wider dtype (model.dtype)",
+            )
             num_batches = _run_all(runner, batches, sharded=sharded, seed=config.seed, on_batch=on_batch)
         return observation.scores(num_batches), num_batches

@@ -11,7 +11,7 @@ Pick = Literal["max", "min", "mixed"]
 CalibrationWeights = Literal["frozen", "full"]
 Accumulate = Literal["sum", "per_step"]
 Moments = Literal["zero", "mean"]
-AccumulatorDtype = Literal["float32", "float64", "bfloat16"]
+AccumulatorDtype = Literal["float32", "float64"]
 
 # In the order of ownership: an entry that several regions cover belongs to the first of these kinds.
 KINDS: tuple[Kind, ...] = get_args(Kind)

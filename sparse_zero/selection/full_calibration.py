@@ -10,7 +10,6 @@ This needs the memory of full fine-tuning: weights, gradients that are accumulat
 frozen`` needs weights and activations only.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -24,7 +23,14 @@ from sparse_zero.collectives import PeerError, failing_together, lone_process_gr
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.module_map import ModuleMap
-from sparse_zero.selection.calibration import Key, LossFunction, Observation, Runner, own_random_state
+from sparse_zero.selection.calibration import (
+    BufferSnapshot,
+    Key,
+    LossFunction,
+    Observation,
+    Runner,
+    own_random_state,
+)
 from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.config import FullCalibrationConfig, SelectionConfig
 from sparse_zero.selection.observers import observe
@@ -88,7 +94,7 @@ class _Snapshot:
             owner = loads.index(min(loads))
             loads[owner] += parameter.numel()
             self._weights.append((owner, parameter.detach().to("cpu", copy=True) if owner == rank else None))
-        self._buffers = [buffer.to("cpu", copy=True) for buffer in model.buffers()]
+        self._buffers = BufferSnapshot(model)
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
@@ -101,8 +107,11 @@ class _Snapshot:
                 travelling = parameter.detach().contiguous()
                 dist.broadcast(travelling.view(-1).view(torch.uint8), src=owner)
                 parameter.copy_(travelling)
-        for buffer, kept in zip(model.buffers(), self._buffers, strict=True):
-            buffer.copy_(kept)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Put the buffers back."""
+        self._buffers.restore()
 
 
 def _deepspeed_config(settings: FullCalibrationConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
@@ -128,11 +137,22 @@ def _deepspeed_config(settings: FullCalibrationConfig, dtype: torch.dtype, world
     }
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """As failing_together, and whatever it raises is known to have come to all ranks."""
+    try:
+        with failing_together():
+            yield
+    except Exception as error:
+        vars(error)["speaks_for_all"] = True
+        raise
+
+
 def _failed_alone(error: BaseException) -> bool:
     """Whether other ranks may be waiting for this one, in a collective that it does not come to any more."""
     if dist.get_world_size() == 1:
         return False
-    return not (isinstance(error, PeerError) or (isinstance(error, InputError) and error.speaks_for_all))
+    return not (isinstance(error, PeerError) or getattr(error, "speaks_for_all", False))
 
 
 @contextmanager
@@ -140,7 +160,7 @@ def _fully_trained(model: nn.Module, settings: FullCalibrationConfig) -> Iterato
     """A DeepSpeed engine that trains all of ``model`` in the block, and is gone after it. Collective.
 
     The weights are then as the settings say; everything else about the parameters is as it was. After an error that one
-    rank alone has met, nothing is put back.
+    rank alone has met in the block, nothing is put back.
     """
     import deepspeed
 
@@ -149,29 +169,32 @@ def _fully_trained(model: nn.Module, settings: FullCalibrationConfig) -> Iterato
     parameters = list(model.parameters())
     device, dtype = parameters[0].device, parameters[0].dtype
     before = [(parameter.requires_grad, parameter.grad, dict(parameter.__dict__)) for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.requires_grad_(True)
-    # No decay: it would move weights that no gradient speaks for.
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    config = _deepspeed_config(settings, dtype, dist.get_world_size())
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    del optimizer
-    failure: BaseException | None = None
+    engine, failure = None, None
     try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        # No decay: it would move weights that no gradient speaks for.
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        config = _deepspeed_config(settings, dtype, dist.get_world_size())
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        del optimizer
         yield engine
     except BaseException as error:
-        if _failed_alone(error):
+        if engine is not None and _failed_alone(error):
             raise
         failure = error
-    make_plain(engine)
+    if engine is not None:
+        make_plain(engine)
     model.to(device)
     for parameter, (requires_grad, grad, attributes) in zip(parameters, before, strict=True):
         parameter.requires_grad_(requires_grad)
         parameter.grad = grad
         parameter.__dict__.update(attributes)
-    if snapshot is not None:
+    if snapshot is not None and engine is not None:
         snapshot.restore(model)
+    elif snapshot is not None:  # Nothing was trained.
+        snapshot.restore_buffers()
     if failure is not None:
         raise failure
 
@@ -208,24 +231,25 @@ def _run_steps(
     steps = _steps(batches, settings.batches_per_step)
     num_batches = 0
     while True:
-        with failing_together():
+        with _together():
             step = next(steps, None)
         if step is None:
             return num_batches
-        not_finite: list[int] = []
+        failure: Exception | None = None
         for index, batch in list(enumerate(step, num_batches))[rank::world_size]:
-            if not math.isfinite(runner.run(batch, seed + index, recording=True)):
-                not_finite.append(index)
+            loss = runner.run(batch, seed + index, recording=True)
+            if failure is None:
+                try:
+                    runner.check(index, loss)
+                except Exception as error:  # Also whatever a rule raises; the others go on to the end of the step.
+                    failure = error
             engine.step()
             if on_batch is not None:
                 on_batch(index)
         num_batches += len(step)
-        with failing_together():
-            if not_finite:
-                raise InputError(
-                    f"calibration micro-batch {not_finite[0]} has a non-finite loss: check the data, or lower "
-                    f"selection.full_calibration.learning_rate ({settings.learning_rate})"
-                )
+        with _together():
+            if failure is not None:
+                raise failure
 
 
 def calibrate_full(
@@ -273,8 +297,8 @@ def calibrate_full(
 
     Raises:
         InputError: the model cannot be trained as a whole, steps that do not come out even over the ranks or the
-            micro-batches, a loss or gradient that is not finite, a place for accumulators that cannot hold them, or
-            scores that are none.
+            micro-batches, a loss or gradient that is not finite, a place for accumulators that cannot hold them, a
+            matrix that no gradient reached, or scores that are none.
     """
     settings = config.full_calibration
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -289,8 +313,9 @@ def calibrate_full(
                 model, candidates, rules, config=config, module_map=module_map, scale=1.0 / per_rank, trained=True
             )
         )
-        with _fully_trained(model, settings) as engine, own_random_state(model), ExitStack() as hooks:
+        with _fully_trained(model, settings) as engine, own_random_state(), ExitStack() as hooks:
             observers = observe(model, observation.tallies, observation.running, hooks)
-            runner = Runner(engine, loss_fn, observation.running, observers, hooks, engine.backward)
+            remedy = f"check the data, or lower selection.full_calibration.learning_rate ({settings.learning_rate})"
+            runner = Runner(engine, loss_fn, observation, observers, hooks, engine.backward, remedy)
             num_batches = _run_steps(runner, engine, batches, settings, config.seed, on_batch)
         return observation.scores(num_batches), num_batches

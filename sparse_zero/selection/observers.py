@@ -78,6 +78,12 @@ def channel_squares(tensor_TF: Tensor) -> Tensor:
     return groups.sum(0, dtype=torch.float64) + squares[whole:].sum(0, dtype=torch.float64)
 
 
+def peak(tensor: Tensor) -> Tensor:
+    """The largest magnitude in a 1-D or 2-D tensor, fp64, without a copy; not finite if an entry is not."""
+    low, high = torch.aminmax(tensor.T if tensor.dim() == 2 and tensor.stride(0) == 1 else tensor)
+    return torch.maximum(-low, high).double()
+
+
 class Tally:
     """What the rules of one weight read, added up over the micro-batches of this rank.
 
@@ -89,6 +95,7 @@ class Tally:
         per_step: rules that read gradients are called for every micro-batch, and what they return is added up.
         scale: of the loss, hence of all gradients.
         seed: of the rules' generators.
+        owns_gradients: whether the dense gradients that it is given may be changed.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class Tally:
         per_step: bool,
         scale: float,
         seed: int,
+        owns_gradients: bool = False,
     ) -> None:
         self.candidates: dict[Kind, Candidates] = {c.kind: c for c in candidates}
         self.rules: dict[Kind, ScoreRule] = {c.kind: rules[c.score] for c in candidates}
@@ -109,6 +117,7 @@ class Tally:
         self.parameter = parameter
         self.per_step = per_step
         self._accumulators, self._scale, self._seed = accumulators, scale, seed
+        self._owns_gradients = owns_gradients
         needs = {need for rule in self.rules.values() for need in rule.needs}
         self.sum_kinds: tuple[Kind, ...] = tuple(k for k, rule in self.rules.items() if "gradient_sums" in rule.needs)
         self.wants_gradient = "gradient" in needs
@@ -123,6 +132,8 @@ class Tally:
         self._step: dict[str, Tensor] = {}
         self._step_gradient: Tensor | None = None
         self._is_scored = False
+        # What a rule has raised in backward, where other ranks may wait for this one: to be raised after it.
+        self.failure: Exception | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of everything that ``totals`` may have, in an order that all ranks share."""
@@ -133,13 +144,19 @@ class Tally:
                 shapes[f"scores {kind}"] = candidates.grid
             elif kind in self.sum_kinds:
                 shapes[f"sums {kind}"] = candidates.grid
-        if self.step_kinds:
-            shapes["probe"] = ()
+        if self.sum_kinds or self.wants_gradient:
+            # The largest magnitude of any gradient: 0 if none came by.
+            shapes["peak"] = ()
         return shapes
 
     def _add(self, totals: dict[str, Tensor], name: str, part: Tensor) -> None:
         # A copy at first: siblings share what is computed of their input.
         totals[name] = totals[name].add_(part) if name in totals else part.to(torch.float64, copy=True)
+
+    def _meet(self, part: Tensor) -> None:
+        """A gradient, or its sums over regions, came by."""
+        found, before = peak(part), self.totals.get("peak")
+        self.totals["peak"] = found if before is None else torch.maximum(before, found)
 
     def add_squares(self, side: Side, squares: Tensor) -> None:
         """Add the channels' sums of squares over the tokens of one forward of the running micro-batch."""
@@ -147,10 +164,12 @@ class Tally:
 
     def add_sums(self, kind: Kind, sums: Tensor) -> None:
         """Add (a part of) the running micro-batch's gradient, summed over the regions of a kind."""
+        self._meet(sums)
         self._add(self._step if self.per_step else self.totals, f"sums {kind}", sums)
 
     def add_gradient(self, gradient_OI: Tensor) -> None:
         """Add (a part of) the running micro-batch's gradient."""
+        self._meet(gradient_OI)
         if not self.per_step:
             self._accumulators.add(self.name, gradient_OI)
         elif self._step_gradient is None:
@@ -160,8 +179,14 @@ class Tally:
 
     def score_step(self) -> None:
         """The gradient of the running micro-batch is complete: score it, if that is due, and drop it."""
-        if not self.step_kinds:
+        if not self.step_kinds or self.failure is not None:
             return
+        try:
+            self._score_step()
+        except Exception as error:  # Whatever a rule raises.
+            self.failure = error
+
+    def _score_step(self) -> None:
         if self._is_scored:
             raise InputError(
                 f"the gradient of {self.name} came in parts, so that selection.accumulate: per_step cannot score it: "
@@ -171,9 +196,11 @@ class Tally:
         gradient, self._step_gradient = self._step_gradient, None
         device = self.parameter.device if gradient is None else gradient.device
         if gradient is not None:
-            # A power of two goes back out of a wider dtype without rounding.
-            gradient = gradient if self._scale == 1.0 else gradient.to(_narrow(gradient.dtype)) / self._scale
-            self._add(self.totals, "probe", gradient.sum(dtype=_narrow(gradient.dtype)) * 0.0)
+            # A power of two goes back out without rounding, but for the narrow range of fp16.
+            if gradient.dtype == torch.float16:
+                gradient = gradient.float().div_(self._scale)
+            elif self._scale != 1.0:
+                gradient = gradient.div_(self._scale) if self._owns_gradients else gradient / self._scale
         elif self.wants_gradient:  # No token of this micro-batch came by.
             gradient = torch.zeros(self.matrix.shape, dtype=_narrow(self.parameter.dtype), device=device)
         for kind in self.step_kinds:
@@ -187,7 +214,6 @@ class Tally:
             if "gradient_sums" in rule.needs:
                 found = self._step.pop(f"sums {kind}", None)
                 sums = torch.zeros(candidates.grid, dtype=torch.float64, device=device) if found is None else found
-                self._add(self.totals, "probe", sums.sum() * 0.0)
                 given["gradient_sums"] = sums / self._scale
             if "gradient" in rule.needs:
                 given["gradient"] = gradient

@@ -373,21 +373,26 @@ def checked_scores(scores: object, candidates: Candidates) -> Tensor:
 
 
 def check_reached(
-    rules: Mapping[str, ScoreRule], candidates: Sequence[Candidates], scores: Mapping[Any, Tensor]
+    rules: Mapping[str, ScoreRule], candidates: Sequence[Candidates], reached: Mapping[str, bool]
 ) -> None:
-    """Raise if a parameter has zero for all of its regions under scores that read its gradient.
+    """Raise if a parameter whose gradient is read by a score had none but zeros.
 
-    One matrix of a stack may be zero: an expert that no token was routed to is simply never the best.
+    One matrix of a stack may have none: an expert that no token was routed to is simply never the best.
+
+    Args:
+        rules: by the names in ``candidates``.
+        candidates: that were scored.
+        reached: whether a gradient other than zero came by, by weight.
 
     Raises:
         InputError: names the module.
     """
-    reached: dict[str, bool] = {}
+    found: dict[str, bool] = {}
     for each in candidates:
         if rules[each.score].needs_gradient:
             name = each.matrix.name
-            reached[name] = reached.get(name, False) or bool(scores[each.weight, each.kind].any())
-    for name, was in reached.items():
+            found[name] = found.get(name, False) or reached[each.weight]
+    for name, was in found.items():
         if not was:
             raise InputError(
                 f"no gradient reached {name!r} during calibration: leave it out of selection.regions.modules, or "

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_zero.collectives import check_equal_on_all_ranks, collective_device
+from sparse_zero.collectives import check_equal_on_all_ranks, collective_device, failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.budget import SUMMATION_NOISE, Choice, choose
@@ -24,7 +24,6 @@ from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.scores import (
     DATA_NEEDS,
     ScoreRule,
-    check_reached,
     check_rule,
     checked_scores,
     generator_for,
@@ -118,6 +117,7 @@ def _scores_without_data(
 ) -> dict[Key, Tensor]:
     """Scores by rules that read weights or nothing. Collective: every rank gets rank 0's bits."""
     found: dict[Key, Tensor] = {}
+    failure: Exception | None = None
     for each in candidates:
         rule = rules[each.score]
         with ExitStack() as stack:
@@ -126,9 +126,17 @@ def _scores_without_data(
                 parameter = model.get_parameter(each.matrix.parameter)
                 stack.enter_context(whole(parameter))
                 needs["weight"] = each.matrix.view(parameter.detach(), each.slice_index)
-            if "generator" in rule.needs:
-                needs["generator"] = generator_for(each, seed)
-            found[each.weight, each.kind] = checked_scores(rule.function(each, **needs), each)
+            if failure is not None:
+                continue
+            try:
+                if "generator" in rule.needs:
+                    needs["generator"] = generator_for(each, seed)
+                found[each.weight, each.kind] = checked_scores(rule.function(each, **needs), each)
+            except Exception as error:  # Whatever a rule raises; the other ranks wait in the next collective.
+                failure = error
+    with failing_together():
+        if failure is not None:
+            raise failure
     if found and dist.is_initialized():
         # A sum over a weight depends on the number of threads, in its last bits.
         flat = torch.cat([scores.reshape(-1) for scores in found.values()]).to(collective_device())
@@ -155,15 +163,17 @@ def score_regions(
         InputError: patterns, sizes, scores or budget do not fit the model, calibration has no data, meets numbers
             that are not finite, or does not reach a module.
     """
-    module_map = module_map or default_module_map(model)
-    candidates = check_selection(model, config, module_map)
-    rules = _rules(candidates)
-    by_data = [c for c in candidates if rules[c.score].needs_data]
+    with failing_together():
+        module_map = module_map or default_module_map(model)
+        candidates = check_selection(model, config, module_map)
+        rules = _rules(candidates)
+        by_data = [c for c in candidates if rules[c.score].needs_data]
+        if by_data and batches is None:
+            raise InputError(f"selection.score {by_data[0].score} reads data: pass calibration batches")
     scores: dict[Key, Tensor] = {}
     num_batches = 0
     if by_data:
-        if batches is None:
-            raise InputError(f"selection.score {by_data[0].score} reads data: pass calibration batches")
+        assert batches is not None
         run = calibrate_full if config.calibration_weights == "full" else calibrate
         scores, num_batches = run(
             model,
@@ -185,9 +195,7 @@ def score_regions(
             name: {"needs": sorted(rule.needs), "size_neutral": rule.size_neutral} for name, rule in rules.items()
         },
     }
-    found = RegionScores(candidates, scores, metadata)
-    check_reached(rules, candidates, found.scores)
-    return found
+    return RegionScores(candidates, scores, metadata)
 
 
 def _calibration_of(config: Mapping[str, Any]) -> dict[str, Any]:

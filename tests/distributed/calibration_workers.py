@@ -12,9 +12,9 @@ import sparse_zero as sz
 from sparse_zero.collectives import PeerError, check_equal_on_all_ranks
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import default_module_map
-from sparse_zero.selection.accumulators import Accumulators
+from sparse_zero.selection.accumulators import Accumulators, _available_memory, _ranks_on_this_host
 from sparse_zero.selection.calibration import Key, calibrate
-from sparse_zero.selection.candidates import find_candidates
+from sparse_zero.selection.candidates import Candidates, find_candidates
 from tests.sparse_zero.helpers import TinyModel, tiny_loss
 from tests.sparse_zero.test_calibration import RULES, all_families, make_batches, make_mixed, make_model, state_of
 
@@ -165,6 +165,81 @@ def errors_on_ranks(folder: str) -> dict[str, dict[str, str]]:
     # Only now has every rank ended its last case.
     assert list(Path(folder).iterdir()) == []
     return {case: {str(rank): each[case] for rank, each in enumerate(gathered)} for case in found}
+
+
+def only_on_rank_1(what: str) -> None:
+    """Raise there."""
+    if dist.get_rank() == 1:
+        raise ArithmeticError(f"{what} on rank 1")
+
+
+def of_weights(regions: Candidates, *, weight: Tensor) -> Tensor:
+    """A rule that reads no data, and fails on one rank."""
+    only_on_rank_1("a rule of weights")
+    return regions.sums(weight.abs())
+
+
+def of_gradients(regions: Candidates, *, gradient: Tensor) -> Tensor:
+    """A rule that is called in backward (per step), and fails on one rank."""
+    only_on_rank_1("a rule of gradients")
+    return regions.sums(gradient.abs())
+
+
+def lone_failures(stage: int) -> dict[str, list[str]]:
+    """What every rank says where rank 1 alone fails, by case; the ranks meet again after each of them."""
+    rank = dist.get_rank()
+    found = {}
+
+    def attempt(case: str, score: str, *, pattern: str = "layers.*", data: Any = None, **options: Any) -> None:
+        region = sz.RegionConfig(kind="row", modules=(pattern,), per_matrix=1, score=score)
+        model = make_model() if stage < 3 else engine_of(make_model()).module
+        try:
+            sz.score_regions(
+                model,
+                make_batches(2 * dist.get_world_size()) if data is None else data,
+                sz.SelectionConfig(regions=(region,), **options),
+                tiny_loss,
+            )
+            said = ""
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        gathered: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(gathered, said)
+        found[case] = gathered
+
+    def breaking_off() -> Any:
+        for number, batch in enumerate(make_batches(2 * dist.get_world_size())):
+            if number == 2:
+                only_on_rank_1("data")
+            yield batch
+
+    attempt("pattern", "magnitude", pattern="nowhere.*" if rank == 1 else "layers.*")
+    attempt("score", "l1" if rank == 0 else f"{__name__}:missing")
+    attempt("rule of weights", f"{__name__}:of_weights")
+    # Under ZeRO-3 the other ranks are in the gathering of the next layer's weight when it raises.
+    attempt("rule of gradients", f"{__name__}:of_gradients", accumulate="per_step")
+    attempt("data", "l1", data=breaking_off())
+    if stage < 3:
+        full = sz.FullCalibrationConfig(stage=3, batches_per_step=2 * dist.get_world_size())
+        options: dict[str, Any] = {"calibration_batches": 2 * dist.get_world_size(), "full_calibration": full}
+        score = f"{__name__}:of_gradients"
+        attempt("full", score, accumulate="per_step", calibration_weights="full", **options)
+    return found
+
+
+def memory_on_ranks() -> dict[str, Any]:
+    """What accumulators say that the host could hold for one rank, and not for all."""
+    available = _available_memory()
+    assert available is not None
+    shapes = {"huge": (1024, int(0.7 * available) // 4096)}
+    try:
+        Accumulators(shapes, "float32")
+        said = ""
+    except (InputError, PeerError) as error:
+        said = f"{type(error).__name__}: {error}"
+    gathered: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(gathered, said)
+    return {"said": gathered, "ranks": _ranks_on_this_host()}
 
 
 def sharded_config() -> sz.SelectionConfig:

@@ -64,13 +64,41 @@ def test_an_error_on_one_rank_ends_all_of_them(world_size, tmp_path):
         assert found[case][where].startswith(message), (case, found[case])
         others = {text for rank, text in found[case].items() if rank != where}
         assert others == {f"PeerError: rank {where} failed"}, (case, found[case])
-    # What the owner of a weight finds in its sum over all ranks: in layer 0 or below it.
+    # In layer 0 or below it, on the rank that met it.
     texts = sorted(found["gradient"].values())
-    assert re.match(r"InputError: calibration met a non-finite gradient of (embed_tokens|layers\.0)", texts[0]), texts
+    assert re.match(
+        r"InputError: calibration micro-batch \d+ has a non-finite gradient of (embed|layers\.0)", texts[0]
+    ), texts
     assert all(text.startswith("PeerError") for text in texts[1:])
     texts = sorted(found["rule"].values())
     assert texts[0].startswith("ArithmeticError: a rule that fails")
     assert all(text.startswith("PeerError") for text in texts[1:])
+
+
+# ZeRO-3 shards the weights; before it, each rank has them.
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_one_rank_alone_raises_ends_both_within_seconds(stage):
+    found = run_ranks(f"{WORKERS}:lone_failures", 2, timeout=90.0, stage=stage)
+    expected = {
+        "pattern": r"InputError: .*nowhere",
+        "score": r"InputError: .*missing",
+        "rule of weights": "ArithmeticError: a rule of weights on rank 1",
+        "rule of gradients": "ArithmeticError: a rule of gradients on rank 1",
+        "data": "ArithmeticError: data on rank 1",
+    } | ({} if stage else {"full": "ArithmeticError: a rule of gradients on rank 1"})
+    assert found.keys() == expected.keys()
+    for case, message in expected.items():
+        assert found[case][0] == "PeerError: rank 1 failed", (case, found[case])
+        assert re.match(message, found[case][1]), (case, found[case])
+
+
+def test_ranks_of_one_host_share_its_memory():
+    found = run_ranks(f"{WORKERS}:memory_on_ranks", 2)
+    assert found["ranks"] == 2
+    assert re.match(
+        r"InputError: accumulators of 1 weights.*on the host of rank 0, shared by 2 ranks", found["said"][0]
+    )
+    assert found["said"][1] == "PeerError: rank 0 failed"
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -124,7 +124,7 @@ CONFIG_CASES = [
     Case(name="block without size", remove=["selection.regions.0.block_size"], says=["selection.regions.block_size is None"]),
     Case(name="row with a size", overrides=["--selection.regions.0.kind=row"], says=["selection.regions.block_size is 64", "remove it"]),
     Case(name="part of a block", overrides=["--selection.regions.0.block_size=16.5"], says=["selection.regions.0.block_size is 16.5"]),
-    Case(name="accumulate of another kind beside a file", overrides=["--selection={file: chosen.safetensors, accumulate: steps}"], says=["selection.accumulate is 'steps'", "per_step"]),
+    Case(name="accumulate of another kind beside a file", overrides=["--selection.file=chosen.safetensors", "--selection.accumulate=steps"], remove=["selection.regions", "selection.budget"], says=["selection.accumulate is 'steps'", "per_step"]),
     Case(name="base kept of nothing trained", overrides=["--selection.full_calibration.keep_weights_in=new"], says=["keep_weights_in is new", "calibration_weights is 'frozen'"]),
     Case(name="re-selection that never comes", overrides=["--selection.reselect={every: 5, until: 4}"], says=["selection.reselect.until is 4", "every 5"]),
     Case(name="captured share of low scores", overrides=["--selection.regions.0.pick=min", "--selection.reselect={every: 1, captured_below: 0.5}"], says=["captured_below is 0.5", "pick is 'min'"]),

@@ -172,6 +172,27 @@ def test_the_budget_curve_is_the_sorted_mass(selection: Selection, scores: Regio
     assert float(row[head.index("2x")].removesuffix("%")) == pytest.approx(100 * doubled, rel=0.02)
 
 
+def test_block_shapes_on_unlike_scales_share_a_curve_and_a_map() -> None:
+    """A matrix whose blocks have another shape, and scores a thousand times as large, is neither first nor all."""
+    wide = synthetic_scores(2, kinds={"self_attn.q_proj": ("block",)}, block_shape=(32, 32))
+    small = synthetic_scores(2, kinds={"self_attn.k_proj": ("block",)}, block_shape=(16, 16), seed=1)
+    found = []
+    for factor in (1.0, 1000.0):
+        values = {**wide.scores, **{key: value * factor for key, value in small.scores.items()}}
+        both = RegionScores([*wide.candidates, *small.candidates], values, wide.metadata)
+        (curve,) = budget_curves(best_regions(wide), both)
+        found.append((curve, mass_shares(both, "block", "abs_of_mean").cells))
+    (before, cells), (after, scaled_cells) = found
+    torch.testing.assert_close(before.captured, after.captured)
+    torch.testing.assert_close(before.spent, after.spent)
+    assert before.actual_captured == pytest.approx(after.actual_captured)
+    for row, scaled in zip(cells, scaled_cells, strict=True):
+        assert row == pytest.approx(scaled)
+    # Regions go by falling score per entry: no point of the curve lies below the line to any later one.
+    slopes = after.captured.diff() / after.spent.diff()
+    assert bool((slopes.diff() < 1e-12).all())
+
+
 def test_histograms_hold_every_region_once(selection: Selection, scores: RegionScores) -> None:
     found = histograms(selection, scores, 20)
     assert sum(int(each.every.sum()) for each in found) == sum(c.num_regions for c in scores.candidates)

@@ -468,7 +468,7 @@ def test_floors_that_add_up_to_a_little_more_than_the_budget_are_refused() -> No
     rows = {f"layers.{layer}.q": [1.0] for layer in range(3)}
     floors = BudgetConfig(parameters=12, min_share_per_layer=1 / 3)
     assert simple(rows, floors).choose().num_parameters_left == 0
-    with pytest.raises(InputError, match="3 layers compete, which takes 1 of the budget: use at most 0.3333"):
+    with pytest.raises(InputError, match=r"3 layers compete, which takes 1 of the budget: use at most 0.3333"):
         simple(rows, replace(floors, min_share_per_layer=0.3333333334)).choose()
 
 

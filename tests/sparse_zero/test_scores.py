@@ -407,10 +407,10 @@ def test_results_become_fp64_on_the_host() -> None:
 
 def test_a_weight_that_no_gradient_reached_is_an_error_and_an_idle_expert_is_none() -> None:
     idle = [regions("row", (2, 3), slice_index=0), regions("row", (2, 3), slice_index=1)]
-    scores = {(idle[0].weight, "row"): torch.zeros(2), (idle[1].weight, "row"): torch.tensor([0.0, 1e-30])}
-    check_reached(SCORES, idle, scores)
-    scores[idle[1].weight, "row"] = torch.zeros(2)
+    reached = {idle[0].weight: False, idle[1].weight: True}
+    check_reached(SCORES, idle, reached)
+    reached[idle[1].weight] = False
     with pytest.raises(InputError, match=r"no gradient reached 'layers.0.q_proj'.*leave it out of selection.regions"):
-        check_reached(SCORES, idle, scores)
-    # A score that reads no gradient may be zero for other reasons.
-    check_reached(SCORES, [replace(each, score="magnitude") for each in idle], scores)
+        check_reached(SCORES, idle, reached)
+    # For a score that reads no gradient, none is looked at.
+    check_reached(SCORES, [replace(each, score="magnitude") for each in idle], {})

@@ -579,7 +579,7 @@ def test_a_selection_file_with_a_malformed_header_is_refused(change, tmp_path):
     change(header)
     for broken in ({"header": json.dumps(header)}, {"header": json.dumps([header])}, {"header": "{"}, {}):
         write_safetensors(path, tensors, {"format": metadata["format"], **broken})
-        with pytest.raises(InputError, match="header that cannot be read .*: select again") as caught:
+        with pytest.raises(InputError, match=r"header that cannot be read .*: select again") as caught:
             sz.Selection.load(path)
         assert str(path) in str(caught.value)
 
