@@ -66,7 +66,7 @@ def migrate(
     selection: Selection,
     make_engine: MakeEngine,
     *,
-    moments: Moments = "mean",
+    moments: Moments = "zero",
     module_map: ModuleMap | None = None,
 ) -> tuple[Any, EntryCounts]:
     """Go on training with another selection. Collective; ``engine`` is at its end afterwards.

@@ -79,7 +79,7 @@ def channel_squares(tensor_TF: Tensor) -> Tensor:
 
 
 def peak(tensor: Tensor) -> Tensor:
-    """The largest magnitude in a 1-D or 2-D tensor, fp64, without a copy; not finite if an entry is not."""
+    """The largest magnitude in a tensor, fp64, found without a copy; not finite if any entry is not."""
     low, high = torch.aminmax(tensor.T if tensor.dim() == 2 and tensor.stride(0) == 1 else tensor)
     return torch.maximum(-low, high).double()
 
