@@ -79,7 +79,7 @@ def _row(found: Reselection, seconds: float) -> dict[str, Any]:
 
 def describe_check(row: dict[str, Any]) -> str:
     """A row of metrics in words: what the selection captured, and what changed."""
-    if row["problem"] is not None:
+    if row.get("problem") is not None:
         return f"step {row['step']}: the selection could not be checked, and stays: {row['problem']}"
     before, after = (
         ABSENT if row[name] is None else format_percent(row[name]) for name in ("captured_before", "captured_after")

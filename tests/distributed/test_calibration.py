@@ -77,8 +77,8 @@ def test_an_error_on_one_rank_ends_all_of_them(world_size, tmp_path):
 
 # ZeRO-3 shards the weights; before it, each rank has them.
 @pytest.mark.parametrize("stage", [0, 3])
-def test_what_one_rank_alone_raises_ends_both_within_seconds(stage):
-    found = run_ranks(f"{WORKERS}:lone_failures", 2, timeout=90.0, stage=stage)
+def test_what_one_rank_alone_raises_ends_both_ranks(stage):
+    found = run_ranks(f"{WORKERS}:lone_failures", 2, stage=stage)
     expected = {
         "pattern": r"InputError: .*nowhere",
         "score": r"InputError: .*missing",

@@ -165,3 +165,5 @@ def test_checks_in_words():
     assert "300 new (20 of them back), " in describe_check({**row, "returned": 20})
     assert describe_check({**row, "changed": False}) == "step 4: the selection captures 50.0 % of the score and stays"
     assert "captures – of the score" in describe_check({**row, "changed": False, "captured_before": None})
+    told = describe_check({**row, "changed": False, "problem": "no gradient reached 'a.b'"})
+    assert told == "step 4: the selection could not be checked, and stays: no gradient reached 'a.b'"
