@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -314,6 +315,7 @@ def test_a_sparse_model_is_copied_moved_and_cast_as_a_whole(name, changes):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra quant)")
 def test_quantized_linears_are_known_and_refused_by_name(bits, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -343,6 +345,7 @@ def test_quantized_linears_are_known_and_refused_by_name(bits, tmp_path):
     assert all(values.grad.abs().sum() > 0 for values in sz.trainable_parameters(model).values())
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra quant)")
 def test_weights_that_will_be_quantized_are_known_before_they_are():
     import bitsandbytes
 
