@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How does .venv come to hold exactly the tested versions?
 #
-#   bash scripts/install.sh            # extras dev, plots and tracking
+#   bash scripts/install.sh            # extras dev, plots, quant and tracking
 #   bash scripts/install.sh plots      # only these extras (comma separated; "none" for no extras)
 #
 #   PYTHON=python3.12 bash scripts/install.sh    # another interpreter for a new .venv
@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras="${1:-dev,plots,tracking}"
+extras="${1:-dev,plots,quant,tracking}"
 target="."
 [ "$extras" = none ] || target=".[$extras]"
 venv=".venv"
