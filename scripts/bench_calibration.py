@@ -11,14 +11,10 @@ medians to the floor; setting the hooks up and computing the scores at the end i
 from __future__ import annotations
 
 import argparse
-import gc
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
+from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, random_llama, read_settings, take_turns
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 from sparse_zero.selection.calibration import calibrate
@@ -92,21 +89,7 @@ SMALL = Settings(
 
 def build_model(settings: Settings) -> Any:
     """The random Llama that everything runs on."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=settings.length,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).to(device=settings.device, dtype=getattr(torch, settings.dtype))
-    return model.train().requires_grad_(False)
+    return random_llama(settings).requires_grad_(False)
 
 
 def loss_of(model: Any, tokens: Tensor) -> Tensor:
@@ -171,34 +154,21 @@ def batches_of(settings: Settings, number: int) -> list[Tensor]:
     return [tokens.to(settings.device) for tokens in made]
 
 
-def synchronize(settings: Settings) -> None:
-    """Wait for the device, so that a clock says what it seems to."""
-    if settings.device != "cpu":
-        torch.cuda.synchronize()
-
-
 def measure(
     methods: Sequence[str], settings: Settings, on_round: Callable[[int], None] = lambda number: None
 ) -> dict[str, list[float]]:
     """Seconds per micro-batch of every timed round, per method."""
     model = build_model(settings)
-    prepared = {method: prepare(method, model, settings) for method in methods}
-    shuffler = random.Random(settings.seed)
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    for number in range(settings.warmup + settings.rounds):
-        batches = batches_of(settings, number)
-        gc.collect()
-        gc.disable()
-        for method in shuffler.sample(list(methods), len(methods)):
-            synchronize(settings)
-            start = time.perf_counter()
-            prepared[method](batches)
-            synchronize(settings)
-            if number >= settings.warmup:
-                seconds[method].append((time.perf_counter() - start) / settings.micro_batches)
-        gc.enable()
-        on_round(number + 1)
-    return seconds
+    seconds = take_turns(
+        {method: prepare(method, model, settings) for method in methods},
+        lambda number: batches_of(settings, number),
+        warmup=settings.warmup,
+        rounds=settings.rounds,
+        seed=settings.seed,
+        device=settings.device,
+        on_round=on_round,
+    )
+    return {method: [each / settings.micro_batches for each in own] for method, own in seconds.items()}
 
 
 def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
@@ -231,28 +201,16 @@ def print_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; every setting is a flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)")
+    parser = make_parser(__doc__, Settings)
     parser.add_argument("--methods", default=",".join(METHODS), help="methods to compare, joined by commas")
-    parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
-    for setting in fields(Settings):
-        name, kind = f"--{setting.name.replace('_', '-')}", type(setting.default)
-        parser.add_argument(name, type=kind, default=None, help=f"default: {setting.default}")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write what the command line asks for."""
-    preset = asdict(SMALL if options.small else Settings())
-    given = {name: value for name in preset if (value := getattr(options, name)) is not None}
-    settings = Settings(**{**preset, **given})
+    settings = read_settings(options, Settings(), SMALL)
     torch.set_num_threads(settings.threads)
-    methods = tuple(options.methods.split(","))
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise InputError(f"--methods has {unknown[0]!r}: choose from {', '.join(METHODS)}")
+    methods = chosen_names(options.methods, list(METHODS), "--methods")
     from rich.progress import Progress
 
     with Progress(transient=True) as progress:
@@ -261,21 +219,15 @@ def run(options: argparse.Namespace) -> None:
     summary = summarize(seconds)
     print_summary(summary)
     if options.json is not None:
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
         atomic_write_json(
             options.json,
-            {"settings": asdict(settings), "machine": machine, "methods": summary, "micro_batch_seconds": seconds},
+            {"settings": asdict(settings), "machine": machine(), "methods": summary, "micro_batch_seconds": seconds},
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
-    try:
-        run(parse(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ One process per case. Memory: the peak of its resident size while it chooses, ov
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +30,17 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
-from sparse_zero.errors import InputError
+from scripts.benchmarking import (
+    as_flags,
+    chosen_names,
+    exit_code,
+    in_own_process,
+    machine,
+    make_parser,
+    peak_of,
+    read_settings,
+)
 from sparse_zero.files import atomic_write_json
-from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.module_map import Matrix, ModuleMap, layer_index
 from sparse_zero.selection.budget import Choice, choose
 from sparse_zero.selection.candidates import Candidates, find_candidates
@@ -142,13 +146,7 @@ def measure_here(case: str, settings: Settings) -> dict[str, Any]:
     # What the interpreter and the libraries load at the first choice is no cost of it.
     build(case, replace(SMALL, seed=settings.seed)).choose()
     problem = build(case, settings)
-    gc.collect()
-    with PeakMemory("cpu") as memory:
-        loaded = memory.current_bytes()
-        if loaded is None or not memory.reset():
-            raise InputError(f"the peak memory of a process cannot be measured on {platform.system()}")
-        choice = problem.choose()
-        growth = memory.peak_bytes() - loaded
+    loaded, peak, choice = peak_of(problem.choose, "cpu", "")
     seconds = []
     for _ in range(settings.repeats):
         start = time.perf_counter()
@@ -162,21 +160,13 @@ def measure_here(case: str, settings: Settings) -> dict[str, Any]:
         "seconds": seconds,
         "min_seconds": min(seconds),
         "median_seconds": statistics.median(seconds),
-        "peak_growth_bytes": growth,
+        "peak_growth_bytes": peak - loaded,
     }
 
 
 def measure(case: str, settings: Settings) -> dict[str, Any]:
     """:func:`measure_here` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", case]
-    command += [
-        text for name, value in asdict(settings).items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring {case} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = in_own_process(__file__, ["--measure", case, *as_flags(settings)], settings.threads)
     return found
 
 
@@ -203,54 +193,32 @@ def print_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; every setting is a flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)")
+    parser = make_parser(__doc__, Settings)
     parser.add_argument("--cases", default=",".join(CASES), help="cases to measure, joined by commas")
-    parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
     parser.add_argument("--measure", choices=CASES, default=None, help=argparse.SUPPRESS)
-    for setting in fields(Settings):
-        name, kind = f"--{setting.name.replace('_', '-')}", type(setting.default)
-        parser.add_argument(name, type=kind, default=None, help=f"default: {setting.default}")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write what the command line asks for."""
-    preset = asdict(SMALL if options.small else Settings())
-    given = {name: value for name in preset if (value := getattr(options, name)) is not None}
-    settings = Settings(**{**preset, **given})
+    settings = read_settings(options, Settings(), SMALL)
     if options.measure is not None:
         torch.set_num_threads(settings.threads)
         print(json.dumps(measure_here(options.measure, settings)))
         return
-    cases = tuple(options.cases.split(","))
-    unknown = [case for case in cases if case not in CASES]
-    if unknown:
-        raise InputError(f"--cases has {unknown[0]!r}: choose from {', '.join(CASES)}")
+    cases = chosen_names(options.cases, CASES, "--cases")
     from rich.progress import Progress
 
     with Progress(transient=True) as progress:
         results = {case: measure(case, settings) for case in progress.track(cases, description="cases")}
     print_summary(results)
     if options.json is not None:
-        machine = {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        }
-        atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine, "cases": results})
+        atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "cases": results})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
-    try:
-        run(parse(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

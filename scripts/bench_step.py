@@ -13,17 +13,11 @@ loaded.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import platform
-import random
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +27,20 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
+from scripts.benchmarking import (
+    as_flags,
+    chosen_names,
+    exit_code,
+    in_own_process,
+    machine,
+    make_parser,
+    peak_of,
+    random_llama,
+    read_settings,
+    take_turns,
+)
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
-from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.optional import require
 
 METHODS = ("floor", "full", "lora", "blocks", "rows", "columns", "mixed")
@@ -96,21 +101,7 @@ SMALL = Settings(
 
 def build_model(settings: Settings) -> Any:
     """The random Llama that every method starts from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=settings.length,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).to(device=settings.device, dtype=getattr(torch, settings.dtype))
-    return model.train()
+    return random_llama(settings)
 
 
 def regions(method: str, settings: Settings) -> tuple[sz.RegionConfig, ...]:
@@ -179,32 +170,20 @@ def batch_of(settings: Settings, number: int) -> Tensor:
     return torch.randint(0, settings.vocab, shape, generator=generator).to(settings.device)
 
 
-def synchronize(settings: Settings) -> None:
-    """Wait for the device, so that a clock says what it seems to."""
-    if settings.device != "cpu":
-        torch.cuda.synchronize()
-
-
 def measure_time(
     methods: Sequence[str], settings: Settings, on_round: Callable[[int], None] = lambda number: None
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every timed step, and trained parameters, per method. All models stand side by side."""
     prepared = {method: prepare(method, build_model(settings), settings) for method in methods}
-    shuffler = random.Random(settings.seed)
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    for number in range(settings.warmup + settings.steps):
-        tokens = batch_of(settings, number)
-        gc.collect()
-        gc.disable()
-        for method in shuffler.sample(list(methods), len(methods)):
-            synchronize(settings)
-            start = time.perf_counter()
-            prepared[method][0](tokens)
-            synchronize(settings)
-            if number >= settings.warmup:
-                seconds[method].append(time.perf_counter() - start)
-        gc.enable()
-        on_round(number + 1)
+    seconds = take_turns(
+        {method: step for method, (step, _) in prepared.items()},
+        lambda number: batch_of(settings, number),
+        warmup=settings.warmup,
+        rounds=settings.steps,
+        seed=settings.seed,
+        device=settings.device,
+        on_round=on_round,
+    )
     return seconds, {method: trained for method, (_, trained) in prepared.items()}
 
 
@@ -216,28 +195,20 @@ def measure_memory_here(method: str, settings: Settings) -> int:
     step(batch_of(tiny, 0))
     del step
     model = build_model(settings)
-    gc.collect()
-    with PeakMemory(settings.device) as memory:
-        loaded = memory.current_bytes()
-        if loaded is None or not memory.reset():
-            raise InputError(f"the peak memory of a process cannot be measured on {platform.system()}: use --no-memory")
+
+    def train() -> None:
         step, _ = prepare(method, model, settings)
         for number in range(settings.memory_steps):
             step(batch_of(settings, number))
-        return memory.peak_bytes() - loaded
+
+    loaded, peak, _ = peak_of(train, settings.device, ": use --no-memory")
+    return peak - loaded
 
 
 def measure_memory(method: str, settings: Settings) -> int:
     """:func:`measure_memory_here` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure-memory", method]
-    command += [
-        text for name, value in asdict(settings).items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {method} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_growth_bytes"])
+    arguments = ["--measure-memory", method, *as_flags(settings)]
+    return int(in_own_process(__file__, arguments, settings.threads)["peak_growth_bytes"])
 
 
 def summarize(
@@ -292,33 +263,21 @@ def print_summary(summary: Mapping[str, Mapping[str, float]], num_parameters: in
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; every setting is a flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)")
+    parser = make_parser(__doc__, Settings)
     parser.add_argument("--methods", default=",".join(METHODS), help="methods to compare, joined by commas")
     parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
     parser.add_argument("--measure-memory", choices=METHODS, default=None, help=argparse.SUPPRESS)
-    for setting in fields(Settings):
-        name, kind = f"--{setting.name.replace('_', '-')}", type(setting.default)
-        parser.add_argument(name, type=kind, default=None, help=f"default: {setting.default}")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write what the command line asks for."""
-    preset = asdict(SMALL if options.small else Settings())
-    given = {name: value for name in preset if (value := getattr(options, name)) is not None}
-    settings = Settings(**{**preset, **given})
+    settings = read_settings(options, Settings(), SMALL)
     torch.set_num_threads(settings.threads)
     if options.measure_memory is not None:
         print(json.dumps({"peak_growth_bytes": measure_memory_here(options.measure_memory, settings)}))
         return
-    methods = tuple(options.methods.split(","))
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise InputError(f"--methods has {unknown[0]!r}: choose from {', '.join(METHODS)}")
+    methods = chosen_names(options.methods, METHODS, "--methods")
     from rich.progress import Progress
 
     peaks = {}
@@ -333,16 +292,11 @@ def run(options: argparse.Namespace) -> None:
     summary = summarize(seconds, trained, peaks)
     print_summary(summary, num_parameters)
     if options.json is not None:
-        machine = {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        }
         atomic_write_json(
             options.json,
             {
                 "settings": asdict(settings),
-                "machine": machine,
+                "machine": machine(),
                 "num_parameters": num_parameters,
                 "methods": summary,
                 "step_seconds": seconds,
@@ -352,12 +306,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
-    try:
-        run(parse(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,9 +25,9 @@ from torch import Tensor
 
 import sparse_zero as sz
 from models.loading import checkpoint_activations
+from scripts.benchmarking import exit_code, in_own_process, peak_of
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
-from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.memory.simulate import simulated
 from sparse_zero.selection.calibration import Observation
 from sparse_zero.selection.observers import observe
@@ -109,28 +107,21 @@ def measure_here(variant: str, options: argparse.Namespace) -> dict[str, int]:
     # What libraries load at the first step is no cost of a variant.
     loss_of(model, torch.zeros(1, 8, dtype=torch.int64)).backward()
     model.zero_grad(set_to_none=True)
-    gc.collect()
-    with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder:
-        loaded = memory.current_bytes()
-        if loaded is None or not memory.reset():
-            raise InputError("the peak memory of a process cannot be measured on this system: use --simulate")
+    with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # accumulators on disk go here
-        work(model, variant, options)
-        return {"loaded_bytes": loaded, "peak_bytes": memory.peak_bytes()}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded, peak, _ = peak_of(lambda: work(model, variant, options), device, ": use --simulate")
+        return {"loaded_bytes": loaded, "peak_bytes": peak}
 
 
 def measure(variant: str, options: argparse.Namespace) -> dict[str, int]:
     """:func:`measure_here` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", variant]
+    arguments = ["--measure", variant]
     for name in ("batch", "length", "steps", "block_size", "fraction"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    command += ["--model", str(options.model.resolve())] if options.model else []
-    command += ["--checkpointing"] if options.checkpointing else []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring {variant} failed:\n{done.stderr}")
-    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    arguments += ["--model", str(options.model.resolve())] if options.model else []
+    arguments += ["--checkpointing"] if options.checkpointing else []
+    found: dict[str, int] = in_own_process(__file__, arguments, options.threads)
     return found
 
 
@@ -230,23 +221,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
     parser.add_argument("--measure", choices=list(VARIANTS), default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    try:
-        if options.measure is not None:
-            print(json.dumps(measure_here(options.measure, options)))
-            return 0
-        variants = [list(VARIANTS)[int(number)] for number in options.variants.split(",")]
-        if variants[0] != "training":
-            raise InputError(f"--variants is {options.variants}: start with 0, training, which all are compared with")
-        one = simulate if options.simulate else measure
-        found = {variant: one(variant, options) for variant in variants}
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure or simulate, print and write what the command line asks for."""
+    if options.measure is not None:
+        print(json.dumps(measure_here(options.measure, options)))
+        return
+    variants = [list(VARIANTS)[int(number)] for number in options.variants.split(",")]
+    if variants[0] != "training":
+        raise InputError(f"--variants is {options.variants}: start with 0, training, which all are compared with")
+    one = simulate if options.simulate else measure
+    found = {variant: one(variant, options) for variant in variants}
     what = "Llama 2 7B, simulated" if options.simulate else str(options.model or "SmolLM2-135M-Instruct")
     print_table(found, f"{what}: batch {options.batch} x {options.length}, checkpointing {options.checkpointing}")
     if options.json is not None:
         atomic_write_json(options.json, {"variants": found, "settings": {k: str(v) for k, v in vars(options).items()}})
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -10,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import load_config
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ablate_reselection.py"
-specification = importlib.util.spec_from_file_location("ablate_reselection", SCRIPT)
-assert specification is not None
-assert specification.loader is not None
-script = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(script)
+from scripts import ablate_reselection as script
 
 
 @pytest.mark.parametrize("name", list(script.CONDITIONS))

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from scripts import bench_calibration as bench
 from sparse_zero.errors import InputError
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_calibration.py"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("bench_calibration", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["bench_calibration"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +19,7 @@ def _threads() -> object:
     torch.set_num_threads(before)
 
 
-def test_every_method_is_timed(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
     assert bench.main(["--small", "--json", str(out)]) == 0
     numbers = json.loads(out.read_text())
@@ -46,7 +31,7 @@ def test_every_method_is_timed(bench: ModuleType, tmp_path: Path, capsys: pytest
     assert all(method in printed for method in bench.METHODS)
 
 
-def test_methods_score_what_they_say_and_the_floor_reaches_the_embeddings(bench: ModuleType) -> None:
+def test_methods_score_what_they_say_and_the_floor_reaches_the_embeddings() -> None:
     model = bench.build_model(bench.SMALL)
     batches = bench.batches_of(bench.SMALL, 0)
     assert len(batches) == bench.SMALL.micro_batches
@@ -68,7 +53,7 @@ def test_methods_score_what_they_say_and_the_floor_reaches_the_embeddings(bench:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_ratios(bench: ModuleType) -> None:
+def test_ratios() -> None:
     summary = bench.summarize({"floor": [1.0, 3.0, 2.0], "rows": [2.0, 6.0, 3.0]})
     assert summary["rows"] == {
         "median_seconds": 3.0,
@@ -79,7 +64,7 @@ def test_ratios(bench: ModuleType) -> None:
     assert "min_over_floor" not in bench.summarize({"rows": [2.0]})["rows"]
 
 
-def test_bad_input_is_one_line(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--methods", "rows,guess"]) == 2
     assert capsys.readouterr().err.strip() == f"error: --methods has 'guess': choose from {', '.join(bench.METHODS)}"
     with pytest.raises(InputError, match="--block-size 128 is larger than --hidden 64"):

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_choice.py"
+from scripts import bench_choice as bench
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("bench_choice", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["bench_choice"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_every_case_is_measured_in_a_process_of_its_own(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_case_is_measured_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
     assert bench.main(["--small", "--cases", "blocks,layers", "--json", str(out)]) == 0
     numbers = json.loads(out.read_text())
@@ -43,7 +27,7 @@ def test_every_case_is_measured_in_a_process_of_its_own(
     assert "layers" in printed
 
 
-def test_regions_are_those_of_llama_2_7b(bench: ModuleType) -> None:
+def test_regions_are_those_of_llama_2_7b() -> None:
     module_map = bench.build_map(bench.Settings())
     assert len(module_map.matrices) == 7 * 32
     assert sum(m.shape[0] * m.shape[1] for m in module_map.matrices) == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -55,7 +39,7 @@ def test_regions_are_those_of_llama_2_7b(bench: ModuleType) -> None:
     assert bench.build("mixed", settings).num_regions == 2 * (4 * 256 + 3 * 688 + sides)
 
 
-def test_choices_keep_to_the_division_of_the_budget(bench: ModuleType) -> None:
+def test_choices_keep_to_the_division_of_the_budget() -> None:
     problem = bench.build("matrix", bench.SMALL)
     choice = problem.choose()
     part = problem.budget.parameters // len(problem.module_map.matrices)
@@ -74,6 +58,6 @@ def test_choices_keep_to_the_division_of_the_budget(bench: ModuleType) -> None:
         assert all(group.allowed / 6 - 80 < number <= group.allowed / 2 for number in used.values())
 
 
-def test_bad_input_is_one_line(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--cases", "mixed,guess"]) == 2
     assert capsys.readouterr().err.strip() == f"error: --cases has 'guess': choose from {', '.join(bench.CASES)}"

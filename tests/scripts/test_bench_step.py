@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from scripts import bench_step as bench
 from sparse_zero.errors import InputError
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_step.py"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("bench_step", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["bench_step"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +23,7 @@ def _threads() -> object:
 
 # PEFT 0.21 reads an attribute that transformers 5.23 renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_every_method_is_timed(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = [method for method in bench.METHODS if method != "lora" or importlib.util.find_spec("peft")]
     out = tmp_path / "numbers.json"
     assert bench.main(["--small", "--no-memory", "--methods", ",".join(methods), "--json", str(out)]) == 0
@@ -54,22 +40,22 @@ def test_every_method_is_timed(bench: ModuleType, tmp_path: Path, capsys: pytest
     assert all(method in printed for method in methods)
 
 
-def test_memory_is_measured_in_a_process_of_its_own(bench: ModuleType) -> None:
-    peaks = {method: bench.measure_memory(method, _larger(bench)) for method in ("floor", "full", "rows")}
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    peaks = {method: bench.measure_memory(method, _larger()) for method in ("floor", "full", "rows")}
     parameters = 4 * 12 * 256**2
     # Full fine-tuning holds gradients and two moments of every parameter; rows hold those of a few.
     assert peaks["full"] - peaks["rows"] > 0.8 * 3 * 4 * parameters
     assert peaks["rows"] > 0
 
 
-def _larger(bench: ModuleType) -> object:
+def _larger() -> bench.Settings:
     """Large enough to stand out from what the allocator keeps: 3 million parameters and more."""
     from dataclasses import replace
 
     return replace(bench.SMALL, hidden=256, layers=4, intermediate=682, vocab=256)
 
 
-def test_steps_train_what_they_should(bench: ModuleType) -> None:
+def test_steps_train_what_they_should() -> None:
     """A step of ours lowers the loss and changes the selected share of q, k and v, nothing else."""
     for method in ("blocks", "rows", "columns"):
         model = bench.build_model(bench.SMALL)
@@ -83,7 +69,7 @@ def test_steps_train_what_they_should(bench: ModuleType) -> None:
         assert 0.9 * trained < sum(changed.values()) <= trained
 
 
-def test_ratios(bench: ModuleType) -> None:
+def test_ratios() -> None:
     seconds = {"floor": [1.0, 3.0, 2.0], "rows": [2.0, 6.0, 3.0]}
     summary = bench.summarize(seconds, {"floor": 0, "rows": 7}, {"floor": 10, "rows": 15})
     assert summary["rows"] == {
@@ -97,7 +83,7 @@ def test_ratios(bench: ModuleType) -> None:
     }
 
 
-def test_bad_input_is_one_line(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--methods", "rows,guess"]) == 2
     assert capsys.readouterr().err.strip() == f"error: --methods has 'guess': choose from {', '.join(bench.METHODS)}"
     with pytest.raises(InputError, match="--rows 6 of 64 entries"):

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from scripts import measure_calibration_memory as script
 from tests.models.tiny import write_tiny_llama
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_calibration_memory.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("measure_calibration_memory", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["measure_calibration_memory"] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def options(**changes: object) -> argparse.Namespace:
@@ -33,7 +18,7 @@ def options(**changes: object) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_frozen_calibration_of_a_7b_needs_what_training_needs(script: ModuleType, checkpointing: bool) -> None:
+def test_frozen_calibration_of_a_7b_needs_what_training_needs(checkpointing: bool) -> None:
     peaks = {
         variant: script.simulate(variant, options(checkpointing=checkpointing))["peak_bytes"]
         for variant in ("training", "abs_of_mean", "mean_of_abs per_step", "full, stage 2")
@@ -44,7 +29,7 @@ def test_frozen_calibration_of_a_7b_needs_what_training_needs(script: ModuleType
     assert peaks["full, stage 2"] > 16 * 6.7e9, "weights, gradients, masters and two moments"
 
 
-def test_a_real_model_is_measured_in_a_process_of_its_own(script: ModuleType, tmp_path: Path) -> None:
+def test_a_real_model_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "model")
     out = tmp_path / "numbers.json"
     arguments = ["--model", str(tmp_path / "model"), "--length", "8", "--steps", "2", "--block-size", "16"]
@@ -54,6 +39,6 @@ def test_a_real_model_is_measured_in_a_process_of_its_own(script: ModuleType, tm
     assert all(own["peak_bytes"] >= own["loaded_bytes"] > 10**8 for own in found.values())
 
 
-def test_training_comes_first(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--variants", "1"]) == 2
     assert "start with 0" in capsys.readouterr().err
