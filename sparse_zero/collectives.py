@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from sparse_zero.errors import InputError
-
 # The threads need microseconds; a loaded machine may be slow to run them.
 _RELEASE_SECONDS = 0.3
 
@@ -22,16 +20,36 @@ def collective_device() -> torch.device:
     return torch.device("cpu")
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's bits on every rank, on the host; without other ranks ``tensor`` itself. Collective."""
+    if not dist.is_initialized() or not tensor.numel():
+        return tensor
+    travelling = tensor.to(collective_device())
+    dist.broadcast(travelling, src=0)
+    return travelling.cpu()
+
+
+def digests_of_all_ranks(text: str) -> list[torch.Tensor]:
+    """SHA-256 of every rank's ``text``: 32 bytes each. Collective."""
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digest = digest.to(collective_device())
+    gathered = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, digest)
+    return gathered
+
+
 def check_equal_on_all_ranks(text: str, what: str) -> None:
     """Raise on every rank when ``text`` differs on any of them. Collective.
 
     Raises:
         RuntimeError: names ``what`` and the ranks that differ from rank 0.
     """
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    digest = digest.to(collective_device())
-    gathered = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, digest)
+    gathered = digests_of_all_ranks(text)
     different = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
     if different:
         raise RuntimeError(f"{what} differs between rank 0 and ranks {different}: every rank must get equal input")
@@ -100,8 +118,8 @@ def failing_together() -> Iterator[None]:
     first = torch.tensor(world_size if error is None else rank, device=collective_device())
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if int(first) == rank and error is not None:
-        if isinstance(error, InputError):
-            error.speaks_for_all = True
+        # Others end with a PeerError of their own: no rank waits for this one, and none else reports.
+        vars(error)["speaks_for_all"] = True
         raise error
     if int(first) < world_size:
         raise PeerError(f"rank {int(first)} failed") from error

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -217,18 +217,10 @@ def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]], read_by_k
     )
 
 
-def find_matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Every parameter of the model with two or three dimensions, in the order of the model."""
-    read_by_kernels = _read_by_kernels(model)
-    for places in _owners(model).values():
-        matrix = _as_matrix(places, read_by_kernels)
-        if matrix is not None:
-            yield matrix
-
-
 def default_module_map(model: nn.Module) -> ModuleMap:
     """The map that names and classes alone tell; right for Llama-like models."""
-    matrices = tuple(find_matrices(model))
+    owners, read_by_kernels = list(_owners(model).values()), _read_by_kernels(model)
+    matrices = tuple(matrix for places in owners if (matrix := _as_matrix(places, read_by_kernels)) is not None)
     siblings: dict[tuple[str, int], list[str]] = defaultdict(list)
     for matrix in matrices:
         found = (
@@ -245,7 +237,7 @@ def default_module_map(model: nn.Module) -> ModuleMap:
         matrices=matrices,
         vectors=tuple(
             ".".join(part for part in places[0][:2] if part)
-            for places in _owners(model).values()
+            for places in owners
             if len(parameter_shape(places[0][3])) == 1
         ),
         shared_inputs=tuple(tuple(group) for group in siblings.values() if len(group) > 1),

@@ -17,9 +17,10 @@ from sparse_zero.checkpoint.conversion import model_fingerprints
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.checkpoint.retired_file import read_retired, write_retired
+from sparse_zero.collectives import rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
-from sparse_zero.layers.carriers import carriers
+from sparse_zero.layers.carriers import carriers, values_name
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparsify import placement_of, retired_of, selection_of
 from sparse_zero.selection.selection import Selection
@@ -42,12 +43,12 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
     folder = Path(folder)
     is_engine = not isinstance(model_or_engine, nn.Module) or hasattr(model_or_engine, "optimizer")
     model: nn.Module = model_or_engine.module if is_engine else model_or_engine
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    is_writer = rank_and_world_size()[0] == 0
     if is_engine:
         values = read_masters(model_or_engine, keep=is_writer)
     else:
         values = {
-            f"{name}.values_{kind}": parameter.detach()
+            values_name(name, kind): parameter.detach()
             for name, carrier in carriers(model)
             for kind, parameter in carrier.values().items()
         }

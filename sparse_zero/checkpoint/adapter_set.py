@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_zero.checkpoint.adapter import Adapter, read_adapter
 from sparse_zero.checkpoint.conversion import RETIRED, check_base, convert_values, fingerprints, originals_by_name
 from sparse_zero.errors import InputError
-from sparse_zero.layers.carriers import carriers
+from sparse_zero.layers.carriers import carriers, values_name
 from sparse_zero.layers.entries import gather_positions
 from sparse_zero.layers.merge import remove_values
 from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, check_fits, live_positions, sparsify
@@ -61,7 +61,7 @@ def _activate(model: nn.Module, loaded: _Loaded) -> None:
     values = convert_values(adapter.values, originals_by_name(model), adapter.placement, loaded.placement)
     for name, carrier in carriers(model):
         for kind, parameter in carrier.values().items():
-            parameter.copy_(values[f"{name}.values_{kind}"])
+            parameter.copy_(values[values_name(name, kind)])
             parameter.requires_grad_(loaded.trainable)
         carrier.write_back()
 

@@ -17,6 +17,7 @@ from sparse_zero.checkpoint.conversion import check_base, convert_values, model_
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.checkpoint.retired_file import read_retired, write_retired
+from sparse_zero.collectives import rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
 from sparse_zero.layers.retired import Retired
@@ -69,7 +70,7 @@ def save_checkpoint(
         base: identity of the base's files.
     """
     folder = Path(folder)
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    is_writer = rank_and_world_size()[0] == 0
     check_optimizer(engine)
     state = read_training_state(engine, keep=is_writer)
     if is_writer:

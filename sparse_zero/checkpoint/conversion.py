@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.carriers import carriers, parameter_name
+from sparse_zero.layers.carriers import carriers, parameter_name, values_name
+from sparse_zero.layers.entries import in_placement
 from sparse_zero.zero.config import Placement
 
 # What stands in the place of a kind for the entries that re-selections dropped.
@@ -17,7 +18,7 @@ RETIRED = "retired"
 def originals_by_name(model: nn.Module) -> dict[str, Tensor]:
     """The base's entries under the values, on the host, by the values' names."""
     return {
-        f"{name}.values_{kind}": carrier.originals[kind]
+        values_name(name, kind): carrier.originals[kind]
         for name, carrier in carriers(model)
         for kind in carrier.values()
     }
@@ -29,8 +30,7 @@ def convert_values(
     """Values of one placement in the form of the other, in fp32: delta = inplace - base entry."""
     if stored == wanted:
         return dict(values)
-    sign = 1.0 if wanted == "inplace" else -1.0
-    return {name: value.float() + sign * originals[name].float() for name, value in values.items()}
+    return {name: in_placement(value, originals[name], stored, wanted) for name, value in values.items()}
 
 
 def fingerprints(originals: Mapping[str, Tensor]) -> dict[str, str]:

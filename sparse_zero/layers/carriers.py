@@ -6,7 +6,8 @@ from torch import nn
 
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import SparseParameter
-from sparse_zero.module_map import weight_name as weight_name
+from sparse_zero.module_map import VALUES_PREFIX
+from sparse_zero.selection.config import Kind
 
 # What has values: a swapped linear, or a parameter on the hook path. Both have ``placement``, ``attribute``,
 # ``parameter``, ``selections()``, ``positions()``, ``values()``, ``originals``, ``entries()``, ``set_entries()`` and
@@ -25,6 +26,11 @@ def parameter_name(name: str, carrier: Carrier) -> str:
     """Fully qualified name of the parameter that the carrier of this module name belongs to."""
     module = name if isinstance(carrier, SparseLinear) else name.rpartition(".")[0]
     return f"{module}.{carrier.attribute}" if module else carrier.attribute
+
+
+def values_name(name: str, kind: Kind) -> str:
+    """Fully qualified name of the values of ``kind`` that the carrier of this module name has."""
+    return f"{name}.{VALUES_PREFIX}{kind}"
 
 
 def split_weight_name(weight: str) -> tuple[str, int | None]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.zero.config import Placement
 
 
 def _is_plain(selection: WeightSelection, kind: Kind) -> bool:
@@ -33,6 +34,14 @@ def scatter_positions(parameter: Tensor, positions: Tensor, numbers: Tensor) -> 
     """Overwrite what stands at ``positions`` (int64, row-major) of a contiguous parameter with 1-D ``numbers``."""
     numbers = numbers.to(device=parameter.device, dtype=parameter.dtype)
     parameter.data.view(-1).index_copy_(0, positions.to(parameter.device), numbers)
+
+
+def in_placement(numbers: Tensor, originals: Tensor, stored: Placement, wanted: Placement) -> Tensor:
+    """Numbers of one placement in the form of the other, in fp32: delta = inplace - base entry."""
+    if stored == wanted:
+        return numbers.float()
+    sign = 1.0 if wanted == "inplace" else -1.0
+    return numbers.float() + sign * originals.float()
 
 
 def add_wide(entries: Tensor, numbers: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, replace_module, 
 from sparse_zero.module_map import Layout
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
-from sparse_zero.zero.compat import is_sharded
+from sparse_zero.zero.compat import has_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def merge(model: nn.Module) -> MergeUndo:
     """
     selection = selection_of(model)
     found = hooked_first(model)
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if has_shards(model):
         raise InputError(
             "merge needs whole weights, and these are sharded by ZeRO-3: save the adapter, load it into "
             "an unsharded model, and merge there"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from sparse_zero.layers.entries import gather_entries, scatter_entries
 from sparse_zero.layers.functional import BlockPlan, Plan, sparse_linear
 from sparse_zero.layers.retired import RetiredEntries, RetiredProduct, retired_product
+from sparse_zero.module_map import VALUES_PREFIX
 from sparse_zero.selection.config import MATRIX_KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.zero.config import Placement
@@ -59,13 +60,13 @@ class SparseLinear(nn.Module):
         # values between the placements also where the weight itself is sharded.
         self.originals: dict[Kind, Tensor] = {}
         for kind in MATRIX_KINDS:
-            self.register_parameter(f"values_{kind}", None)
+            self.register_parameter(f"{VALUES_PREFIX}{kind}", None)
         for kind in selection.kinds():
             entries = gather_entries(self.weight, selection, kind)
             self.originals[kind] = entries if entries.is_meta else entries.to("cpu", copy=True)
             if placement == "delta":
                 entries = torch.zeros_like(entries)
-            self.register_parameter(f"values_{kind}", nn.Parameter(entries))
+            self.register_parameter(f"{VALUES_PREFIX}{kind}", nn.Parameter(entries))
         self._register_indices()
         self.train(linear.training)
 
@@ -144,7 +145,7 @@ class SparseLinear(nn.Module):
 
     def values(self) -> dict[Kind, nn.Parameter]:
         """The values that exist, by kind."""
-        found = {kind: getattr(self, f"values_{kind}") for kind in MATRIX_KINDS}
+        found = {kind: getattr(self, f"{VALUES_PREFIX}{kind}") for kind in MATRIX_KINDS}
         return {kind: parameter for kind, parameter in found.items() if parameter is not None}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.entries import add_wide
+from sparse_zero.layers.entries import add_wide, scatter_positions
 from sparse_zero.layers.retired import RetiredEntries
 from sparse_zero.module_map import VALUES_PREFIX, Layout
 from sparse_zero.selection.config import KINDS, Kind
@@ -175,9 +175,7 @@ class SparseParameter(nn.Module):
     @torch.no_grad()
     def set_entries(self, kind: Kind, values: Tensor) -> None:
         """Overwrite, in the parameter, what the values of ``kind`` stand for."""
-        parameter = self.parameter
-        values = values.detach().to(device=parameter.device, dtype=parameter.dtype)
-        parameter.data.view(-1).index_copy_(0, self._positions(kind), values)
+        scatter_positions(self.parameter, self._positions(kind), values)
 
     @torch.no_grad()
     def _with_values(self) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.carriers import Carrier, carriers, parameter_name, split_weight_name, weight_name
-from sparse_zero.layers.entries import gather_positions, scatter_positions
+from sparse_zero.layers.carriers import Carrier, carriers, parameter_name, split_weight_name, values_name
+from sparse_zero.layers.entries import gather_positions, in_placement, scatter_positions
 from sparse_zero.layers.retired import Retired, RetiredEntries, check_entries
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import SparseParameter, stored_positions
-from sparse_zero.module_map import Matrix, ModuleMap, default_module_map, parameter_shape
+from sparse_zero.module_map import Matrix, ModuleMap, default_module_map, parameter_shape, weight_name
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
@@ -157,10 +157,7 @@ def check_fits(
 def _retire(carrier: Carrier, entries: RetiredEntries, stored: Placement) -> None:
     """Let retired entries, given in the form of the placement ``stored``, act in the parameter of ``carrier``."""
     originals = gather_positions(carrier.parameter, entries.positions)
-    numbers = entries.numbers.float()
-    if stored != carrier.placement:
-        sign = 1.0 if carrier.placement == "inplace" else -1.0
-        numbers = numbers + sign * originals.float()
+    numbers = in_placement(entries.numbers, originals, stored, carrier.placement)
     carrier.set_retired(RetiredEntries(positions=entries.positions, numbers=numbers), originals)
     if carrier.placement == "inplace":
         scatter_positions(carrier.parameter, entries.positions, numbers)
@@ -267,7 +264,7 @@ def num_retired(model: nn.Module) -> int:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The values, by fully qualified name (``….q_proj.values_block``), in the order of the model."""
     return {
-        f"{name}.values_{kind}": parameter
+        values_name(name, kind): parameter
         for name, carrier in carriers(model)
         for kind, parameter in carrier.values().items()
         if parameter.requires_grad

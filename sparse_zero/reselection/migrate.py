@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_zero.collectives import check_equal_on_all_ranks, collective_device
+from sparse_zero.collectives import check_equal_on_all_ranks, of_rank_zero
 from sparse_zero.errors import InputError
-from sparse_zero.layers.carriers import carriers, parameter_name
+from sparse_zero.layers.carriers import carriers, parameter_name, values_name
 from sparse_zero.layers.merge import remove_values
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparsify import (
@@ -36,11 +36,8 @@ MakeEngine = Callable[[nn.Module], Any]
 def _agreed_means(migration: Migration) -> dict[tuple[str, Kind], float]:
     """Second moments to begin with, of rank 0: sums depend on the number of threads, in their last bits. Collective."""
     means = mean_second_moments(migration)
-    if not dist.is_initialized() or not means:
-        return means
-    flat = torch.tensor(list(means.values()), dtype=torch.float64, device=collective_device())
-    dist.broadcast(flat, src=0)
-    return dict(zip(means, flat.tolist(), strict=True))
+    agreed = of_rank_zero(torch.tensor(list(means.values()), dtype=torch.float64))
+    return dict(zip(means, agreed.tolist(), strict=True))
 
 
 def _migrated_state(model: nn.Module, migration: Migration, step: int, moments: Moments) -> TrainingState:
@@ -53,7 +50,7 @@ def _migrated_state(model: nn.Module, migration: Migration, step: int, moments: 
         for kind, original in carrier.originals.items():
             new = migration.values[parameter][kind]
             start = original.float() if carrier.placement == "inplace" else torch.zeros(len(original))
-            values = f"{name}.values_{kind}"
+            values = values_name(name, kind)
             masters[values] = torch.where(new.kept | new.returned, new.masters, start)
             for key, moment in new.moments.items():
                 begin = means.get((parameter, kind), 0.0) if key == "exp_avg_sq" else 0.0

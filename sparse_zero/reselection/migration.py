@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_zero.layers.carriers import carriers, parameter_name
+from sparse_zero.layers.carriers import carriers, parameter_name, values_name
 from sparse_zero.layers.retired import RetiredEntries, find_positions
 from sparse_zero.selection.config import Kind
 from sparse_zero.zero.state import TrainingState
@@ -72,7 +72,7 @@ def live_entries(model: nn.Module, state: TrainingState) -> dict[str, LiveEntrie
         if not kinds:
             continue
         positions, order = torch.cat([carrier.positions(kind) for kind in kinds]).sort()
-        names = [f"{name}.values_{kind}" for kind in kinds]
+        names = [values_name(name, kind) for kind in kinds]
         found[parameter_name(name, carrier)] = LiveEntries(
             positions=positions,
             masters=torch.cat([state.masters[each] for each in names])[order],

@@ -78,7 +78,7 @@ def plain(engine: Any) -> Iterator[nn.Module]:
     sparse linears: these stay, and act as plain ones. Afterwards everything is as it was, bit for bit.
     """
     model: nn.Module = engine.module
-    sharded = any(compat.is_sharded(parameter) for parameter in model.parameters())
+    sharded = compat.has_shards(model)
     compat.release_gathered(engine)
     with effective_weights(model), _suspended(model) if sharded else without_values(model):
         try:

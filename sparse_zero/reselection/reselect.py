@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from sparse_zero.collectives import PeerError, collective_device
+from sparse_zero.collectives import PeerError, of_rank_zero
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.module_map import ModuleMap, default_module_map
@@ -84,11 +83,8 @@ def _said(problem: object, step: int) -> str:
 
 def _agreed(share: float | None) -> float | None:
     """Rank 0's: the last bits of sums depend on the number of threads, and all ranks must decide alike. Collective."""
-    if not dist.is_initialized():
-        return share
-    agreed = torch.tensor(math.nan if share is None else share, dtype=torch.float64, device=collective_device())
-    dist.broadcast(agreed, src=0)
-    return None if math.isnan(float(agreed)) else float(agreed)
+    agreed = float(of_rank_zero(torch.tensor(math.nan if share is None else share, dtype=torch.float64)))
+    return None if math.isnan(agreed) else agreed
 
 
 def reselect(
@@ -164,7 +160,7 @@ def reselect(
     # The run's own configuration: what a resumed run compares.
     metadata = {"config": dataclasses.asdict(config), "reselected_after_step": step}
     chosen = Selection(chosen.weights, {**current.metadata, **chosen.metadata, **metadata})
-    captured_after = scores.share_captured(chosen)["total"]
+    captured_after = chosen.metadata["share_captured"]["total"]
     engine, counts = migrate(engine, chosen, make_engine, moments=reselect_config.moments, module_map=module_map)
     report = Reselection(
         step=step,

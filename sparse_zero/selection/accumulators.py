@@ -4,7 +4,6 @@ One accumulator per weight on the host: in memory, or in a file that is mapped i
 are reduced one weight at a time, each to the rank that scores it.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparse_zero.collectives import collective_device, failing_together
+from sparse_zero.collectives import collective_device, digests_of_all_ranks, failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.selection.config import AccumulatorDtype
 
@@ -36,11 +35,8 @@ def _ranks_on_this_host() -> int:
     """How many ranks share this host's memory. Collective."""
     if not dist.is_initialized():
         return 1
-    digest = torch.frombuffer(bytearray(hashlib.sha256(socket.gethostname().encode()).digest()), dtype=torch.uint8)
-    own = digest.to(collective_device())
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own)
-    return sum(torch.equal(each, own) for each in gathered)
+    hosts = digests_of_all_ranks(socket.gethostname())
+    return sum(torch.equal(each, hosts[dist.get_rank()]) for each in hosts)
 
 
 def _number_in(file: Path, pattern: str = r"^(\d+)$") -> int | None:
@@ -144,7 +140,7 @@ class Accumulators:
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], dtype: AccumulatorDtype, folder: str | Path | None = None
     ) -> None:
-        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._rank, self._world_size = rank_and_world_size()
         sizes = {name: shape[0] * shape[1] for name, shape in shapes.items()}
         total, torch_dtype = sum(sizes.values()), getattr(torch, dtype)
         self.num_bytes = total * torch_dtype.itemsize

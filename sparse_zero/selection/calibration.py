@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_zero.collectives import check_equal_on_all_ranks, collective_device, failing_together
+from sparse_zero.collectives import check_equal_on_all_ranks, collective_device, failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import Matrix, ModuleMap, parameter_shape
 from sparse_zero.selection.accumulators import Accumulators
@@ -23,7 +23,7 @@ from sparse_zero.selection.candidates import Candidates
 from sparse_zero.selection.config import Kind, SelectionConfig
 from sparse_zero.selection.observers import Observer, Pass, Tally, begin_everywhere, observe, peak
 from sparse_zero.selection.scores import ScoreRule, check_reached, checked_scores, generator_for
-from sparse_zero.zero.compat import is_sharded, whole
+from sparse_zero.zero.compat import has_shards, whole
 
 Key = tuple[str, Kind]
 # The gradients of a mean loss underflow where any of them is in fp16, be it by autocast. A power of two scales them up
@@ -38,10 +38,6 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if loss is None:
         raise InputError("the model returned no loss for a calibration batch: put labels into it, or pass loss_fn")
     return loss
-
-
-def _ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class BufferSnapshot:
@@ -184,12 +180,12 @@ class Runner:
 def _tallies(
     candidates: Sequence[Candidates], rules: Mapping[str, ScoreRule], make: Callable[[list[Candidates]], Tally]
 ) -> list[Tally]:
-    """One for every weight that a rule with data needs; those of one parameter follow each other."""
-    of_weight: dict[Matrix, dict[str, list[Candidates]]] = {}
+    """One for every weight that a rule with data needs."""
+    of_weight: dict[str, list[Candidates]] = {}
     for each in candidates:
         if rules[each.score].needs_data:
-            of_weight.setdefault(each.matrix, {}).setdefault(each.weight, []).append(each)
-    return [make(group) for weights in of_weight.values() for group in weights.values()]
+            of_weight.setdefault(each.weight, []).append(each)
+    return [make(group) for group in of_weight.values()]
 
 
 def _add_up(tallies: Sequence[Tally]) -> None:
@@ -264,7 +260,7 @@ def _score_all(
     tallies: Sequence[Tally], accumulators: Accumulators, num_batches: int, scale: float, seed: int
 ) -> dict[Key, Tensor]:
     """Scores of all weights, each computed by one rank, in turn; equal bits on all. Collective."""
-    rank, world_size = _ranks()
+    rank, world_size = rank_and_world_size()
     keys = {(tally.name, kind): tally.candidates[kind].grid for tally in tallies for kind in tally.rules}
     flat = torch.zeros(sum(math.prod(grid) for grid in keys.values()), dtype=torch.float64)
     pieces = flat.split([math.prod(grid) for grid in keys.values()])
@@ -304,7 +300,7 @@ def _run_all(
     on_batch: Callable[[int], None] | None,
 ) -> int:
     """Run this rank's share of the micro-batches; returns the number of all."""
-    rank, world_size = _ranks()
+    rank, world_size = rank_and_world_size()
     num_batches = 0
 
     def own() -> Iterator[tuple[int, Any, bool]]:
@@ -468,7 +464,7 @@ def calibrate(
         InputError: candidates of another model, no micro-batch, a loss or gradient that is not finite, a place for
             accumulators that cannot hold them, a matrix that no gradient reached, or scores that are none.
     """
-    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    sharded = has_shards(model)
     with Observation(model, candidates, rules, config=config, module_map=module_map, scale=LOSS_SCALE) as observation:
         with ExitStack() as stack:
             stack.enter_context(_frozen(model))

@@ -80,14 +80,14 @@ class Candidates:
         return strip_sums(strip_sums(matrix_OI, width).T, height).T
 
 
-def strip_sums(tensor_TF: Tensor, size: int) -> Tensor:
-    """[T, F] summed over strips of ``size`` along F, the last one ragged: [T, ceil(F / size)] in fp64."""
+def strip_sums(tensor_TF: Tensor, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[T, F] summed over strips of ``size`` along F, the last one ragged: [T, ceil(F / size)] in ``dtype``."""
     num_tokens, features = tensor_TF.shape
-    whole = features - features % size
-    sums = tensor_TF[:, :whole].reshape(num_tokens, -1, size).sum(2, dtype=torch.float64)
-    if whole == features:
+    number = features // size
+    sums = tensor_TF[:, : number * size].reshape(num_tokens, number, size).sum(2, dtype=dtype)
+    if number * size == features:
         return sums
-    return torch.cat([sums, tensor_TF[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], dim=1)
+    return torch.cat([sums, tensor_TF[:, number * size :].sum(1, keepdim=True, dtype=dtype)], dim=1)
 
 
 def expand_braces(pattern: str) -> list[str]:

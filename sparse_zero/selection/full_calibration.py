@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_zero.collectives import PeerError, failing_together, lone_process_group
+from sparse_zero.collectives import PeerError, failing_together, lone_process_group, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.module_map import ModuleMap
@@ -137,17 +137,6 @@ def _deepspeed_config(settings: FullCalibrationConfig, dtype: torch.dtype, world
     }
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """As failing_together, and whatever it raises is known to have come to all ranks."""
-    try:
-        with failing_together():
-            yield
-    except Exception as error:
-        vars(error)["speaks_for_all"] = True
-        raise
-
-
 def _failed_alone(error: BaseException) -> bool:
     """Whether other ranks may be waiting for this one, in a collective that it does not come to any more."""
     if dist.get_world_size() == 1:
@@ -231,7 +220,7 @@ def _run_steps(
     steps = _steps(batches, settings.batches_per_step)
     num_batches = 0
     while True:
-        with _together():
+        with failing_together():
             step = next(steps, None)
         if step is None:
             return num_batches
@@ -247,7 +236,7 @@ def _run_steps(
             if on_batch is not None:
                 on_batch(index)
         num_batches += len(step)
-        with _together():
+        with failing_together():
             if failure is not None:
                 raise failure
 
@@ -301,7 +290,7 @@ def calibrate_full(
             matrix that no gradient reached, or scores that are none.
     """
     settings = config.full_calibration
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = rank_and_world_size()
     check_world_size(settings, world_size)
     check_can_train(model)
     per_rank = settings.batches_per_step // world_size

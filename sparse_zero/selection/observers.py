@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import Matrix, parameter_shape
 from sparse_zero.selection.accumulators import Accumulators
-from sparse_zero.selection.candidates import Candidates
+from sparse_zero.selection.candidates import Candidates, strip_sums
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.scores import ScoreRule, checked_scores, generator_for
 
@@ -47,16 +47,6 @@ _PIECE = 2**24
 def _narrow(dtype: torch.dtype) -> torch.dtype:
     """What the first stage of a sum runs in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def narrow_strip_sums(tensor_TF: Tensor, size: int) -> Tensor:
-    """[T, F] summed over strips of ``size`` along F, the last one ragged: [T, ceil(F / size)], fp32 (fp64 of fp64)."""
-    num_tokens, features = tensor_TF.shape
-    number, dtype = features // size, _narrow(tensor_TF.dtype)
-    sums = tensor_TF[:, : number * size].reshape(num_tokens, number, size).sum(2, dtype=dtype)
-    if number * size == features:
-        return sums
-    return torch.cat([sums, tensor_TF[:, number * size :].sum(1, keepdim=True, dtype=dtype)], dim=1)
 
 
 def weighted_token_sums(tensor_TF: Tensor, weights_T: Tensor) -> Tensor:
@@ -207,10 +197,11 @@ class Tally:
             candidates, rule = self.candidates[kind], self.rules[kind]
             given: dict[str, Any] = {}
             for side in self.sides:
-                squares = self._step.get(side)
-                zeros = torch.zeros(self.shapes()[side], dtype=torch.float64, device=device)
-                given[side] = zeros if squares is None else squares.sqrt()
-            given = {side: norms for side, norms in given.items() if side in rule.needs}
+                if side in rule.needs:
+                    squares = self._step.get(side)
+                    if squares is None:
+                        squares = torch.zeros(self.shapes()[side], dtype=torch.float64, device=device)
+                    given[side] = squares.sqrt()
             if "gradient_sums" in rule.needs:
                 found = self._step.pop(f"sums {kind}", None)
                 sums = torch.zeros(candidates.grid, dtype=torch.float64, device=device) if found is None else found
@@ -407,7 +398,7 @@ class ProductObserver:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if {"block", "row"} & set(tally.sum_kinds):
                 width = tally.candidates["block"].block_shape[1] if "block" in tally.sum_kinds else _STRIP
-                strips = cache.get(x, ("strips", width), lambda: narrow_strip_sums(x_TI, width))
+                strips = cache.get(x, ("strips", width), lambda: strip_sums(x_TI, width, _narrow(x_TI.dtype)))
                 if "block" in tally.sum_kinds:
                     kept.append(strips)
                 if "row" in tally.sum_kinds:
@@ -430,7 +421,7 @@ class ProductObserver:
             strips = None
             if {"block", "column"} & set(tally.sum_kinds):
                 height = tally.candidates["block"].block_shape[0] if "block" in tally.sum_kinds else _STRIP
-                strips = narrow_strip_sums(dy_TO, height).double()
+                strips = strip_sums(dy_TO, height, _narrow(dy_TO.dtype)).double()
             if strips is not None and "block" in tally.sum_kinds:
                 tally.add_sums("block", strips.T @ kept.pop(0).double())
             if "row" in tally.sum_kinds:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_zero.collectives import check_equal_on_all_ranks, collective_device, failing_together
+from sparse_zero.collectives import check_equal_on_all_ranks, failing_together, of_rank_zero
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.budget import SUMMATION_NOISE, Choice, choose
@@ -77,11 +77,8 @@ def check_selection(model: nn.Module, config: SelectionConfig, module_map: Modul
     Raises:
         InputError: patterns, sizes, scores or budget do not fit the model.
     """
-    if config.file is not None:
-        raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
     module_map = module_map or default_module_map(model)
-    candidates = find_candidates(config, module_map)
-    vectors = _find_whole(model, config, module_map)
+    candidates, vectors = _find_regions(model, config, module_map)
     rules = _rules(candidates)
     for each in candidates:
         check_rule(rules[each.score], each)
@@ -106,9 +103,16 @@ def _rules(candidates: Iterable[Candidates]) -> dict[str, ScoreRule]:
     return {name: resolve_score(name) for name in dict.fromkeys(c.score for c in candidates)}
 
 
-def _find_whole(model: nn.Module, config: SelectionConfig, module_map: ModuleMap) -> dict[str, WeightSelection]:
+def _find_regions(
+    model: nn.Module, config: SelectionConfig, module_map: ModuleMap
+) -> tuple[list[Candidates], dict[str, WeightSelection]]:
+    """What competes or is fixed by number, and the vectors that are trained entirely."""
+    if config.file is not None:
+        raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
+    candidates = find_candidates(config, module_map)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return find_whole(config, module_map, {name: parameter_shape(parameters[name])[0] for name in module_map.vectors})
+    lengths = {name: parameter_shape(parameters[name])[0] for name in module_map.vectors}
+    return candidates, find_whole(config, module_map, lengths)
 
 
 @torch.no_grad()
@@ -137,13 +141,12 @@ def _scores_without_data(
     with failing_together():
         if failure is not None:
             raise failure
-    if found and dist.is_initialized():
-        # A sum over a weight depends on the number of threads, in its last bits.
-        flat = torch.cat([scores.reshape(-1) for scores in found.values()]).to(collective_device())
-        dist.broadcast(flat, src=0)
-        pieces = flat.cpu().split([scores.numel() for scores in found.values()])
-        found = {key: piece.reshape(found[key].shape) for key, piece in zip(found, pieces, strict=True)}
-    return found
+    if not found:
+        return found
+    # A sum over a weight depends on the number of threads, in its last bits.
+    flat = of_rank_zero(torch.cat([scores.reshape(-1) for scores in found.values()]))
+    pieces = flat.split([scores.numel() for scores in found.values()])
+    return {key: piece.reshape(found[key].shape) for key, piece in zip(found, pieces, strict=True)}
 
 
 def score_regions(
@@ -314,10 +317,7 @@ def choose_regions(
         InputError: budget or regions do not fit the model or the scores, or the ranks disagree.
     """
     module_map = module_map or default_module_map(model)
-    if config.file is not None:
-        raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
-    candidates = find_candidates(config, module_map)
-    vectors = _find_whole(model, config, module_map)
+    candidates, vectors = _find_regions(model, config, module_map)
     scores = _scores_for(scores, candidates, config)
     total = num_parameters(model, module_map)
     choice = choose(

@@ -97,10 +97,20 @@ def optimizer_step_count(engine: Any) -> int:
     return 0
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds ``parameter`` in shards, one on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds any parameter of ``model`` in shards."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO holds the master and the moments of ``parameter`` (stages 1 to 3, bf16 and fp16 optimizers)."""
     return (
-        hasattr(parameter, "ds_id")
+        is_sharded(parameter)
         or getattr(parameter, "_hp_mapping", None) is not None
         or hasattr(parameter, "get_full_hp_param")
     )
@@ -120,7 +130,7 @@ def write_master(engine: Any, parameter: Any, value: Tensor) -> None:
     """Set the fp32 master of ``parameter``, and the parameter itself, from a whole 1-D fp32 ``value``."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    if hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         # DeepSpeed's setter for whole values fails where the world size does not divide their number.
         local = _local_part(parameter, value, engine.device)
         safe_set_local_fp32_param(parameter, local)
@@ -135,17 +145,12 @@ def write_moment(engine: Any, parameter: Any, value: Tensor, key: str) -> None:
     """Set one moment of ``parameter`` from a whole 1-D fp32 ``value``."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    if hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         safe_set_local_optimizer_state(parameter, _local_part(parameter, value, engine.device), key)
     elif is_partitioned(parameter):
         safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
     else:
         inner_optimizer(engine).state[parameter][key].copy_(value)
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 holds ``parameter`` in shards, one on each rank."""
-    return hasattr(parameter, "ds_id")
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def attach(engine: Any) -> None:
     optimizer.step = step_and_write_back
     optimizer._sparse_zero_attached = True
     # What stands in the weights before the first step is what the values say, also after a broadcast.
-    if not any(compat.is_sharded(parameter) for parameter in engine.module.parameters()):
+    if not compat.has_shards(engine.module):
         write_back(engine.module)
 
 
