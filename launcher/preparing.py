@@ -39,6 +39,7 @@ from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import check_fits, sparsify
+from sparse_zero.module_map import ModuleMap
 from sparse_zero.optional import require
 from sparse_zero.selection.config import SelectionConfig
 from sparse_zero.selection.full_calibration import check_world_size
@@ -74,6 +75,8 @@ class Prepared:
     config: RunConfig
     folder: RunFolder
     model: Any
+    # Of the dense model.
+    module_map: ModuleMap
     tokenizer: Any
     train: SampleSet
     validation: SampleSet | None
@@ -222,13 +225,14 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         for samples in (train, validation):
             if samples is not None:
                 _check_context(model, samples)
+        family = module_map(model)
         check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
         if checkpoint is not None:
             check_fits(model, checkpoint.selection, retired=checkpoint.retired)
         elif config.selection.file is not None:
             check_fits(model, Selection.load(config.selection.file))
         else:
-            check_selection(model, config.selection, module_map(model))
+            check_selection(model, config.selection, family)
         if world.is_main:
             base = base_identity(model_folder(source), source.gguf_file)
     base = _agree_on_base(base)
@@ -246,6 +250,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         config=config,
         folder=folder,
         model=model,
+        module_map=family,
         tokenizer=tokenizer,
         train=train,
         validation=validation,
@@ -274,7 +279,7 @@ def calibration_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
     return response_nll(model, batch) / (batch["labels"][:, 1:] != -100).sum().clamp(min=1)
 
 
-def score_selection(prepared: Prepared, world: World) -> RegionScores:
+def _score_selection(prepared: Prepared, world: World) -> RegionScores:
     """Score every region that the config lets be chosen. Collective; a progress bar on rank 0."""
     from rich.console import Console
     from rich.progress import Progress
@@ -290,7 +295,7 @@ def score_selection(prepared: Prepared, world: World) -> RegionScores:
             batches if config.selection.needs_data else None,
             config.selection,
             calibration_loss,
-            module_map=module_map(prepared.model),
+            module_map=prepared.module_map,
             on_batch=lambda index: progress.update(task, completed=index + 1),
         )
     if kept_folder(config) is not None:
@@ -315,17 +320,17 @@ def _write_kept(prepared: Prepared, world: World) -> BaseIdentity:
     return _agree_on_base(base)
 
 
-def choose_selection(prepared: Prepared, world: World, scores: RegionScores | None = None) -> Selection:
-    """Choose by ``scores`` (None: calibrate first), or read what is chosen already. Collective."""
+def choose_selection(prepared: Prepared, world: World) -> tuple[Selection, RegionScores | None]:
+    """Calibrate and choose, or read what is chosen already, without scores. Collective."""
     config = prepared.config
     if config.selection.file is not None:
-        return Selection.load(config.selection.file)
-    if scores is None and prepared.selection is not None:
-        return prepared.selection
-    scores = scores or score_selection(prepared, world)
-    selection = choose_regions(prepared.model, scores, config.selection, module_map=module_map(prepared.model))
+        return Selection.load(config.selection.file), None
+    if prepared.selection is not None:
+        return prepared.selection, None
+    scores = _score_selection(prepared, world)
+    selection = choose_regions(prepared.model, scores, config.selection, module_map=prepared.module_map)
     selection.metadata["base"] = scores.metadata.get("base")
-    return selection
+    return selection, scores
 
 
 def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
@@ -335,7 +340,7 @@ def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
         selection,
         prepared.config.zero.placement,
         retired=None if prepared.checkpoint is None else prepared.checkpoint.retired,
-        module_map=module_map(prepared.model),
+        module_map=prepared.module_map,
     )
     return new_engine(prepared.model, prepared.config, world)
 

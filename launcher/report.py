@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import metrics, plots, summary
 from launcher.page import note, picture, section, table, write_page
+from launcher.run_folder import SCORES_NAME, SELECTION_NAME
 from launcher.selection_map import PLURALS
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_bytes, read_json
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 FOLDER_NAME = "report"
 PAGE_NAME = "report.html"
 # What calibration wrote into the run folder, beside the selection.
-SCORES_NAME = "scores.safetensors"
 # Predictions shown of each sort (became right, became wrong, ...), and characters shown of each text.
 _MAX_EXAMPLES_OF_A_SORT = 4
 _MAX_EXAMPLE_CHARACTERS = 900
@@ -237,7 +237,7 @@ def write_report(run_folder: Path) -> Path:
 
     if not run_folder.is_dir():
         raise InputError(f"the run folder {run_folder} does not exist: name the output.folder of a run")
-    metrics_path, selection_path = run_folder / metrics.FILE_NAME, run_folder / "selection.safetensors"
+    metrics_path, selection_path = run_folder / metrics.FILE_NAME, run_folder / SELECTION_NAME
     config = _read_config(run_folder)
     if config is None and not metrics_path.exists():
         raise InputError(

@@ -32,15 +32,23 @@ FREE_KEYS = (
 )
 
 
+SELECTION_NAME, SCORES_NAME = "selection.safetensors", "scores.safetensors"
+
+
+def scores_beside(selection: Path) -> Path:
+    """Where the scores lie that belong to a selection file outside of a run folder."""
+    return selection.with_name(f"{selection.name.removesuffix('.safetensors')}.{SCORES_NAME}")
+
+
 class RunFolder:
     """Paths of one run."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
         self.config = self.path / "config.yaml"
-        self.selection = self.path / "selection.safetensors"
+        self.selection = self.path / SELECTION_NAME
         # Of all candidates, which the selection was chosen by.
-        self.scores = self.path / "scores.safetensors"
+        self.scores = self.path / SCORES_NAME
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"

@@ -10,7 +10,14 @@ from launcher.plots import LIGHT, Theme, to_png
 from launcher.score_plots import budget_figure, histogram_figure, score_map_figure, weight_types
 from launcher.selection_map import PLURALS, selection_figure, shares_figure
 from launcher.selection_overlap import Overlap, jaccard_grid
-from launcher.selection_stats import budget_curves, count_regions, histograms, kinds_and_scores, mass_shares
+from launcher.selection_stats import (
+    BudgetCurve,
+    budget_curves,
+    count_regions,
+    histograms,
+    kinds_and_scores,
+    mass_shares,
+)
 from launcher.selection_tables import budget_sheet, counts_sheet, facts, overlap_sheet
 from sparse_zero.files import atomic_write_bytes
 from sparse_zero.selection.region_scores import RegionScores
@@ -52,8 +59,8 @@ def map_drawing(selection: Selection) -> Drawing:
     return Drawing(name="selection", description=text, draw=lambda theme: selection_figure(counts, layers, theme))
 
 
-def score_drawings(selection: Selection, scores: RegionScores) -> list[Drawing]:
-    """Where the score mass lies, what a budget captures of it, and how chosen and other regions differ."""
+def score_drawings(selection: Selection, scores: RegionScores, curves: Sequence[BudgetCurve]) -> list[Drawing]:
+    """Where the score mass lies, what a budget captures of it (``curves``), and how chosen and other regions differ."""
     layers = num_layers(selection)
     mass = [
         (f"Score mass: {PLURALS[kind]} by {score}", mass_shares(scores, kind, score, layers))
@@ -69,7 +76,7 @@ def score_drawings(selection: Selection, scores: RegionScores) -> list[Drawing]:
             name="budget-curve",
             description="Share of the score mass that regions with the highest scores capture, whichever modules they "
             "lie in, against their parameters; the selection, and multiples of what it spends.",
-            draw=lambda theme: budget_figure(budget_curves(selection, scores), theme),
+            draw=lambda theme: budget_figure(curves, theme),
         ),
     ]
     found = histograms(selection, scores, _PICTURE_BINS)
@@ -126,8 +133,8 @@ def show(drawing: Drawing, folder: Path | None = None) -> str:
 def captured_html(selection: Selection, scores: RegionScores, folder: Path | None = None) -> str:
     """What the scores tell of a selection: tables, and pictures that are also written into ``folder``."""
     parts = [sheet_html(counts_sheet(count_regions(selection, scores, "module"), "module", has_scores=True))]
-    parts += [show(drawing, folder) for drawing in score_drawings(selection, scores)]
     curves = budget_curves(selection, scores)
+    parts += [show(drawing, folder) for drawing in score_drawings(selection, scores, curves)]
     return "".join(parts) + (sheet_html(budget_sheet(curves)) if curves else "")
 
 
@@ -135,7 +142,8 @@ def all_drawings(selection: Selection, scores: RegionScores | None, other: Other
     """Every picture there is of a selection, of its scores if they are known, and of the overlap with another one."""
     drawings = [map_drawing(selection)]
     if scores is not None:
-        drawings += score_drawings(selection, scores) + score_map_drawings(selection, scores)
+        drawings += score_drawings(selection, scores, budget_curves(selection, scores))
+        drawings += score_map_drawings(selection, scores)
     if other is not None:
         drawings.append(overlap_drawing(other[2], num_layers(selection)))
     return drawings

@@ -25,7 +25,6 @@ from launcher.preparing import (
     make_engine,
     new_engine,
     prepare,
-    score_selection,
 )
 from launcher.process_ranks import find_ranks, reports_errors
 from launcher.report import write_report
@@ -35,7 +34,6 @@ from launcher.stopping import Stopped, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
-from models.families import module_map
 from models.gather import gather_json
 from models.loading import pad_token_id
 from sparse_zero.checkpoint.adapter import save_adapter
@@ -46,7 +44,6 @@ from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
 from sparse_zero.layers.merge import merge
 from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.memory.measure import PeakMemory
-from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.select import num_parameters
 from sparse_zero.selection.selection import Selection
 
@@ -75,22 +72,18 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
 
 def _select(prepared: Prepared, world: World) -> Selection:
     """The checkpoint's selection, or a new one; written to the run folder."""
-    config, folder = prepared.config.selection, prepared.folder
-    scores = None
-    if prepared.checkpoint is not None:
-        selection = prepared.checkpoint.selection
+    if prepared.checkpoint is None:
+        selection, scores = choose_selection(prepared, world)
     else:
-        if config.file is None and prepared.selection is None:
-            scores = score_selection(prepared, world)
-        selection = choose_selection(prepared, world, scores)
+        selection, scores = prepared.checkpoint.selection, None
     if world.is_main:
         if scores is not None:
-            scores.save(folder.scores)
-        selection.save(folder.selection)
+            scores.save(prepared.folder.scores)
+        selection.save(prepared.folder.selection)
     return selection
 
 
-def _train(prepared: Prepared, engine: Any, world: World, family: ModuleMap) -> tuple[TrainingResult, Any]:
+def _train(prepared: Prepared, engine: Any, world: World) -> tuple[TrainingResult, Any]:
     """Continue from the checkpoint if there is one, and train to the end or to a signal; the engine it ended with."""
     earlier: dict[str, Any] = {}
     if prepared.checkpoint is not None:
@@ -102,7 +95,7 @@ def _train(prepared: Prepared, engine: Any, world: World, family: ModuleMap) -> 
         world=world,
         engine=engine,
         make_engine=lambda model: new_engine(model, prepared.config, world),
-        module_map=family,
+        module_map=prepared.module_map,
         train=prepared.train.samples,
         validation=prepared.validation.samples if prepared.validation else (),
         pad_token_id=pad_token_id(prepared.tokenizer),
@@ -187,8 +180,7 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     trained = selection.num_parameters
     _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
     with phases.measure("train"):
-        family = module_map(prepared.model)
-        result, engine = _train(prepared, make_engine(prepared, selection, world), world, family)
+        result, engine = _train(prepared, make_engine(prepared, selection, world), world)
     if result.stopped_by:
         _say(world, f"stopped by signal {result.stopped_by} after step {result.step}; start again to continue")
         return EXIT_SIGNAL + result.stopped_by
@@ -260,8 +252,7 @@ def select_only(config: RunConfig, out: Path, scores_out: Path | None) -> int:
 
     def work(world: World) -> int:
         prepared = prepare(config, world, continues=False)
-        scores = score_selection(prepared, world) if config.selection.file is None else None
-        selection = choose_selection(prepared, world, scores)
+        selection, scores = choose_selection(prepared, world)
         if world.is_main:
             save_choice(selection, scores, out, scores_out)
         return 0

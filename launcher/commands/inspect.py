@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.commands.common import Parser, add_command
-from launcher.run_folder import check_can_write_in, check_out_file
+from launcher.run_folder import SCORES_NAME, SELECTION_NAME, check_can_write_in, check_out_file, scores_beside
 from sparse_zero.errors import InputError
 
 if TYPE_CHECKING:
     from sparse_zero import Selection
     from sparse_zero.selection.region_scores import RegionScores
-
-_SELECTION_NAME, _SCORES_NAME = "selection.safetensors", "scores.safetensors"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
@@ -105,10 +103,10 @@ def selection_file(path: Path, argument: str) -> Path:
         raise InputError(f"{argument} is {path}, which does not exist: name a selection file or an adapter folder")
     if path.is_file():
         return path
-    for candidate in (path / _SELECTION_NAME, path / "adapter" / _SELECTION_NAME):
+    for candidate in (path / SELECTION_NAME, path / "adapter" / SELECTION_NAME):
         if candidate.is_file():
             return candidate
-    raise InputError(f"{argument} is {path}, a folder without {_SELECTION_NAME}: name an adapter or run folder")
+    raise InputError(f"{argument} is {path}, a folder without {SELECTION_NAME}: name an adapter or run folder")
 
 
 def read_scores(selection: "Selection", file: Path, given: str | None) -> "tuple[RegionScores | None, str]":
@@ -124,11 +122,11 @@ def read_scores(selection: "Selection", file: Path, given: str | None) -> "tuple
         scores = RegionScores.load(given)
         check_scores_fit(selection, scores, f"--scores {given}")
         return scores, ""
-    beside = [file.with_name(f"{file.name.removesuffix('.safetensors')}.scores.safetensors")]
-    if file.name == _SELECTION_NAME:
-        beside.append(file.with_name(_SCORES_NAME))
+    beside = [scores_beside(file)]
+    if file.name == SELECTION_NAME:
+        beside.append(file.with_name(SCORES_NAME))
         if file.parent.name == "adapter":
-            beside.append(file.parent.parent / _SCORES_NAME)
+            beside.append(file.parent.parent / SCORES_NAME)
     for path in beside:
         if path.is_file():
             scores = RegionScores.load(path)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from launcher.commands.common import Parser, add_command, read_run
-from launcher.run_folder import check_out_file
+from launcher.run_folder import SCORES_NAME, RunFolder, check_out_file, scores_beside
 from sparse_zero.errors import InputError
 
 
@@ -49,7 +49,7 @@ sparse-zero train --config run.yaml '--selection.regions=[]' --selection.budget=
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
     config = read_run(args)
-    out = Path(args.out) if args.out else Path(config.output.folder) / "selection.safetensors"
+    out = Path(args.out) if args.out else RunFolder(config.output.folder).selection
     if not args.out and out.exists():
         raise InputError(f"{out} belongs to the run in output.folder: name another file with --out")
     check_out_file(out, "--out" if args.out else "the selection file in output.folder")
@@ -72,8 +72,8 @@ def _scores_file(args: argparse.Namespace, out: Path) -> Path | None:
     """Where the scores go; None if they lie in a file already, and no other one is named."""
     if args.scores is None and args.from_scores is not None:
         return None
-    beside = out.with_name(f"{out.name.removesuffix('.safetensors')}.scores.safetensors")
-    path = Path(args.scores) if args.scores else beside if args.out else out.with_name("scores.safetensors")
+    default = scores_beside(out) if args.out else out.with_name(SCORES_NAME)
+    path = Path(args.scores) if args.scores else default
     if path == out:
         raise InputError(f"--scores is {path}, the file of the selection too: name another one")
     check_out_file(path, "--scores" if args.scores else "the file of the scores")
