@@ -1,5 +1,6 @@
 """What the spawned ranks do in the tests of model families: train transposed, tied, expert and classifier weights."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ import sparse_zero as sz
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.layers.sparse_parameter import SparseParameter
 from sparse_zero.zero.config import Placement
-from tests.distributed.workers import count_optimizer_elements, make_engine
+from tests.distributed import workers
+from tests.distributed.workers import CLIP, DECAY, LEARNING_RATE, count_optimizer_elements, make_engine
 from tests.models.tiny_families import FAMILIES, TinyFamily, dense_training, family_loss, hand_made_selection
 from tests.models.tiny_families import make_batches as batches_of
 
 GLOBAL_BATCH, ACCUMULATION, STEPS = 8, 2, 5
-# As make_engine sets them.
-LEARNING_RATE, DECAY, CLIP = 3e-2, 0.1, 0.5
 
 
 def make_batches() -> Tensor:
@@ -44,20 +44,8 @@ def sparse_engine(family: TinyFamily, placement: Placement, stage: int, only: st
 
 def train(family: TinyFamily, engine: Any, batches: Tensor) -> list[float]:
     """Global losses of the steps over ``batches``."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    size = GLOBAL_BATCH // (world_size * ACCUMULATION)
-    losses = []
-    for tokens in batches:
-        total = torch.zeros(())
-        for number in range(ACCUMULATION):
-            start = (number * world_size + rank) * size
-            loss = family_loss(family, engine, tokens[start : start + size])
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach() / ACCUMULATION
-        dist.all_reduce(total)
-        losses.append(total.item() / world_size)
-    return losses
+    size = GLOBAL_BATCH // (dist.get_world_size() * ACCUMULATION)
+    return workers.train(engine, batches, size, ACCUMULATION, partial(family_loss, family))
 
 
 def difference(found: list[float], expected: list[float]) -> float:

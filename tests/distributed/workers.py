@@ -1,5 +1,6 @@
 """What the spawned ranks do in the tests of ZeRO, checkpoints and adapters."""
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sparse_zero.layers.sparsify import selection_of, write_back
 from sparse_zero.zero.compat import inner_optimizer, is_partitioned, link_optimizer_states
 from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.state import read_masters
-from tests.sparse_zero.helpers import TinyModel, mixed_selection, owner_matrix, tiny_loss
+from tests.sparse_zero.helpers import TinyModel, adamw_on_entries, mixed_selection, owner_matrix, tiny_loss
 
 GLOBAL_BATCH, LENGTH, VOCABULARY = 8, 9, 32
 LEARNING_RATE, DECAY, CLIP = 3e-2, 0.1, 0.5
@@ -37,29 +38,10 @@ def make_batches(steps: int) -> Tensor:
 def dense_reference(placement: Placement, steps: int, decay: float = DECAY) -> tuple[list[float], dict[str, Tensor]]:
     """Plain AdamW on the dense model that updates (and decays) the selected entries only; no code of ours."""
     model = make_model()
-    selection = mixed_selection(model)
-    parameters = dict(model.named_parameters())
-    masks = {name: owner_matrix(weight) > 0 for name, weight in selection.weights.items()}
-    base = {name: parameters[name].detach()[mask].clone() for name, mask in masks.items()}
-    trained = {
-        name: nn.Parameter(torch.zeros_like(entries) if placement == "delta" else entries.clone())
-        for name, entries in base.items()
-    }
-    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=decay)
-    losses = []
-    for tokens in make_batches(steps):
-        model.zero_grad()
-        loss = tiny_loss(model, tokens)
-        loss.backward()
-        for name, mask in masks.items():
-            trained[name].grad = parameters[name].grad[mask]
-        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
-        optimizer.step()
-        with torch.no_grad():
-            for name, mask in masks.items():
-                parameters[name][mask] = trained[name] + (base[name] if placement == "delta" else 0.0)
-        losses.append(loss.item())
-    return losses, {name: parameter.detach() for name, parameter in parameters.items()}
+    masks = {name: owner_matrix(weight) > 0 for name, weight in mixed_selection(model).weights.items()}
+    return adamw_on_entries(
+        model, masks, tiny_loss, make_batches(steps), placement, learning_rate=LEARNING_RATE, decay=decay, clip=CLIP
+    )
 
 
 def make_engine(
@@ -83,7 +65,13 @@ def make_engine(
     return engine
 
 
-def train(engine: Any, batches: Tensor, micro_batch: int, accumulation: int) -> list[float]:
+def train(
+    engine: Any,
+    batches: Tensor,
+    micro_batch: int,
+    accumulation: int,
+    loss_of: Callable[[Any, Tensor], Tensor] = tiny_loss,
+) -> list[float]:
     """Global losses of the steps over ``batches`` [steps, GLOBAL_BATCH, LENGTH]."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     losses = []
@@ -91,7 +79,7 @@ def train(engine: Any, batches: Tensor, micro_batch: int, accumulation: int) -> 
         total = torch.zeros(())
         for number in range(accumulation):
             start = (number * world_size + rank) * micro_batch
-            loss = tiny_loss(engine, tokens[start : start + micro_batch])
+            loss = loss_of(engine, tokens[start : start + micro_batch])
             engine.backward(loss)
             engine.step()
             total += loss.detach() / accumulation

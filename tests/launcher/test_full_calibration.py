@@ -11,10 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from models.base_identity import base_identity
-from models.word_problems import write_word_problems
 from sparse_zero.selection.selection import Selection
 from tests.launcher.test_train import cli, rows, run, worker, write_config
-from tests.models.tiny import write_tiny_llama
 
 SETTINGS = {"learning_rate": 1e-3, "batches_per_step": 2}
 FULL: dict[str, Any] = {
@@ -28,15 +26,6 @@ FULL: dict[str, Any] = {
     "output__merged": False,
     "output__report": False,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A tiny Llama with its tokenizer, and few word problems."""
-    folder = tmp_path_factory.mktemp("base")
-    write_tiny_llama(folder / "model", tie=True)
-    write_word_problems(folder / "data", 40, 8, 10, seed=0)
-    return folder
 
 
 def write(base: Path, folder: Path, **changes: Any) -> Path:

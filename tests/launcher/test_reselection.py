@@ -12,21 +12,12 @@ from safetensors.torch import load_file
 
 import sparse_zero as sz
 from launcher.metrics import MetricsLog, read_metrics
+from launcher.process_ranks import free_port
 from launcher.reselecting import describe_check
 from models.loading import ModelConfig, load_model
-from models.word_problems import write_word_problems
-from tests.launcher.test_train import cli, free_port, rows, run, worker, write_config
-from tests.models.tiny import write_tiny_llama
+from tests.launcher.test_train import cli, rows, run, worker, write_config
 
 STEPS, EVERY = 12, 4
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    write_tiny_llama(folder / "model", tie=True)
-    write_word_problems(folder / "data", 40, 8, 10, seed=0)
-    return folder
 
 
 def write_run(base: Path, folder: Path, **changes: Any) -> Path:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from launcher.process_ranks import free_port
 from models.word_problems import write_word_problems
 from tests.models.tiny import write_tiny_llama
 from tests.plain_predictions import plain_predictions
@@ -34,12 +34,6 @@ def base(tmp_path_factory):
     save_file(wide, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     write_word_problems(folder / "data", 40, 8, 10, seed=0)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_config(base: Path, folder: Path, **changes: Any) -> Path:

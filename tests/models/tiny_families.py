@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import sparse_zero as sz
 from sparse_zero.layers.sparsify import by_parameter
 from sparse_zero.selection.regions import WeightSelection, grid_shape
-from tests.sparse_zero.helpers import owner_matrix
+from tests.sparse_zero.helpers import adamw_on_entries, owner_matrix
 
 SMALL = {
     "vocab_size": 64,
@@ -339,24 +340,13 @@ def dense_training(
         name: _stored_mask(family, name, parameters[name], chosen)
         for name, chosen in by_parameter(selection).items()
     }  # fmt: skip
-    base = {name: parameters[name].detach()[mask].clone() for name, mask in masks.items()}
-    trained = {
-        name: nn.Parameter(torch.zeros_like(entries) if placement == "delta" else entries.clone())
-        for name, entries in base.items()
-    }
-    optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=decay)
-    losses = []
-    for tokens in batches:
-        model.zero_grad()
-        loss = family_loss(family, model, tokens)
-        loss.backward()
-        for name, mask in masks.items():
-            trained[name].grad = parameters[name].grad[mask]
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-        optimizer.step()
-        with torch.no_grad():
-            for name, mask in masks.items():
-                parameters[name][mask] = trained[name] + (base[name] if placement == "delta" else 0.0)
-        losses.append(loss.item())
-    return losses, {name: parameter.detach() for name, parameter in parameters.items()}
+    return adamw_on_entries(
+        model,
+        masks,
+        partial(family_loss, family),
+        batches,
+        placement,
+        learning_rate=learning_rate,
+        decay=decay,
+        clip=clip,
+    )
