@@ -355,8 +355,8 @@ def budget_figure(curves: Sequence[BudgetCurve], theme: Theme = LIGHT) -> "Figur
                 share = curve.at(at)
                 axes.plot([at], [share], marker="o", markersize=5, color=theme.primary)
                 axes.annotate(
-                    f"{factor:g}x: {format_percent(share)}", (at, share), xytext=(-6, 5), textcoords="offset points",
-                    ha="right", fontsize=8, color=theme.ink,
+                    f"{factor:g}x\n{format_percent(share)}", (at, share), xytext=(-8, 6), textcoords="offset points",
+                    ha="center", fontsize=8, color=theme.ink,
                 )  # fmt: skip
         if curve.actual_spent > 0:
             axes.axvline(curve.actual_spent, color=theme.secondary, linewidth=1.0, alpha=0.7)
