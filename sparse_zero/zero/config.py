@@ -7,6 +7,10 @@ from sparse_zero.errors import InputError
 
 Placement = Literal["inplace", "delta"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+Offload = Literal["none", "cpu", "nvme"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
+Rounding = Literal["nearest", "stochastic"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,14 @@ class ZeroConfig:
     stage: Literal[0, 1, 2, 3] = 2
     # inplace: values are written back into W after each step; delta: W is untouched and the product is added.
     placement: Placement = "inplace"
+    # Where the values' masters and moments live: on the device, in host memory, or on a disk.
+    offload_optimizer: Offload = "none"
+    # Stage 3: where each rank's shard of the base lives.
+    offload_base: Offload = "none"
+    # Folder on a local disk for what is offloaded to nvme.
+    nvme_path: str | None = None
+    # How inplace values in bf16 or fp16 come from their fp32 masters at write-back.
+    rounding: Rounding = "nearest"
     # An own DeepSpeed JSON: a file name, or the content inline. "auto" fields are filled from the run.
     config: str | dict[str, Any] | None = None
     # Extra key/values of DeepSpeed's zero_optimization section (bucket sizes, prefetch), passed through.
@@ -27,6 +39,22 @@ class ZeroConfig:
             raise InputError(f"zero.stage is {self.stage!r}: choose 0, 1, 2 or 3")
         if self.placement not in PLACEMENTS:
             raise InputError(f"zero.placement is {self.placement!r}: choose one of {', '.join(PLACEMENTS)}")
+        for name, value in (("offload_optimizer", self.offload_optimizer), ("offload_base", self.offload_base)):
+            if value not in OFFLOADS:
+                raise InputError(f"zero.{name} is {value!r}: choose one of {', '.join(OFFLOADS)}")
+            if value == "nvme" and not self.nvme_path:
+                raise InputError(f"zero.{name} is 'nvme': set zero.nvme_path to a folder on a local disk")
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise InputError(
+                f"zero.offload_optimizer is {self.offload_optimizer!r} at zero.stage 0: use stage 1, 2 or 3, or none"
+            )
+        if self.offload_base != "none" and self.stage != 3:
+            raise InputError(
+                f"zero.offload_base is {self.offload_base!r} at zero.stage {self.stage}, where every rank holds the "
+                "whole base: use stage 3, or none"
+            )
+        if self.rounding not in ROUNDINGS:
+            raise InputError(f"zero.rounding is {self.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
         if self.stage == 3 and self.placement == "inplace":
             raise InputError(
                 "zero.placement is 'inplace' at zero.stage 3, which shards the base weights: "

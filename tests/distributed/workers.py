@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_zero as sz
 import sparse_zero.zero.engine as engine_module
+from scripts.dense_reference import adamw_on_entries
 from sparse_zero.layers.sparsify import selection_of, write_back
 from sparse_zero.zero.compat import inner_optimizer, is_partitioned, link_optimizer_states
 from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.state import read_masters
-from tests.sparse_zero.helpers import TinyModel, adamw_on_entries, mixed_selection, owner_matrix, tiny_loss
+from tests.sparse_zero.helpers import TinyModel, mixed_selection, owner_matrix, tiny_loss
 
 GLOBAL_BATCH, LENGTH, VOCABULARY = 8, 9, 32
 LEARNING_RATE, DECAY, CLIP = 3e-2, 0.1, 0.5

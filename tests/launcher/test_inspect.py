@@ -569,7 +569,7 @@ def test_the_budget_picture_marks_the_selection_and_its_multiples(selection: Sel
     for axes, curve in zip(figure.axes, curves, strict=True):
         marks = {line.get_marker(): line.get_xydata()[0] for line in axes.get_lines() if line.get_marker() != "None"}
         np.testing.assert_allclose(marks["D"], [curve.actual_spent, curve.actual_captured])
-        assert [text.get_text().split(":")[0] for text in axes.texts] == ["0.25x", "0.5x", "2x", "4x"]
+        assert [text.get_text().split("\n")[0] for text in axes.texts] == ["0.25x", "0.5x", "2x", "4x"]
 
 
 # -- the command

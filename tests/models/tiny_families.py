@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse_zero as sz
+from scripts.dense_reference import adamw_on_entries
 from sparse_zero.layers.sparsify import by_parameter
 from sparse_zero.selection.regions import WeightSelection, grid_shape
-from tests.sparse_zero.helpers import adamw_on_entries, owner_matrix
+from tests.sparse_zero.helpers import owner_matrix
 
 SMALL = {
     "vocab_size": 64,

@@ -1,6 +1,6 @@
 """Plain references and tiny models that the tests of the library share."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,45 +35,6 @@ def plain_entries(matrix: Tensor, selection: WeightSelection) -> dict[str, Tenso
     for c in selection.columns.tolist():
         found["column"] += [matrix[r, c] for r in range(out_features) if owner[r, c] == 3]
     return {kind: torch.stack(entries) for kind, entries in found.items() if entries}
-
-
-def adamw_on_entries(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    loss_of: Callable[[nn.Module, Tensor], Tensor],
-    batches: Iterable[Tensor],
-    placement: str,
-    *,
-    learning_rate: float,
-    decay: float,
-    clip: float | None = None,
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Plain AdamW on the dense model that updates (and decays) the masked entries only: losses, parameters.
-
-    No code of ours is in it.
-    """
-    parameters = dict(model.named_parameters())
-    base = {name: parameters[name].detach()[mask].clone() for name, mask in masks.items()}
-    trained = {
-        name: nn.Parameter(torch.zeros_like(entries) if placement == "delta" else entries.clone())
-        for name, entries in base.items()
-    }
-    optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=decay)
-    losses = []
-    for tokens in batches:
-        model.zero_grad()
-        loss = loss_of(model, tokens)
-        loss.backward()
-        for name, mask in masks.items():
-            trained[name].grad = parameters[name].grad[mask]
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-        optimizer.step()
-        with torch.no_grad():
-            for name, mask in masks.items():
-                parameters[name][mask] = trained[name] + (base[name] if placement == "delta" else 0.0)
-        losses.append(loss.item())
-    return losses, {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 class TinyAttention(nn.Module):
