@@ -4,12 +4,37 @@ import importlib
 import json
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 
-def main() -> None:
-    """Run the job described by the first argument."""
+def run_rank(description: str, environment: dict[str, str]) -> None:
+    """Run a job on this rank, with output to a file of its own; ends the process with exit code 0, or 1 on an error.
+
+    Args:
+        description: JSON with the function, its arguments, and the files for result, rendezvous and output.
+        environment: replaces that of the process it was forked from.
+    """
+    job = json.loads(description)
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(Path(job["folder"]) / f"rank{environment['RANK']}.log", "wb", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    code = 0
+    try:
+        _run(job)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As a process that was started for this would: no handlers and threads of the one it was forked from.
+    os._exit(code)
+
+
+def _run(job: dict[str, object]) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -18,7 +43,6 @@ def main() -> None:
 
     from sparse_zero.collectives import leave_process_group
 
-    job = json.loads(sys.argv[1])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deepspeed.init_distributed(
         dist_backend="gloo",
@@ -28,14 +52,10 @@ def main() -> None:
         world_size=world_size,
         verbose=False,
     )
-    module, _, name = job["function"].partition(":")
+    module, _, name = str(job["function"]).partition(":")
     warnings.simplefilter("default")
-    result = getattr(importlib.import_module(module), name)(**job["arguments"])
+    result = getattr(importlib.import_module(module), name)(**job["arguments"])  # type: ignore[arg-type]
     if rank == 0:
-        Path(job["result"]).write_text(json.dumps(result))
+        Path(str(job["result"])).write_text(json.dumps(result))
     dist.barrier()
     leave_process_group()
-
-
-if __name__ == "__main__":
-    main()

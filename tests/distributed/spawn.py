@@ -1,15 +1,45 @@
-"""How do the tests run a function on several real ranks: gloo, file rendezvous, a time limit, tracebacks shown?"""
+"""How do the tests run a function on several real ranks: gloo, file rendezvous, a time limit, tracebacks shown?
+
+Ranks are forked from one process that has imported torch, DeepSpeed and transformers, and done nothing else: importing
+them costs more than most of what the ranks are asked to do.
+"""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.rank_main import run_rank
+
 ROOT = Path(__file__).resolve().parents[2]
+# The last one is imported by the first engine: it loads torch's compiler.
+PRELOADED = [
+    "tests.distributed.workers",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
+# Libraries read these when they are loaded, which happens once, before the ranks are forked.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **arguments: Any) -> Any:
@@ -21,6 +51,10 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
         timeout: seconds until all ranks are killed and the test fails.
         arguments: JSON values.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with _environment(ENVIRONMENT):
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory(prefix="sparse_zero_ranks_") as folder:
         result = Path(folder) / "result.json"
         job = {
@@ -28,43 +62,36 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
             "arguments": arguments,
             "result": str(result),
             "rendezvous": f"{folder}/rendezvous",
+            "folder": folder,
         }
         processes = []
         for rank in range(world_size):
             environment = {
                 **os.environ,
+                **ENVIRONMENT,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }
-            with (Path(folder) / f"rank{rank}.log").open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.distributed.rank_main", json.dumps(job)],
-                        env=environment,
-                        cwd=ROOT,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            process = context.Process(target=run_rank, args=(json.dumps(job), environment))
+            process.start()
+            processes.append(process)
         deadline = time.monotonic() + timeout
         try:
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() not in (None, 0) for process in processes):
+            while any(process.is_alive() for process in processes):
+                if any(process.exitcode not in (None, 0) for process in processes):
                     time.sleep(2.0)  # Let the others say what they saw before they are ended.
                     break
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
         finally:
-            codes = [process.poll() for process in processes]
+            codes = [process.exitcode for process in processes]
             for process in processes:
-                if process.poll() is None:
+                if process.exitcode is None:
                     process.kill()
-                process.wait()
+                process.join()
+                process.close()
         if codes != [0] * world_size:
             logs = "\n".join(
                 f"--- rank {rank}, exit code {code if code is not None else 'none: killed'}\n"
