@@ -171,7 +171,9 @@ def _unknown_key(path: tuple[str, ...], known: list[str], source: str) -> str:
         hint = f"did you mean {'.'.join((*above, nearest[0]))}?"
     else:
         # Often the right key in the wrong section.
-        everywhere = {name.rpartition(".")[2]: name for name in _all_keys(RunConfig, ())}
+        # Where several have it, the outermost.
+        names = sorted(_all_keys(RunConfig, ()), key=lambda name: -name.count("."))
+        everywhere = {name.rpartition(".")[2]: name for name in names}
         elsewhere = difflib.get_close_matches(key, list(everywhere), n=1, cutoff=0.8)
         hint = f"did you mean {everywhere[elsewhere[0]]}?" if elsewhere else f"known are {', '.join(known)}"
     return f"unknown key {'.'.join(path)} in {source}: {hint}"

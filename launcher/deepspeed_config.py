@@ -31,7 +31,16 @@ _SOURCES = {
     "bf16.enabled": "training.precision",
     "fp16.enabled": "training.precision",
     "zero_allow_untested_optimizer": "the run's own optimizer",
+    "zero_force_ds_cpu_optimizer": "the run's own optimizer",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "zero.nvme_path",
+    "zero_optimization.offload_param.device": "zero.offload_base",
+    "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
 }
+# Of ZeRO++, in zero.options: what is quantized on its way between ranks, which only CUDA kernels do.
+_STORED_QUANTIZED = "zero_quantized_nontrainable_weights"
+_QUANTIZED = ("zero_quantized_weights", _STORED_QUANTIZED, "zero_quantized_gradients")
+_HPZ = "zero_hpz_partition_size"
 # Sections in which DeepSpeed has a default for every key, so that an "auto" there can simply be left out.
 _SECTIONS_WITH_DEFAULTS = ("zero_optimization", "bf16", "fp16")
 # What follows from the run only when the world size is known.
@@ -62,8 +71,11 @@ def deepspeed_config(config: RunConfig, world_size: int | None) -> dict[str, Any
         InputError: where the own config contradicts the run, by dotted name and with both values.
     """
     own = read_own_config(config)
-    for name, value in _decided(config).items():
-        _fill(own, name, value)
+    for path, value in _decided(config).items():
+        _fill(own, path, value)
+    if _offloads(own, "offload_optimizer"):
+        # DeepSpeed would insist on its own CPU Adam; the run hands it the optimizer of its training section.
+        _fill(own, ("zero_force_ds_cpu_optimizer",), False)
     if world_size is None:
         for name in _OF_THE_WORLD:
             if own.get(name) == _AUTO:
@@ -78,8 +90,74 @@ def deepspeed_config(config: RunConfig, world_size: int | None) -> dict[str, Any
 
 
 def check_own_config(config: RunConfig) -> None:
-    """Refuse an own DeepSpeed config that contradicts the run in what does not depend on the world size."""
-    deepspeed_config(config, None)
+    """Refuse an own DeepSpeed config that contradicts the run in what does not depend on the world size.
+
+    Also offloading and ZeRO++ options that cannot work here, by name.
+    """
+    settings = deepspeed_config(config, None)
+    _check_offload(settings, config)
+    _check_zero_plus_plus(settings["zero_optimization"], config)
+
+
+def _offloads(settings: Mapping[str, Any], section: str) -> str | None:
+    """The device that ``offload_optimizer`` or ``offload_param`` names; None where nothing is offloaded."""
+    found = settings["zero_optimization"].get(section)
+    device = found.get("device", "none") if isinstance(found, Mapping) else "none"
+    return None if device in ("none", _AUTO) else str(device)
+
+
+def _check_offload(settings: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse offloading to a disk that is not there, or that this machine cannot read asynchronously.
+
+    Raises:
+        InputError: names the field and the remedy.
+    """
+    stage = config.zero.stage
+    to_disk = [each for each in ("offload_optimizer", "offload_param") if _offloads(settings, each) == "nvme"]
+    if to_disk and stage < 3:
+        # DeepSpeed would take the host's memory instead, without a word.
+        raise InputError(
+            f"zero.offload_optimizer is 'nvme' at zero.stage {stage}, where DeepSpeed offloads to host memory only: "
+            "use cpu, or stage 3"
+        )
+    for section in to_disk:
+        path = settings["zero_optimization"][section].get("nvme_path")
+        if not path or not Path(path).is_dir():
+            raise InputError(f"zero.nvme_path is {path!r}, which is no folder: name one on a local disk of every node")
+    if to_disk:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise InputError(
+                f"zero.{'offload_base' if to_disk[0] == 'offload_param' else to_disk[0]} is 'nvme', and DeepSpeed's "
+                "asynchronous I/O cannot be built here: install libaio (libaio-dev), or use cpu"
+            )
+    if _offloads(settings, "offload_optimizer") and config.zero.offload_optimizer == "none" and stage == 0:
+        raise InputError("zero.offload_optimizer needs zero.stage 1, 2 or 3: at stage 0 DeepSpeed offloads nothing")
+
+
+def _check_zero_plus_plus(section: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse what of ZeRO++ cannot work with this stage, placement or machine.
+
+    Raises:
+        InputError: names the option and the remedy.
+    """
+    quantized = [name for name in _QUANTIZED if section.get(name)]
+    for name in quantized if section.get(_HPZ, 1) == 1 else [*quantized, _HPZ]:
+        if config.zero.stage != 3:
+            raise InputError(
+                f"zero.options.{name} is set at zero.stage {config.zero.stage}, which gathers no weights: use stage 3"
+            )
+    if quantized:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(f"zero.options.{quantized[0]} needs CUDA, and this machine has none: remove it")
+    if section.get(_STORED_QUANTIZED) and config.zero.placement == "inplace":
+        raise InputError(
+            f"zero.options.{_STORED_QUANTIZED} with zero.placement 'inplace', which writes into the weights: use "
+            "zero.placement delta, or remove it"
+        )
 
 
 def validate_with_deepspeed(settings: Mapping[str, Any], world_size: int) -> None:
@@ -133,26 +211,38 @@ def read_own_config(config: RunConfig) -> dict[str, Any]:
     return copy.deepcopy(own)
 
 
-def _decided(config: RunConfig) -> dict[str, Any]:
-    """Dotted names and values that the run decides whatever the world size."""
-    training = config.training
-    decided: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_clipping": training.max_gradient_norm or 0.0,
-        "zero_optimization.stage": config.zero.stage,
-        "bf16.enabled": training.precision == "bf16",
-        "fp16.enabled": training.precision == "fp16",
-        # The run hands DeepSpeed a plain torch AdamW, which no config section then has to build.
-        "zero_allow_untested_optimizer": True,
+def _decided(config: RunConfig) -> dict[tuple[str, ...], Any]:
+    """Paths and values that the run decides whatever the world size."""
+    training, zero = config.training, config.zero
+    decided: dict[tuple[str, ...], Any] = {
+        ("train_micro_batch_size_per_gpu",): training.micro_batch_size,
+        ("gradient_clipping",): training.max_gradient_norm or 0.0,
+        ("zero_optimization", "stage"): zero.stage,
+        ("bf16", "enabled"): training.precision == "bf16",
+        ("fp16", "enabled"): training.precision == "fp16",
+        # The run hands DeepSpeed an optimizer of its own, which no config section then has to build.
+        ("zero_allow_untested_optimizer",): True,
     }
-    for key, value in config.zero.options.items():
-        decided[f"zero_optimization.{key}"] = value
+    for key, value in zero.options.items():
+        decided["zero_optimization", key] = copy.deepcopy(value)
+    for section, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_base)):
+        if device != "none":
+            # DeepSpeed pins host memory by itself where there is a GPU.
+            decided["zero_optimization", section, "device"] = device
+        if device == "nvme":
+            decided["zero_optimization", section, "nvme_path"] = zero.nvme_path
     return decided
 
 
 def _fill_batch_sizes(own: dict[str, Any], config: RunConfig, world_size: int) -> None:
     accumulation = accumulation_steps(config, world_size)
-    _fill(own, "gradient_accumulation_steps", accumulation)
+    _fill(own, ("gradient_accumulation_steps",), accumulation)
+    ranks_per_copy = own["zero_optimization"].get(_HPZ, 1)
+    if isinstance(ranks_per_copy, int) and (ranks_per_copy < 1 or world_size % ranks_per_copy):
+        raise InputError(
+            f"zero.options.{_HPZ} is {ranks_per_copy}, which does not divide the {world_size} ranks: use the number of "
+            "ranks on a node"
+        )
     # DeepSpeed insists on this product. It exceeds the run's global batch where that does not divide: the
     # surplus is masked samples, which count nowhere.
     product = config.training.micro_batch_size * accumulation * world_size
@@ -162,11 +252,14 @@ def _fill_batch_sizes(own: dict[str, Any], config: RunConfig, world_size: int) -
     own["train_batch_size"] = product
 
 
-def _fill(own: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted ``name`` in ``own``, unless it says something else already, which is refused."""
-    *sections, key = name.split(".", maxsplit=1)
+def _fill(own: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set what ``path`` leads to in ``own``, unless it says something else already, which is refused."""
+    *sections, key = path
+    name = ".".join(path)
     target = own
     for section in sections:
+        if target.get(section) == _AUTO:
+            target[section] = {}
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise InputError(f"{section} is {target!r} in the DeepSpeed config zero.config: expected an object")

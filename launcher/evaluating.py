@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig
-from launcher.exporting import load_merged
+from launcher.deepspeed_config import deepspeed_config
+from launcher.exporting import load_merged, load_merged_shards
 from launcher.run_folder import RunFolder, check_out_file
 from launcher.world import World, join_world
 from models.data import load_records
 from models.evaluation import EvaluationResult, evaluate, write_result
 from sparse_zero.collectives import PeerError, failing_together, leave_process_group
 from sparse_zero.errors import InputError
+from sparse_zero.zero.compat import has_shards
+from sparse_zero.zero.inference import sharded_forward
 
 # Exit code of wrong input.
 _EXIT_INPUT = 2
@@ -31,7 +34,11 @@ def evaluate_model(
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True, quiet=not world.is_main), transient=True) as progress:
+    sharded = has_shards(model)
+    with (
+        Progress(console=Console(stderr=True, quiet=not world.is_main), transient=True) as progress,
+        sharded_forward(model, deepspeed_config(config, world.world_size) if sharded else {}),
+    ):
         task = progress.add_task(title, total=None)
         result = evaluate(
             model,
@@ -42,6 +49,7 @@ def evaluate_model(
             fields=config.data.fields,
             rank=world.rank,
             world_size=world.world_size,
+            lockstep=sharded,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     if world.is_main:
@@ -96,9 +104,15 @@ def evaluate_run(config: RunConfig, adapter: Path | None, out: Path | None = Non
 
 
 def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, out: Path) -> None:
+    sharded = config.zero.stage == 3 and config.model.quantization == "none" and world.world_size > 1
+    model: Any = None
+    tokenizer: Any = None
     with failing_together():
         records = load_records(config.data, "test")
-        model, tokenizer = load_merged(config, adapter)
+        if not sharded:
+            model, tokenizer = load_merged(config, adapter)
+    if sharded:
+        model, tokenizer = load_merged_shards(config, adapter, world.world_size)
     model.to(world.device)
     name = "base" if adapter is None else str(adapter)
     result = evaluate_model(config, world, model, tokenizer, records, out, f"evaluating {name}")

@@ -1,26 +1,30 @@
 """How does an adapter become a plain model folder that transformers loads without this package?"""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig
+from launcher.deepspeed_config import deepspeed_config
 from launcher.kept_base import model_of
 from models.base_identity import base_identity
-from models.loading import load_model, load_tokenizer, model_folder, validate_model_source
+from models.loading import ModelConfig, load_model, load_tokenizer, model_folder, validate_model_source
+from models.sharded_loading import load_sharded
+from models.sharded_saving import save_sharded
 from sparse_zero.checkpoint.adapter import read_adapter_base
 from sparse_zero.checkpoint.adapter_set import load_adapter
 from sparse_zero.checkpoint.folders import new_folder
+from sparse_zero.collectives import failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.layers.merge import merge
+from sparse_zero.zero.compat import has_shards
 
 
-def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
-    """(model, tokenizer): the base, with an adapter folded in if one is given. Works without a GPU.
-
-    The base is ``config.model``, or, for an adapter that was trained on it, the one that calibration kept.
+def _source(config: RunConfig, adapter: Path | None) -> ModelConfig:
+    """What to load for an adapter: ``config.model``, or the base that calibration kept, if it was trained on that.
 
     Raises:
-        InputError: the base or the adapter cannot be loaded, or they do not belong together.
+        InputError: the adapter was trained on another base.
     """
     stored = None if adapter is None else read_adapter_base(adapter)
     source = model_of(config, stored)
@@ -32,7 +36,35 @@ def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
                 f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and "
                 f"model.name_or_path is {found.name} ({found.sha256[:12]}): name the base it was trained on"
             )
+    return source
+
+
+def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
+    """(model, tokenizer): the base, with an adapter folded in if one is given. Works without a GPU.
+
+    The base is ``config.model``, or, for an adapter that was trained on it, the one that calibration kept.
+
+    Raises:
+        InputError: the base or the adapter cannot be loaded, or they do not belong together.
+    """
+    source = _source(config, adapter)
     model, tokenizer = load_model(source), load_tokenizer(source)
+    if adapter is not None:
+        load_adapter(model, adapter, placement="inplace" if source.quantization == "none" else "delta")
+        merge(model)
+    return model, tokenizer
+
+
+def load_merged_shards(config: RunConfig, adapter: Path | None, world_size: int) -> tuple[Any, Any]:
+    """Like :func:`load_merged`, with the model in shards, none of which is ever put together. Collective.
+
+    Raises:
+        InputError: as there, on all ranks together.
+    """
+    with failing_together():
+        source = _source(config, adapter)
+        tokenizer = load_tokenizer(source)
+    model = load_sharded(source, deepspeed_config(config, world_size))
     if adapter is not None:
         load_adapter(model, adapter, placement="inplace")
         merge(model)
@@ -40,10 +72,27 @@ def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
 
 
 def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a plain Hugging Face folder (safetensors, config, tokenizer), complete or not at all."""
+    """Write a plain Hugging Face folder (safetensors, config, tokenizer), complete or not at all.
+
+    For one process; collective where ZeRO-3 holds the model in shards.
+    """
+    if has_shards(model):
+        _save_shards(model, tokenizer, folder)
+        return
     with new_folder(folder, manifest=False) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def _save_shards(model: Any, tokenizer: Any, folder: Path) -> None:
+    is_main = rank_and_world_size()[0] == 0
+    with ExitStack() as stack:
+        with failing_together():
+            temporary = stack.enter_context(new_folder(folder, manifest=False)) if is_main else None
+        save_sharded(model, temporary)
+        with failing_together():
+            if temporary is not None:
+                tokenizer.save_pretrained(temporary)
 
 
 def export(config: RunConfig, adapter: Path, folder: Path) -> int:

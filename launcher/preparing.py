@@ -33,6 +33,7 @@ from models.loading import (
 )
 from models.loss import response_nll
 from models.sampler import BatchSampler
+from models.sharded_loading import ShardedLoadingWarning, load_sharded
 from sparse_zero.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sparse_zero.checkpoint.folders import MANIFEST, file_sha256
 from sparse_zero.checkpoint.identity import BaseIdentity
@@ -48,6 +49,8 @@ from sparse_zero.selection.scores import resolve_score
 from sparse_zero.selection.select import check_selection, choose_regions, score_regions
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.engine import initialize
+from sparse_zero.zero.inference import sharded_forward
+from sparse_zero.zero.optimizers import build_optimizer, check_available, check_kinds
 
 _DTYPE_OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -93,6 +96,22 @@ class Prepared:
         return self.checkpoint is not None or self.selection is not None
 
 
+def _check_quantized(config: RunConfig) -> None:
+    """Refuse what does not go with a quantized base."""
+    what = f"model.quantization is {config.model.quantization!r}"
+    if config.model.quantization == "none":
+        return
+    if config.zero.placement == "inplace":
+        raise InputError(
+            f"{what} with zero.placement 'inplace', which writes values into the weights: set zero.placement to delta"
+        )
+    if config.selection.file is None and config.selection.calibration_weights == "full":
+        raise InputError(
+            f"{what} with selection.calibration_weights 'full', which trains all weights: set it to 'frozen', or "
+            "select without quantization and name the selection as selection.file"
+        )
+
+
 def check_run(config: RunConfig, *, continues: bool = True) -> None:
     """Everything that can be checked without loading a model or writing a file.
 
@@ -110,16 +129,26 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
             f"training.precision is {config.training.precision} but model.dtype is {config.model.dtype}: "
             f"set model.dtype to {wanted}, or training.precision to match"
         )
-    if config.zero.stage == 0 and config.training.precision != "fp32":
+    if config.zero.stage == 0 and config.training.precision == "fp16":
         raise InputError(
-            f"zero.stage is 0 with training.precision {config.training.precision}, whose masters DeepSpeed does not "
-            "give back: use zero.stage 1, 2 or 3, or fp32"
+            "zero.stage is 0 with training.precision fp16, where DeepSpeed scales the loss in a way that no checkpoint "
+            "holds: use zero.stage 1, 2 or 3, or bf16"
         )
     if config.training.precision != "fp32" and not torch.cuda.is_available():
         warnings.warn(
             f"training.precision {config.training.precision} is slow on most CPUs: fp32 is the choice here",
             stacklevel=2,
         )
+    rounds = config.zero.placement == "inplace" and config.training.precision != "fp32"
+    if config.zero.rounding == "stochastic" and not rounds:
+        raise InputError(
+            f"zero.rounding is 'stochastic' with zero.placement {config.zero.placement} and training.precision "
+            f"{config.training.precision}, where nothing is rounded at write-back: use zero.rounding nearest"
+        )
+    check_available(config.training.optimizer)
+    if config.selection.file is None:
+        check_kinds(config.training.optimizer_config(), [region.kind for region in config.selection.regions])
+    _check_quantized(config)
     for region in config.selection.regions:
         if region.kind != "whole":
             resolve_score(config.selection.score_of(region))
@@ -183,6 +212,25 @@ def _agree_on_start(checkpoint: Checkpoint | None, earlier: Selection | None) ->
         )
 
 
+def _loads_sharded(config: RunConfig, *, is_selected: bool) -> bool:
+    """Whether no rank may hold the whole model: at stage 3, but where something needs all of it first."""
+    if config.zero.stage < 3:
+        return False
+    reason = None
+    if config.model.quantization != "none":
+        reason = f"model.quantization is {config.model.quantization!r}"
+    elif config.selection.file is None and not is_selected and config.selection.calibration_weights == "full":
+        reason = "selection.calibration_weights is 'full'"
+    if reason is not None:
+        warnings.warn(
+            f"{reason}, which needs whole weights: at zero.stage 3 every rank holds the whole model until training "
+            "starts, and shards it then",
+            ShardedLoadingWarning,
+            stacklevel=3,
+        )
+    return reason is None
+
+
 def _agree_on_base(base: BaseIdentity | None) -> BaseIdentity:
     """Rank 0's on every rank. Collective."""
     return BaseIdentity(**gather_json(None if base is None else dataclasses.asdict(base))[0])
@@ -215,12 +263,17 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
     source = config.model
     if earlier is not None or (checkpoint is not None and kept_folder(config) is not None):
         source = kept_model(config)
+    sharded = _loads_sharded(config, is_selected=checkpoint is not None or earlier is not None)
+    model: Any
     with failing_together():
         tokenizer = load_tokenizer(config.model)
         train = load_samples(config.data, tokenizer, "train")
         validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
-        model = load_model(source)
+        model = None if sharded else load_model(source)
+    if sharded:
+        model = load_sharded(source, deepspeed_config(config, world.world_size))
+    with failing_together():
         check_tokenizer_fits(model, tokenizer)
         for samples in (train, validation):
             if samples is not None:
@@ -228,9 +281,9 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         family = module_map(model)
         check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
         if checkpoint is not None:
-            check_fits(model, checkpoint.selection, retired=checkpoint.retired)
+            check_fits(model, checkpoint.selection, retired=checkpoint.retired, sharded=sharded)
         elif config.selection.file is not None:
-            check_fits(model, Selection.load(config.selection.file))
+            check_fits(model, Selection.load(config.selection.file), sharded=sharded)
         else:
             check_selection(model, config.selection, family)
         if world.is_main:
@@ -243,7 +296,8 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
             f"{checkpoint.folder} was trained on the base {checkpoint.base.name} ({checkpoint.base.sha256[:12]}), not "
             f"on {base.name} ({base.sha256[:12]}): load that base, or start in another output.folder"
         )
-    model.to(world.device)
+    if not sharded:  # Shards are where they belong already.
+        model.to(world.device)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
     return Prepared(
@@ -287,7 +341,8 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
     config = prepared.config
     batches = calibration_batches(config, prepared.train.samples, pad_token_id(prepared.tokenizer), world.device)
     console = Console(stderr=True, quiet=not (world.is_main and config.selection.needs_data))
-    with Progress(console=console, transient=True) as progress:
+    settings = deepspeed_config(config, world.world_size)
+    with Progress(console=console, transient=True) as progress, sharded_forward(prepared.model, settings):
         task = progress.add_task("calibrating", total=config.selection.calibration_batches)
         prepared.model.train()
         scores = score_regions(
@@ -347,16 +402,16 @@ def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
 
 def new_engine(model: Any, config: RunConfig, world: World) -> Any:
     """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective."""
-    training = config.training
+    settings = deepspeed_config(config, world.world_size)
+    offload = (settings.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    offloaded = offload.get("device", "none") != "none"
+    optimizer = config.training.optimizer_config()
     engine, *_ = initialize(
         model=model,
-        config=deepspeed_config(config, world.world_size),
-        optimizer=lambda groups: torch.optim.AdamW(
-            groups,
-            lr=training.learning_rate,
-            betas=(training.beta1, training.beta2),
-            eps=training.epsilon,
-            weight_decay=training.weight_decay,
-        ),
+        config=settings,
+        broadcast_weights=False,  # Every rank has read the same files; its weights are compared.
+        optimizer=lambda groups: build_optimizer(groups, optimizer, model=model, offloaded=offloaded),
+        rounding=config.zero.rounding,
+        rounding_seed=config.training.seed,
     )
     return engine

@@ -130,6 +130,18 @@ def _peak_memory(peaks: object) -> str:
     )
 
 
+def _communication(terms: Mapping[str, Any]) -> str:
+    """Bytes by what they carry; the few bytes of flags and norms are in the sum only."""
+    known = {name: as_number(terms.get(name)) for name in ("gradients", "values", "weights", "constants")}
+    if any(number is None for number in known.values()):
+        return ABSENT
+    total = sum(number or 0 for number in known.values())
+    if not total:
+        return "none: one rank"
+    parts = [f"{name} {format_bytes(number)}" for name, number in known.items() if number and name != "constants"]
+    return f"{format_bytes(total)}  ({', '.join(parts)})"
+
+
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table's lines as (name, value); what the run did not measure is marked as absent."""
     loss, steps, ranks = (as_number(summary.get(name)) for name in ("final_loss", "steps", "world_size"))
@@ -138,6 +150,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Accuracy before → after", _accuracy(as_mapping(summary.get("accuracy")))),
         ("Parameters trained", _parameters(as_mapping(summary.get("parameters")))),
         ("Peak memory per rank", _peak_memory(summary.get("peak_memory_bytes_per_rank"))),
+        ("Reduced, gathered a step", _communication(as_mapping(summary.get("communication_bytes_per_step")))),
         ("Tokens per second", ABSENT if speed is None else f"{speed:,.0f}"),
         ("Adapter", format_bytes(summary.get("adapter_bytes"))),
         ("Merged model", format_bytes(summary.get("merged_bytes"))),

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.evaluating import evaluate_model
-from launcher.exporting import load_merged, save_model_folder
+from launcher.exporting import save_model_folder
 from launcher.metrics import MetricsLog
 from launcher.preparing import (
     Phases,
@@ -46,6 +46,8 @@ from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.selection.select import num_parameters
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.communication import engine_communication
+from sparse_zero.zero.compat import detach_engine, has_shards, make_plain
 
 # Exit codes besides 0: wrong input, an error while running, and 128 + signal after a clean stop.
 EXIT_INPUT, EXIT_ERROR, EXIT_SIGNAL = 2, 1, 128
@@ -112,15 +114,16 @@ def _train(prepared: Prepared, engine: Any, world: World) -> tuple[TrainingResul
 
 
 def _tuned_model(prepared: Prepared, engine: Any) -> Any:
-    """The plain model with the trained values in its weights, on every rank."""
-    if prepared.config.zero.stage < 3:
-        model = engine.module
-        merge(model)
-        return model
-    # The base is sharded: load it again, unsharded, and put the saved adapter on it.
-    prepared.model = None
-    engine.destroy()
-    model, _ = load_merged(prepared.config, prepared.folder.adapter)
+    """The plain model with the trained values in its weights; at stage 3 in shards, as it was trained.
+
+    A quantized one keeps the values beside its weights, whole at every stage: dense, it might not fit any more.
+    """
+    model = engine.module
+    if prepared.config.model.quantization != "none":
+        return make_plain(engine) if prepared.config.zero.stage == 3 else model
+    if prepared.config.zero.stage == 3:
+        model = detach_engine(engine)
+    merge(model)
     return model
 
 
@@ -131,6 +134,7 @@ def _write_summary(
     result: TrainingResult,
     accuracy: dict[str, Any],
     counts: dict[str, Any],
+    communication: dict[str, int],
 ) -> None:
     folder, summary = prepared.folder, prepared.folder.summary
     peaks = gather_json(max(result.peak_memory_bytes[world.rank], counts.pop("peak_memory_bytes")))
@@ -143,6 +147,7 @@ def _write_summary(
             "accuracy": accuracy,
             "parameters": counts,
             "peak_memory_bytes_per_rank": peaks,
+            "communication_bytes_per_step": communication,
             "tokens_per_second": result.tokens_per_second,
             "adapter_bytes": folder.size_of(folder.adapter),
             "merged_bytes": folder.size_of(folder.merged),
@@ -186,17 +191,23 @@ def _run_in_world(config: RunConfig, world: World) -> int:
         return EXIT_SIGNAL + result.stopped_by
     # Of the selection that training ended with.
     trained, retired = selection_of(engine.module).num_parameters, num_retired(engine.module)
+    communication = engine_communication(engine)
+    is_quantized = config.model.quantization != "none"
     with phases.measure("save"):
-        if config.output.adapter or config.zero.stage == 3:
+        if config.output.adapter:
             save_adapter(engine, folder.adapter, base=prepared.base)
         model = _tuned_model(prepared, engine)
-        if config.output.merged and world.is_main:
+        if config.output.merged and not is_quantized and (world.is_main or has_shards(model)):
             save_model_folder(model, prepared.tokenizer, folder.merged)
     if prepared.test:
         with phases.measure("evaluate_tuned"):
             accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
+    if config.output.merged and is_quantized and world.is_main:
+        with phases.measure("save"):  # Made dense on the host, when the device is needed no more.
+            merge(model.to("cpu"))
+            save_model_folder(model, prepared.tokenizer, folder.merged)
     counts = {"total": total, "trained": trained, "retired": retired, "peak_memory_bytes": memory.peak_bytes()}
-    _write_summary(prepared, world, phases, result, accuracy, counts)
+    _write_summary(prepared, world, phases, result, accuracy, counts, communication)
     if world.is_main:
         print_summary(folder.path)
         if config.output.report:

@@ -1,10 +1,11 @@
 """How long, how fast and in which batches is trained, and what is kept of it?"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sparse_zero.errors import InputError
+from sparse_zero.zero.optimizers import OptimizerConfig, OptimizerName, PerKindConfig
 
 
 def _check_at_least(section: str, minimum: float, **values: float | None) -> None:
@@ -33,8 +34,14 @@ class TrainingConfig:
     warmup_fraction: float = 0.05
     # Learning rate at the last step, as a share of the peak.
     final_fraction: float = 0.0
-    # AdamW's decoupled decay, on trained entries only. Under delta it pulls towards the base.
+    # adamw: torch's. deepspeed_adamw: DeepSpeed's, on the host where states are offloaded. adamw_8bit: states of 8 bits
+    # (extra "quant"). lion: one state. adafactor: one state. muon: blocks orthogonalized, AdamW for other kinds.
+    optimizer: OptimizerName = "adamw"
+    # Learning rate (or factor) and weight decay of single kinds of region.
+    per_kind: PerKindConfig = field(default_factory=PerKindConfig)
+    # Decoupled decay of trained entries only: towards zero inplace, towards the base under delta.
     weight_decay: float = 0.0
+    # Decay of the running means of the gradient and of its square. Lion's authors take 0.9 and 0.99.
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -74,6 +81,17 @@ class TrainingConfig:
                 f"training.micro_batch_size is {self.micro_batch_size}, more than training.global_batch_size "
                 f"{self.global_batch_size}: lower it"
             )
+
+    def optimizer_config(self) -> OptimizerConfig:
+        """The library's configuration of the optimizer."""
+        return OptimizerConfig(
+            name=self.optimizer,
+            learning_rate=self.learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            per_kind=self.per_kind,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from sparse_zero.collectives import collective_device
 from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.zero.engine import step_was_applied
+from sparse_zero.zero.optimizers import RATE_FACTOR
 
 
 class NonFiniteError(RuntimeError):
@@ -154,7 +155,7 @@ def _optimizer_step(
     response = max(1, num_response_tokens)
     scale = len(plan.micro_batches) * world.world_size / response
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
     # Dropout depends on the step and the rank alone, so a resumed run draws what it would have drawn.
     torch.manual_seed((config.training.seed * 1_000_003 + step) * world.world_size + world.rank)
     total, input_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0

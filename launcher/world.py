@@ -9,6 +9,7 @@ import torch
 
 from launcher.process_ranks import Ranks, export_ranks, find_ranks
 from sparse_zero.errors import InputError
+from sparse_zero.memory.allocator import return_freed_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ def join_world() -> World:
         torch.cuda.set_device(gpu)
     else:
         _share_cores(ranks)
+    return_freed_blocks()
     import deepspeed
 
     if not torch.distributed.is_initialized():

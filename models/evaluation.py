@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -148,7 +148,6 @@ def evaluate_generate(
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Exact match on greedily generated answers. Arguments and errors as :func:`evaluate`."""
-    import torch
     from transformers import GenerationConfig
 
     problems = _first(records, config)
@@ -165,7 +164,7 @@ def evaluate_generate(
     )
     batches = _batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
     predictions = []
-    with _evaluating(model, greedy), torch.inference_mode():
+    with _evaluating(model, greedy), _without_gradients(lockstep):
         for batch, is_real in _with_progress(batches, progress):
             input_ids, mask = _left_padded(
                 [prompt_ids[index] for index in batch], pad_token_id(tokenizer), model.device
@@ -197,7 +196,6 @@ def evaluate_choice(
     The response of an option is the record's own output with the right answer replaced by the option; a
     record without an output answers with the option alone. Arguments and errors as :func:`evaluate`.
     """
-    import torch
 
     problems = _first(records, config)
     options = [_options(index, record, config, fields) for index, record in enumerate(problems)]
@@ -212,7 +210,7 @@ def evaluate_choice(
     _check_context(model, max(lengths))
     batches = _batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
     predictions = []
-    with _evaluating(model, None), torch.inference_mode():
+    with _evaluating(model, None), _without_gradients(lockstep):
         for batch, is_real in _with_progress(batches, progress):
             flat = [(prompt, response) for index in batch for prompt, response, _ in rows[index]]
             scores = _log_likelihoods(model, flat, pad_token_id(tokenizer))
@@ -358,6 +356,13 @@ def _log_likelihoods(
     lengths = torch.tensor([len(response) for _, response in rows], device=targets.device)
     is_response = torch.arange(longest, 0, -1, device=targets.device) <= lengths.unsqueeze(1)
     return [float(score) for score in token_scores.where(is_response, 0.0).double().sum(1)]
+
+
+def _without_gradients(lockstep: bool) -> AbstractContextManager[None]:
+    import torch
+
+    # Weights gathered in inference mode could not be saved for a backward later.
+    return torch.no_grad() if lockstep else torch.inference_mode()
 
 
 @contextmanager

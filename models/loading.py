@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.quantization import Quantized, adopt_quantized, check_quantization, loading_options, need_package
 from models.source import check_model_folder, download, local_folder
 from models.weight_files import read_json_object
 from sparse_zero.errors import InputError
+from sparse_zero.module_map import parameter_shape
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,11 @@ class ModelConfig:
     tokenizer: str | None = None
     # Type in which the base weights are held. float32 is what a CPU is fast with; GPUs want bfloat16.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Form in which the linears of the base are held, by bitsandbytes: nf4 takes a quarter of bfloat16's bytes, int8
+    # half of them. What is computed, and values, are in dtype. Values then act by zero.placement delta.
+    quantization: Quantized = "none"
+    # Hold the constants of nf4 in 8 bits as well (QLoRA's double quantization), which saves 0.37 bits per entry.
+    double_quantization: bool = False
     # Attention implementation. sdpa needs no further package and forms no score matrix on GPUs.
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     # Run Python code that comes with the model. Off: a model is data, and data does not run.
@@ -56,6 +63,7 @@ class ModelConfig:
             raise InputError(
                 f"model.gguf_file is {self.gguf_file!r}: give the name of a .gguf file in model.name_or_path"
             )
+        check_quantization(self.quantization, self.double_quantization, self.gguf_file)
 
 
 def validate_model_source(config: ModelConfig) -> None:
@@ -76,6 +84,7 @@ def validate_model_source(config: ModelConfig) -> None:
     if config.gguf_file is not None:
         for package in ("gguf", "accelerate"):
             _need(package, package, f"model.gguf_file is {config.gguf_file!r}", "or use safetensors")
+    need_package(config.quantization)
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -95,26 +104,61 @@ def model_folder(config: ModelConfig) -> Path:
 
 
 def load_model(config: ModelConfig, *, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Load a causal language model, dense, in evaluation mode, on ``device``.
+    """Load a causal language model, dense or quantized, in evaluation mode, on ``device``.
 
     Raises:
         InputError: the source is missing, incomplete, of another kind, or its weights do not fit its config.
     """
     folder = model_folder(config)
     with _no_progress_bars():
-        model, info = _from_pretrained(config, folder)
-    for what, remedy in (
+        model, info = _from_pretrained(config, folder, device)
+    check_weights_fit(
+        folder,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    if config.quantization != "none":
+        adopt_quantized(model)
+        _leave_the_file(model)
+    return model.to(device).eval()
+
+
+def _leave_the_file(model: PreTrainedModel) -> None:
+    """Give what was not quantized memory of its own, where it is a view of the weights' file.
+
+    The file stays mapped as long as there is one, and with it every page that was read to quantize the others: all of
+    the dense model.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def check_weights_fit(
+    folder: Path, *, missing: Iterable[Any], unexpected: Iterable[Any], mismatched: Iterable[Any]
+) -> None:
+    """Raise if any weight is named that a model folder lacks, has beyond its config, or has in another shape.
+
+    Raises:
+        InputError: names the folder and some of the weights.
+    """
+    for what, found, remedy in (
         (
             "missing",
+            missing,
             "the weights do not belong to this config.json, or a file was lost: copy the model again",
         ),
-        ("unexpected", "the weights hold more than this config.json describes: copy the model again"),
-        ("mismatched", "the weights have other shapes than this config.json describes: copy the model again"),
+        ("unexpected", unexpected, "the weights hold more than this config.json describes: copy the model again"),
+        (
+            "mismatched",
+            mismatched,
+            "the weights have other shapes than this config.json describes: copy the model again",
+        ),
     ):
-        names = sorted(str(name) for name in info[f"{what}_keys"])
+        names = sorted(str(name) for name in found)
         if names:
             raise InputError(f"{folder} has {len(names)} {what} weights ({', '.join(names[:3])}): {remedy}")
-    return model.to(device).eval()
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -159,7 +203,7 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     Raises:
         InputError: the tokenizer is larger than the model's embedding.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = parameter_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         raise InputError(f"model.tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: use the model's own")
 
@@ -169,7 +213,7 @@ def _need(module: str, package: str, setting: str, otherwise: str) -> None:
         raise InputError(f"{setting}, which needs the package {package}: pip install {package}, {otherwise}")
 
 
-def _from_pretrained(config: ModelConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(config: ModelConfig, folder: Path, device: str | torch.device) -> tuple[Any, dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -179,6 +223,7 @@ def _from_pretrained(config: ModelConfig, folder: Path) -> tuple[Any, dict[str, 
         "trust_remote_code": config.trust_remote_code,
         "output_loading_info": True,
     }
+    options |= loading_options(config.quantization, config.double_quantization, options["dtype"], device)
     if config.gguf_file is None:
         options["use_safetensors"] = True
     else:

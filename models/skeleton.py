@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.loading import ModelConfig, model_folder
 from sparse_zero.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -18,17 +22,56 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
         InputError: the source is missing or no causal language model.
     """
     import torch
+
+    with torch.device("meta"):
+        return _described(config, model_folder(config))
+
+
+def load_empty(config: ModelConfig) -> PreTrainedModel:
+    """Like :func:`load_skeleton`, with real buffers: only what is read from weight files is missing.
+
+    Raises:
+        InputError: the source is missing or no causal language model.
+    """
+    folder = model_folder(config)
+    with _parameters_on_meta():
+        model = _described(config, folder, attn_implementation=config.attention)
+    if config.gguf_file is None and (folder / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _described(config: ModelConfig, folder: Path, **options: Any) -> PreTrainedModel:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = model_folder(config)
     source: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **source)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
-            )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, **options
+        )
     except Exception as error:  # a damaged config: anything from KeyError to RuntimeError
         detail = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{folder} cannot be read as a causal language model ({detail})") from error
     return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to the meta device as soon as a module gets it; one at a time is ever allocated."""
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta:  # Tied: it stays the same object.
+            return None
+        return torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,9 +1,11 @@
-"""Which files of a model folder hold its weights, and are they complete?"""
+"""Which files of a model folder hold its weights, are they complete, and where in them is which tensor?"""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file: contiguous, row by row, little-endian."""
+
+    path: Path
+    # Of its first byte in the file.
+    offset: int
+    # As the format names it: F32, BF16, ...
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """Read the header of a safetensors file and check that the file is as long as the header says.
 
@@ -33,6 +47,33 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, cut off or not in the safetensors format.
     """
+    return _read_header(path)[0]
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Where every tensor of safetensors files lies, by name; of two with one name, the later file's.
+
+    Raises:
+        InputError: a file is missing, cut off or not in the safetensors format.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        tensors, start = _read_header(path)
+        try:
+            for name, entry in tensors.items():
+                found[name] = StoredTensor(
+                    path=path,
+                    offset=start + int(entry["data_offsets"][0]),
+                    dtype=str(entry["dtype"]),
+                    shape=tuple(int(size) for size in entry["shape"]),
+                )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} has a damaged header ({name}): copy or download it again") from error
+    return found
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors of :func:`read_safetensors_header`, and where in the file their bytes start."""
     broken = f"{path} is cut off or not a safetensors file"
     remedy = "copy or download it again"
     try:
@@ -55,7 +96,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         raise InputError(f"{broken} (its header is damaged): {remedy}") from error
     if 8 + header_bytes + end != size:
         raise InputError(f"{broken} ({size} bytes where its header needs {8 + header_bytes + end}): {remedy}")
-    return tensors
+    return tensors, 8 + header_bytes
 
 
 def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
