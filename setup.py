@@ -41,7 +41,9 @@ REQUIRES = [
 
 PLOTS = ["matplotlib>=3.8"]
 TRACKING = ["tensorboard>=2.15"]
-QUANT = ["bitsandbytes>=0.46"]
+QUANT = ["bitsandbytes>=0.46.1"]
+# Its trainers run on transformers' Trainer, see docs/integrations.md.
+TRL = ["trl>=1"]
 DEV = [
     "build>=1.2",
     "hypothesis>=6.100",
@@ -53,6 +55,7 @@ DEV = [
     "ruff>=0.9",
     "setuptools>=77",
     "types-PyYAML",
+    *TRL,
     # An MPI without root rights, for the tests that start through mpirun.
     "openmpi>=5; sys_platform == 'linux'",
 ]
@@ -69,7 +72,7 @@ setup(
     packages=find_packages(include=["launcher", "launcher.*", "models", "models.*", "sparse_zero", "sparse_zero.*"]),
     package_data={"": ["py.typed"]},
     install_requires=REQUIRES,
-    extras_require={"dev": DEV, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING},
+    extras_require={"dev": DEV, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING, "trl": TRL},
     entry_points={"console_scripts": ["sparse-zero = launcher.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -33,6 +33,7 @@ from sparse_zero.selection.select import SelectionWarning, choose_regions, score
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.config import ZeroConfig
 from sparse_zero.zero.engine import attach, initialize
+from sparse_zero.zero.optimizers import KindOptimizerConfig, OptimizerConfig, PerKindConfig, build_optimizer
 
 __version__ = "0.1.0"
 
@@ -42,8 +43,11 @@ __all__ = [
     "BudgetGroupConfig",
     "FullCalibrationConfig",
     "InputError",
+    "KindOptimizerConfig",
     "MergeUndo",
     "ModuleMap",
+    "OptimizerConfig",
+    "PerKindConfig",
     "RegionConfig",
     "RegionScores",
     "ReselectConfig",
@@ -57,6 +61,7 @@ __all__ = [
     "ZeroConfig",
     "__version__",
     "attach",
+    "build_optimizer",
     "choose_regions",
     "config_at",
     "default_module_map",

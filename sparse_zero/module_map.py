@@ -42,7 +42,8 @@ class Matrix:
     layout: Layout = "out_in"
     # Whether its only owner computes Y[..., out] = X[..., in] @ W.T (+ bias), so that X and Y tell the gradient.
     is_product: bool = False
-    # Whether the owner is exactly an untied nn.Linear that is called, which a SparseLinear can replace.
+    # Whether the owner is exactly an untied nn.Linear that is called, or one that bitsandbytes has quantized: a
+    # SparseLinear can replace it.
     is_linear: bool = False
     # Whether the numbers in memory are not the weight's own (4-bit, 8-bit).
     is_quantized: bool = False
@@ -176,6 +177,8 @@ def _read_by_kernels(model: nn.Module) -> set[str]:
 
 
 def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]], read_by_kernels: set[str]) -> Matrix | None:
+    from sparse_zero.layers.quantized import is_quantized_by_bitsandbytes
+    from sparse_zero.layers.quantized_linear import QuantizedLinear
     from sparse_zero.layers.sparse_linear import SparseLinear
 
     name, attribute, module, parameter = places[0]
@@ -185,7 +188,7 @@ def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]], read_by_k
     plain = getattr(type(module), "_plain_class", type(module))
     # The names of classes, for neither transformers nor bitsandbytes is imported here.
     is_conv1d = attribute == "weight" and type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    is_of_linear = attribute == "weight" and isinstance(module, nn.Linear | SparseLinear)
+    is_of_linear = attribute == "weight" and isinstance(module, nn.Linear | QuantizedLinear | SparseLinear)
     is_quantized = _is_quantized(parameter)
     layout: Layout = "in_out" if is_conv1d or _is_stored_transposed(module, stored) else "out_in"
     if is_of_linear:
@@ -210,8 +213,8 @@ def _as_matrix(places: list[tuple[str, str, nn.Module, nn.Parameter]], read_by_k
         is_product=single and computes_product and name not in read_by_kernels,
         is_linear=single
         and attribute == "weight"
-        and plain is nn.Linear
-        and not is_quantized
+        and (plain is nn.Linear or plain is QuantizedLinear or is_quantized_by_bitsandbytes(module))
+        and is_quantized == (plain is not nn.Linear)
         and name not in read_by_kernels,
         is_quantized=is_quantized,
     )

@@ -16,9 +16,11 @@ from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers, values_name
 from sparse_zero.layers.entries import gather_positions
 from sparse_zero.layers.merge import remove_values
+from sparse_zero.layers.quantized import dense_parameter
 from sparse_zero.layers.sparsify import ADAPTERS, by_parameter, check_fits, live_positions, sparsify
 from sparse_zero.module_map import default_module_map
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.compat import has_shards, whole
 from sparse_zero.zero.config import PLACEMENTS, Placement
 
 
@@ -37,11 +39,11 @@ class _AdapterSet:
     active: str | None = None
 
 
-def _check_base_of(model: nn.Module, adapter: Adapter) -> None:
-    """Raise unless the dense ``model`` is the base that the adapter was trained on."""
+def _check_base_of(model: nn.Module, adapter: Adapter, placement: Placement) -> None:
+    """Raise unless the ``model``, without values, is the base that the adapter was trained on, and bears it."""
     module_map = default_module_map(model)
-    check_fits(model, adapter.selection, module_map, adapter.retired)
-    parameters, matrices = dict(model.named_parameters()), module_map.by_parameter()
+    check_fits(model, adapter.selection, module_map, adapter.retired, sharded=has_shards(model), placement=placement)
+    matrices = module_map.by_parameter()
     grouped, retired = by_parameter(adapter.selection), adapter.retired.entries
     found: dict[str, dict[str, str]] = {}
     for name in {**grouped, **retired}:
@@ -49,7 +51,9 @@ def _check_base_of(model: nn.Module, adapter: Adapter) -> None:
         positions: dict[str, Tensor] = {str(kind): at for kind, at in live.items()}
         if name in retired:
             positions[RETIRED] = retired[name].positions
-        found[name] = fingerprints({what: gather_positions(parameters[name], at) for what, at in positions.items()})
+        with whole(model.get_parameter(name)):
+            base = dense_parameter(model, name)
+            found[name] = fingerprints({what: gather_positions(base, at) for what, at in positions.items()})
     check_base(adapter.base_fingerprints, found, adapter.source)
 
 
@@ -77,7 +81,9 @@ def load_adapter(
     """Put an adapter on its base, in place; it becomes the active one.
 
     Args:
-        model: the dense base, unsharded, or one with other adapters loaded.
+        model: the base, dense or quantized, or one with other adapters loaded. On a quantized base the placement is
+            delta, and the base's entries are those of its dense form. Where ZeRO-3 holds it in shards, this is
+            collective.
         folder: what :func:`save_adapter` wrote.
         name: under which :func:`set_adapter` finds it again.
         placement: where the values shall act; the stored form is converted when it is the other one.
@@ -87,8 +93,8 @@ def load_adapter(
         The adapter's selection.
 
     Raises:
-        InputError: not an adapter, damaged, of a newer version or of another base, or the name is taken; the model
-            is unchanged then.
+        InputError: not an adapter, damaged, of a newer version or of another base, the name is taken, or inplace on a
+            quantized base; the model is unchanged then.
     """
     if placement not in PLACEMENTS:
         raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
@@ -100,7 +106,7 @@ def load_adapter(
     if before is not None:
         set_adapter(model, None)
     try:
-        _check_base_of(model, adapter)
+        _check_base_of(model, adapter, placement)
     except InputError:
         if before is not None:
             set_adapter(model, before)

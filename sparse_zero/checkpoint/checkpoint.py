@@ -1,12 +1,14 @@
 """What is kept so that training continues with the step that would have been, at any world size and stage?
 
-Format 2, a folder: ``checkpoint.json`` (format, version, step counter, placement, fingerprints of the base, what the
-caller adds), ``selection.safetensors``, ``masters.safetensors`` and ``moments.safetensors`` (whole 1-D fp32 tensors),
+Format 3, a folder: ``checkpoint.json`` (format, version, step counter, optimizer and the names of its states, loss
+scale, placement, fingerprints of the base, what the caller adds), ``selection.safetensors``, ``masters.safetensors``
+and ``moments.safetensors`` (whole 1-D fp32 tensors, those of the optimizer named ``<state>/<values>``),
 ``retired.safetensors`` where re-selections dropped entries (see :mod:`sparse_zero.checkpoint.retired_file`),
-``manifest.json``. Nothing in it depends on the number of ranks. Format 1 had no entries dropped.
+``manifest.json``. Nothing in it depends on the number of ranks. Format 2 was Adam's only, format 1 had no entries
+dropped; both are read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from sparse_zero.files import atomic_write_json, read_json, read_safetensors, wr
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparsify import placement_of, retired_of, selection_of
 from sparse_zero.selection.selection import Selection
-from sparse_zero.zero.compat import check_optimizer
 from sparse_zero.zero.config import Placement
+from sparse_zero.zero.optimizer_state import algorithm, check_optimizer
 from sparse_zero.zero.state import TrainingState, read_training_state, write_training_state
 
 FORMAT = "sparse_zero.checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# What checkpoints were written of that do not name their optimizer.
+_OPTIMIZERS_OF_FORMAT_2 = ("adamw", "adam")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +46,24 @@ class Checkpoint:
     retired: Retired
     # Steps that the optimizer had taken.
     optimizer_step: int
+    # What the optimizer computes, as sparse_zero.zero.optimizer_state names it; several where it was not recorded.
+    optimizers: tuple[str, ...]
+    # fp16: the dynamic loss scale and its counters.
+    loss_scale: dict[str, float] | None
     # What the caller of save_checkpoint added: JSON values, such as the step of the data order.
     extra: dict[str, Any]
     base: BaseIdentity | None
     base_fingerprints: dict[str, dict[str, str]]
 
     def read_state(self) -> TrainingState:
-        """Masters and moments, whole fp32 tensors on the host."""
+        """Masters and the optimizer's states, whole fp32 tensors on the host."""
         masters, _ = read_safetensors(self.folder / "masters.safetensors", FORMAT)
         flat, _ = read_safetensors(self.folder / "moments.safetensors", FORMAT)
         moments: dict[str, dict[str, Any]] = {}
         for key, tensor in flat.items():
             moment, _, name = key.partition("/")
             moments.setdefault(moment, {})[name] = tensor
-        return TrainingState(masters=masters, moments=moments, step=self.optimizer_step)
+        return TrainingState(masters=masters, moments=moments, step=self.optimizer_step, loss_scale=self.loss_scale)
 
 
 def save_checkpoint(
@@ -63,11 +71,16 @@ def save_checkpoint(
 ) -> None:
     """Write the canonical training state of ``engine`` to ``folder``. Collective.
 
+    States that the optimizer keeps in 8 bits are written in fp32, and quantized again when they are loaded.
+
     Args:
         engine: from :func:`sparse_zero.initialize`, between two steps.
         folder: of this one checkpoint; replaced atomically by rank 0, if it exists.
         extra: JSON values to be found again in :attr:`Checkpoint.extra`.
         base: identity of the base's files.
+
+    Raises:
+        InputError: the optimizer has a state that is neither a number nor one for each value.
     """
     folder = Path(folder)
     is_writer = rank_and_world_size()[0] == 0
@@ -84,6 +97,8 @@ def save_checkpoint(
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
                 "optimizer_step": state.step,
+                "optimizer": {"name": algorithm(engine), "states": sorted(state.moments)},
+                "loss_scale": state.loss_scale,
                 "placement": placement_of(engine.module),
                 "base": None if base is None else {"name": base.name, "sha256": base.sha256},
                 "base_fingerprints": model_fingerprints(engine.module),
@@ -117,6 +132,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         placement=header["placement"],
         retired=read_retired(folder, header["placement"]),
         optimizer_step=header["optimizer_step"],
+        optimizers=(header["optimizer"]["name"],) if "optimizer" in header else _OPTIMIZERS_OF_FORMAT_2,
+        loss_scale=header.get("loss_scale"),
         extra=header["extra"],
         base=None if base is None else BaseIdentity(name=base["name"], sha256=base["sha256"]),
         base_fingerprints=header["base_fingerprints"],
@@ -144,8 +161,9 @@ def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
     The stored placement is converted when the engine has the other one; masters then differ by one rounding.
 
     Raises:
-        InputError: see :func:`read_checkpoint`; also another selection, other retired entries or another base, or the
-            other placement with weight decay (it pulls towards zero inplace, towards the base under delta).
+        InputError: see :func:`read_checkpoint`; also another selection, other retired entries, another base or another
+            optimizer, or the other placement with weight decay (it pulls towards zero inplace, towards the base under
+            delta).
     """
     checkpoint = read_checkpoint(folder)
     model = engine.module
@@ -155,6 +173,12 @@ def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
         )
     _check_retired(checkpoint, retired_of(model))
     check_base(checkpoint.base_fingerprints, model_fingerprints(model), folder)
+    stored, wanted = checkpoint.optimizers, algorithm(engine)
+    if wanted not in stored:
+        raise InputError(
+            f"{folder} was trained with the optimizer {stored[0]!r}, and the engine has {wanted!r}, which keeps "
+            f"another state: set training.optimizer to {stored[0]}, or start anew"
+        )
     placement = placement_of(model)
     decays = any(group.get("weight_decay", 0.0) for group in engine.optimizer.param_groups)
     if checkpoint.placement != placement and decays:
@@ -164,5 +188,5 @@ def load_checkpoint(engine: Any, folder: str | Path) -> Checkpoint:
         )
     state = checkpoint.read_state()
     masters = convert_values(state.masters, originals_by_name(model), checkpoint.placement, placement)
-    write_training_state(engine, TrainingState(masters=masters, moments=state.moments, step=state.step))
+    write_training_state(engine, replace(state, masters=masters))
     return checkpoint

@@ -9,9 +9,7 @@ from sparse_zero.layers.sparse_parameter import SparseParameter
 from sparse_zero.module_map import VALUES_PREFIX
 from sparse_zero.selection.config import Kind
 
-# What has values: a swapped linear, or a parameter on the hook path. Both have ``placement``, ``attribute``,
-# ``parameter``, ``selections()``, ``positions()``, ``values()``, ``originals``, ``entries()``, ``set_entries()`` and
-# ``write_back()``; and ``retired``, ``retired_originals`` and ``set_retired()`` of the entries that were dropped.
+# What has values: a swapped linear, or a parameter on the hook path.
 Carrier = SparseLinear | SparseParameter
 
 

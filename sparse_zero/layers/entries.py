@@ -1,39 +1,94 @@
-"""How are the selected entries of a dense weight read and written, in the order of the flat values?"""
+"""How are the selected entries of a weight read and written, in the order of the flat values?"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_zero.selection.config import Kind
-from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.regions import BlockShape, WeightSelection
 from sparse_zero.zero.config import Placement
+from sparse_zero.zero.shards import read_entries, write_entries
 
 
-def _is_plain(selection: WeightSelection, kind: Kind) -> bool:
+class Places(NamedTuple):
+    """Where the entries of one kind lie in a weight W[out, in]; int64 tensors on the weight's device."""
+
+    kind: Kind
+    # (out, in), and (height, width) of the blocks.
+    shape: tuple[int, int]
+    block_shape: BlockShape
+    # [N] row of each region: of the blocks' grid, or output channel; None for columns.
+    rows: Tensor | None
+    # [N] column of each region: of the blocks' grid, or input channel; None for rows.
+    columns: Tensor | None
+    # [n] positions of the owned entries in the dense regions; None where the kind owns them all.
+    owned: Tensor | None
+
+
+def places_of(selection: WeightSelection, kind: Kind, device: torch.device) -> Places:
+    """Where the entries of ``kind`` lie, which is one of a matrix."""
+    rows = {"block": selection.blocks[:, 0], "row": selection.rows}.get(kind)
+    columns = {"block": selection.blocks[:, 1], "column": selection.columns}.get(kind)
+    mask = selection.owned_mask(kind)
+    owned = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    rows, columns, owned = (None if index is None else index.to(device) for index in (rows, columns, owned))
+    return Places(kind, selection.shape, selection.block_shape, rows, columns, owned)
+
+
+def _is_plain(places: Places) -> bool:
     """Whether the kind owns its regions whole, so that strided views reach them without an index per entry."""
-    if kind == "block" and any(
-        extent % side for extent, side in zip(selection.shape, selection.block_shape, strict=True)
-    ):
-        return False
-    return selection.owned_mask(kind) is None
+    divides = places.kind != "block" or not any(
+        extent % side for extent, side in zip(places.shape, places.block_shape, strict=True)
+    )
+    return divides and places.owned is None
 
 
-def _block_view(weight: Tensor, selection: WeightSelection) -> Tensor:
+def flat_positions(places: Places) -> Tensor:
+    """[n] int64: positions in ``W.reshape(-1)``, in the order of the values; computed where the places are."""
+    (height, width), in_features = places.block_shape, places.shape[1]
+    # Of one dense region, as the values have it: its rows and columns of W.
+    if places.rows is None:
+        assert places.columns is not None
+        num_regions, height, width = len(places.columns), places.shape[0], 1
+    elif places.columns is None:
+        num_regions, height, width = len(places.rows), 1, in_features
+    else:
+        num_regions = len(places.rows)
+    found = places.owned
+    if found is None:
+        index = places.columns if places.rows is None else places.rows
+        assert index is not None
+        found = torch.arange(num_regions * height * width, device=index.device)
+    region, within = found // (height * width), found % (height * width)
+    rows, columns = within // width, within % width
+    if places.rows is not None:
+        rows = rows + places.rows[region] * height
+    if places.columns is not None:
+        columns = columns + places.columns[region] * width
+    return rows * in_features + columns
+
+
+def _block_view(weight: Tensor, places: Places) -> Tensor:
     """[grid rows, H, grid columns, W] view of a weight that the blocks divide."""
-    height, width = selection.block_shape
+    height, width = places.block_shape
     return weight.view(weight.shape[0] // height, height, weight.shape[1] // width, width)
 
 
-@torch.no_grad()
 def gather_positions(parameter: Tensor, positions: Tensor) -> Tensor:
-    """Copy on the host of what stands at ``positions`` (int64, row-major) of a contiguous parameter: 1-D."""
-    return parameter.detach().reshape(-1).index_select(0, positions.to(parameter.device)).to("cpu", copy=True)
+    """Copy on the host of what stands at ``positions`` (int64, row-major) of a contiguous parameter: 1-D.
+
+    Collective where ZeRO-3 holds it in shards.
+    """
+    return read_entries(parameter, positions).to("cpu", copy=True)
 
 
-@torch.no_grad()
 def scatter_positions(parameter: Tensor, positions: Tensor, numbers: Tensor) -> None:
-    """Overwrite what stands at ``positions`` (int64, row-major) of a contiguous parameter with 1-D ``numbers``."""
-    numbers = numbers.to(device=parameter.device, dtype=parameter.dtype)
-    parameter.data.view(-1).index_copy_(0, positions.to(parameter.device), numbers)
+    """Overwrite what stands at ``positions`` (int64, row-major) of a contiguous parameter with 1-D ``numbers``.
+
+    Where ZeRO-3 holds it in shards, every rank gives the same.
+    """
+    write_entries(parameter, positions, numbers)
 
 
 def in_placement(numbers: Tensor, originals: Tensor, stored: Placement, wanted: Placement) -> Tensor:
@@ -51,30 +106,38 @@ def add_wide(entries: Tensor, numbers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather_entries(weight: Tensor, selection: WeightSelection, kind: Kind) -> Tensor:
-    """Copy of the entries of ``weight`` [out, in] that ``kind`` owns: 1-D, in the order of the values."""
-    device = weight.device
-    if not _is_plain(selection, kind):
-        return weight.reshape(-1).index_select(0, selection.flat_indices(kind).to(device))
-    if kind == "row":
-        return weight.index_select(0, selection.rows.to(device)).reshape(-1)
-    if kind == "column":
-        return weight.index_select(1, selection.columns.to(device)).T.reshape(-1)
-    rows, columns = selection.blocks.to(device).unbind(1)
-    return _block_view(weight, selection)[rows, :, columns, :].reshape(-1)
+def gather_at(weight: Tensor, places: Places) -> Tensor:
+    """Copy of the entries of ``weight`` [out, in], whole, at ``places``: 1-D, in the order of the values."""
+    if not _is_plain(places):
+        return weight.reshape(-1).index_select(0, flat_positions(places))
+    if places.columns is None:
+        assert places.rows is not None
+        return weight.index_select(0, places.rows).reshape(-1)
+    if places.rows is None:
+        return weight.index_select(1, places.columns).T.reshape(-1)
+    return _block_view(weight, places)[places.rows, :, places.columns, :].reshape(-1)
 
 
 @torch.no_grad()
-def scatter_entries(weight: Tensor, selection: WeightSelection, kind: Kind, values: Tensor) -> None:
-    """Overwrite the entries of contiguous ``weight`` [out, in] that ``kind`` owns with 1-D ``values``."""
-    device = weight.device
-    values = values.detach().to(device=device, dtype=weight.dtype)
-    if not _is_plain(selection, kind):
-        weight.view(-1).index_copy_(0, selection.flat_indices(kind).to(device), values)
-    elif kind == "row":
-        weight.index_copy_(0, selection.rows.to(device), values.view(-1, weight.shape[1]))
-    elif kind == "column":
-        weight.index_copy_(1, selection.columns.to(device), values.view(-1, weight.shape[0]).T)
+def scatter_at(weight: Tensor, places: Places, values: Tensor) -> None:
+    """Overwrite the entries of contiguous ``weight`` [out, in], whole, at ``places`` with 1-D ``values``."""
+    values = values.detach().to(device=weight.device, dtype=weight.dtype)
+    if not _is_plain(places):
+        weight.view(-1).index_copy_(0, flat_positions(places), values)
+    elif places.columns is None:
+        assert places.rows is not None
+        weight.index_copy_(0, places.rows, values.view(-1, weight.shape[1]))
+    elif places.rows is None:
+        weight.index_copy_(1, places.columns, values.view(-1, weight.shape[0]).T)
     else:
-        rows, columns = selection.blocks.to(device).unbind(1)
-        _block_view(weight, selection)[rows, :, columns, :] = values.view(-1, *selection.block_shape)
+        _block_view(weight, places)[places.rows, :, places.columns, :] = values.view(-1, *places.block_shape)
+
+
+def gather_entries(weight: Tensor, selection: WeightSelection, kind: Kind) -> Tensor:
+    """:func:`gather_at` where a selection says that ``kind`` owns entries."""
+    return gather_at(weight, places_of(selection, kind, weight.device))
+
+
+def scatter_entries(weight: Tensor, selection: WeightSelection, kind: Kind, values: Tensor) -> None:
+    """:func:`scatter_at` where a selection says that ``kind`` owns entries."""
+    scatter_at(weight, places_of(selection, kind, weight.device), values)

@@ -7,7 +7,8 @@
     columns C                 X[:, C].T @ dY                        (one row of values per column of W)
 
 and ``dX = dY @ W``, with ``+ dY @ S(values)`` under the delta placement. What backward needs of ``X`` is kept:
-the whole of it, or only the column strips and columns that are read, as the plan says.
+the whole of it, or only the column strips and columns that are read, as the plan says. A ``W`` of codes is made dense
+in forward and again in backward, for the one product each.
 
 Legend: T = tokens, O = out features, I = in features, N = regions of a kind, H, W = height and width of a block,
 S = either, U = distinct column strips of the blocks.
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_zero.layers.quantized import Quantization, dense_form
 from sparse_zero.selection.config import MATRIX_KINDS, Kind
 
 
@@ -51,6 +53,10 @@ class Plan(NamedTuple):
     keep_input: bool
     # Whether the values are added to the product (delta) or already stand in W (inplace).
     is_delta: bool
+
+
+# Of a linear without values.
+PLAIN = Plan(blocks=None, rows=None, columns=None, owned=(None, None, None), keep_input=False, is_delta=False)
 
 
 def take_strips(x_TF: Tensor, strips: Tensor, size: int) -> Tensor:
@@ -143,6 +149,7 @@ class _SparseLinear(torch.autograd.Function):
         row: Tensor | None,
         column: Tensor | None,
         plan: Plan,
+        quantization: Quantization | None,
     ) -> Tensor:
         device_type = x.device.type
         ctx.input_dtype = x.dtype
@@ -151,9 +158,9 @@ class _SparseLinear(torch.autograd.Function):
             compute_dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             x = x.to(compute_dtype)
-            y = torch.nn.functional.linear(
-                x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
-            )
+            dense = dense_form(weight, quantization).to(compute_dtype)
+            y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(compute_dtype))
+            del dense
             x_TI = x.reshape(-1, x.shape[-1])
             if plan.is_delta:
                 _add_delta(y.view(-1, y.shape[-1]), x_TI, (block, row, column), plan)
@@ -174,6 +181,7 @@ class _SparseLinear(torch.autograd.Function):
         delta_values = (block, row, column) if plan.is_delta else (None, None, None)
         ctx.save_for_backward(weight, *kept, *delta_values)
         ctx.plan, ctx.trained, ctx.input_shape = plan, trained, x.shape
+        ctx.quantization = quantization
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.values_dtypes = [None if values is None else values.dtype for values in (block, row, column)]
         return y
@@ -188,7 +196,7 @@ class _SparseLinear(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             dy_TO = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[0]:
-                dx_TI = dy_TO @ weight.to(dy.dtype)
+                dx_TI = dy_TO @ dense_form(weight, ctx.quantization).to(dy.dtype)
                 if plan.is_delta:
                     _add_delta_input_gradient(dx_TI, dy_TO, tuple(values), plan)
                 dx = dx_TI.view(ctx.input_shape).to(ctx.input_dtype)
@@ -212,7 +220,7 @@ class _SparseLinear(torch.autograd.Function):
                 None if gradient is None else gradient.to(dtype)
                 for gradient, dtype in zip(gradients.values(), ctx.values_dtypes, strict=True)
             ]
-        return dx, None, dbias, *cast, None
+        return dx, None, dbias, *cast, None, None
 
 
 def sparse_linear(
@@ -223,18 +231,20 @@ def sparse_linear(
     row: Tensor | None,
     column: Tensor | None,
     plan: Plan,
+    quantization: Quantization | None = None,
 ) -> Tensor:
     """``x @ W.T + bias`` (``+ x @ S(values).T`` under delta), differentiable in ``x`` and the values.
 
     Args:
         x: [..., I] in any number of leading dimensions.
-        weight: [O, I], frozen.
+        weight: [O, I], frozen; or its codes.
         bias: [O] or None.
         block, row, column: 1-D values of each kind, or None.
         plan: where the values lie.
+        quantization: of ``weight``, if it holds codes.
 
     Returns:
         [..., O] in the dtype of ``x``, or autocast's.
     """
-    y: Tensor = _SparseLinear.apply(x, weight, bias, block, row, column, plan)
+    y: Tensor = _SparseLinear.apply(x, weight, bias, block, row, column, plan, quantization)
     return y

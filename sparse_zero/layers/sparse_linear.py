@@ -3,32 +3,40 @@
 import torch
 from torch import Tensor, nn
 
-from sparse_zero.layers.entries import gather_entries, scatter_entries
-from sparse_zero.layers.functional import BlockPlan, Plan, sparse_linear
+from sparse_zero.errors import InputError
+from sparse_zero.layers.entries import Places, add_wide, gather_at, scatter_at, scatter_positions
+from sparse_zero.layers.functional import PLAIN, BlockPlan, Plan, sparse_linear
+from sparse_zero.layers.quantized import Quantization, dense_form
+from sparse_zero.layers.quantized_linear import QuantizedLinear
 from sparse_zero.layers.retired import RetiredEntries, RetiredProduct, retired_product
+from sparse_zero.layers.values_module import ValuesModule
 from sparse_zero.module_map import VALUES_PREFIX
 from sparse_zero.selection.config import MATRIX_KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.zero import compat
 from sparse_zero.zero.config import Placement
+from sparse_zero.zero.shards import read_entries
 
-_PLAIN = Plan(blocks=None, rows=None, columns=None, owned=(None, None, None), keep_input=False, is_delta=False)
 
-
-class SparseLinear(nn.Module):
+class SparseLinear(ValuesModule):
     """A linear of which only ``values_block``, ``values_row`` and ``values_column`` are trained.
 
     ``weight`` [out, in] and ``bias`` [out] are the dense module's own parameters, frozen, under the same
     state-dict keys. The values of each kind are 1-D, in the order that
-    :mod:`sparse_zero.selection.regions` fixes, in the weight's dtype.
+    :mod:`sparse_zero.selection.regions` fixes. Over a quantized linear ``weight`` holds the codes, which stay as they
+    are, and what is said of the weight's entries holds for its dense form.
 
     Args:
-        linear: the dense module; its parameters are taken over, not copied.
+        linear: the dense or quantized module; its parameters are taken over, not copied.
         selection: the regions of its weight.
-        placement: inplace (values stand in ``weight``, start as its entries) or delta (they are added to it,
-            start at zero).
+        placement: inplace (values stand in ``weight``, start as its entries; not if that holds codes) or delta (they
+            are added to it, start at zero).
         keep_input: whether backward keeps the input whole instead of the slices it needs.
+        values_dtype: of the values; default: the weight's, or the compute dtype of a quantized one.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     values_block: nn.Parameter | None
     values_row: nn.Parameter | None
     values_column: nn.Parameter | None
@@ -42,32 +50,39 @@ class SparseLinear(nn.Module):
     owned_column: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, selection: WeightSelection, placement: Placement, *, keep_input: bool = False
+        self,
+        linear: nn.Linear | QuantizedLinear,
+        selection: WeightSelection,
+        placement: Placement,
+        *,
+        keep_input: bool = False,
+        values_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(placement)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.selection = selection
-        self.placement: Placement = placement
         self.keep_input = keep_input
-        # While True, forward is the plain linear of ``weight``, whatever the values and the retired entries say.
-        self.suspended = False
-        self.retired: RetiredEntries | None = None
-        self.retired_originals = torch.empty(0)
         self._retired_product: RetiredProduct | None = None
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
-        # Host copies of the base's entries: what unmerge puts back, what identifies the base, and what converts
-        # values between the placements also where the weight itself is sharded.
-        self.originals: dict[Kind, Tensor] = {}
+        assert isinstance(linear.weight, nn.Parameter)
+        self.weight, self.bias = linear.weight, linear.bias
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        # What the codes in ``weight`` stand for; None where it is dense.
+        self.quantization: Quantization | None = getattr(linear, "quantization", None)
+        assert self.quantization is None or placement == "delta"
+        if values_dtype is None:
+            values_dtype = self.weight.dtype if self.quantization is None else self.quantization.compute_dtype
         for kind in MATRIX_KINDS:
             self.register_parameter(f"{VALUES_PREFIX}{kind}", None)
-        for kind in selection.kinds():
-            entries = gather_entries(self.weight, selection, kind)
-            self.originals[kind] = entries if entries.is_meta else entries.to("cpu", copy=True)
-            if placement == "delta":
-                entries = torch.zeros_like(entries)
-            self.register_parameter(f"{VALUES_PREFIX}{kind}", nn.Parameter(entries))
         self._register_indices()
+        dense = self.dense_weight() if compat.is_available(self.weight) else None
+        for kind in selection.kinds():
+            if dense is None:
+                entries = read_entries(self.weight, self.positions(kind))
+            else:
+                entries = gather_at(dense, self._places(kind))
+            self.add_values(kind, entries, values_dtype)
         self.train(linear.training)
 
     def _register_indices(self) -> None:
@@ -120,6 +135,10 @@ class SparseLinear(nn.Module):
         assert found is not None
         return found
 
+    def dense_weight(self) -> Tensor:
+        """[out, in]: the weight; of a quantized one, its dense form, in memory of its own."""
+        return dense_form(self.weight, self.quantization)
+
     def positions(self, kind: Kind) -> Tensor:
         """[number of values] int64 on the host: where in the weight's memory the entries of ``kind`` lie."""
         return self.selection.flat_indices(kind)
@@ -135,32 +154,54 @@ class SparseLinear(nn.Module):
         is_delta = self.placement == "delta"
         self._retired_product = RetiredProduct(entries, (self.out_features, self.in_features)) if is_delta else None
 
-    def entries(self, kind: Kind) -> Tensor:
-        """What stands in the weight where the values of ``kind`` belong: 1-D, in their order."""
-        return gather_entries(self.weight, self.selection, kind)
+    def _places(self, kind: Kind) -> Places:
+        """Where the entries of ``kind`` lie, on the weight's device."""
+        shape = (self.out_features, self.in_features)
+        if kind == "block":
+            columns = self.strips.index_select(0, self.strip_of_block)
+            return Places(kind, shape, self.selection.block_shape, self.block_rows, columns, self.owned_block)
+        if kind == "row":
+            return Places(kind, shape, (0, 0), self.rows, None, self.owned_row)
+        return Places(kind, shape, (0, 0), None, self.columns, self.owned_column)
 
-    def set_entries(self, kind: Kind, values: Tensor) -> None:
-        """Overwrite, in the weight, what the values of ``kind`` stand for."""
-        scatter_entries(self.weight, self.selection, kind, values)
+    def _take(self, kind: Kind) -> Tensor:
+        return gather_at(self.dense_weight(), self._places(kind))
 
-    def values(self) -> dict[Kind, nn.Parameter]:
-        """The values that exist, by kind."""
-        found = {kind: getattr(self, f"{VALUES_PREFIX}{kind}") for kind in MATRIX_KINDS}
-        return {kind: parameter for kind, parameter in found.items() if parameter is not None}
+    def _put(self, kind: Kind, values: Tensor) -> None:
+        assert self.quantization is None
+        scatter_at(self.weight, self._places(kind), values)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """[out, in]: the dense form of a quantized weight with everything added that acts, in memory of its own.
+
+        An entry and what is added to it are added in fp32, and rounded once to the dtype of the dense form.
+
+        Raises:
+            InputError: ZeRO-3 holds the codes or the values in shards.
+        """
+        assert self.quantization is not None
+        if not all(compat.is_available(each) for each in (self.weight, *self.values().values())):
+            raise InputError(
+                "the codes or values of a quantized linear are in shards, so that what acts is not at hand: use a "
+                "score that does not read the weight, or ZeRO stage 2"
+            )
+        weight = self.dense_weight()
+        for kind, values in self.values().items():
+            scatter_at(weight, self._places(kind), add_wide(gather_at(weight, self._places(kind)), values))
+        if self.retired is not None:
+            entries = add_wide(self.retired_originals, self.retired.numbers)
+            scatter_positions(weight, self.retired.positions, entries)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         if self.suspended:
             # Not torch's own linear: under ZeRO-3 that would keep the gathered weight for backward.
-            return sparse_linear(x, self.weight, self.bias, None, None, None, _PLAIN)
-        y = sparse_linear(x, self.weight, self.bias, self.values_block, self.values_row, self.values_column, self.plan)
+            return sparse_linear(x, self.weight, self.bias, None, None, None, PLAIN, self.quantization)
+        values = (self.values_block, self.values_row, self.values_column)
+        y = sparse_linear(x, self.weight, self.bias, *values, self.plan, self.quantization)
         return y if self._retired_product is None else y + retired_product(x, self._retired_product, y.dtype)
-
-    def write_back(self) -> None:
-        """Copy the values into the weight (inplace); nothing to do under delta."""
-        if self.placement == "inplace":
-            for kind, parameter in self.values().items():
-                self.set_entries(kind, parameter)
 
     def extra_repr(self) -> str:
         kinds = ", ".join(f"{self.selection.num_regions(kind)} {kind}" for kind in self.selection.kinds())

@@ -20,12 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.entries import add_wide, scatter_positions
+from sparse_zero.layers.entries import add_wide
+from sparse_zero.layers.recall import SharedCopy, saved_as_notes
 from sparse_zero.layers.retired import RetiredEntries
+from sparse_zero.layers.values_module import ValuesModule
 from sparse_zero.module_map import VALUES_PREFIX, Layout
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.zero import compat
 from sparse_zero.zero.config import Placement
+from sparse_zero.zero.shards import read_entries, write_whole
 
 
 class _EntriesOf(torch.autograd.Function):
@@ -72,11 +76,11 @@ def stored_positions(
     return torch.cat(found).to(device)
 
 
-class SparseParameter(nn.Module):
+class SparseParameter(ValuesModule):
     """The values of one parameter, on the hook path; a submodule ``sparse_<attribute>`` of the parameter's owner.
 
-    ``values_block``, ``values_row``, ``values_column``, ``values_whole``: 1-D in the parameter's dtype, matrix after
-    matrix, each in the order that :mod:`sparse_zero.selection.regions` fixes.
+    ``values_block``, ``values_row``, ``values_column``, ``values_whole``: 1-D, matrix after matrix, each in the order
+    that :mod:`sparse_zero.selection.regions` fixes.
 
     Args:
         parameter: contiguous, 1-D to 3-D; frozen here.
@@ -85,6 +89,7 @@ class SparseParameter(nn.Module):
         layout: how each matrix is stored.
         placement: inplace (values stand in the parameter, start as its entries) or delta (they are added to a copy
             for the time of a forward, start at zero).
+        values_dtype: of the values; default: the parameter's.
 
     Raises:
         InputError: an owner iterates over its submodules, of which this would be one.
@@ -97,8 +102,10 @@ class SparseParameter(nn.Module):
         selections: Mapping[int | None, WeightSelection],
         layout: Layout,
         placement: Placement,
+        *,
+        values_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(placement)
         owner, self.attribute = owners[0]
         if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             raise InputError(
@@ -107,13 +114,9 @@ class SparseParameter(nn.Module):
             )
         parameter.requires_grad_(False)
         self.layout: Layout = layout
-        self.placement: Placement = placement
         # In a list, so that the owners do not become submodules of their own submodule.
         self._owners = owners
         self._selections = dict(sorted(selections.items(), key=lambda item: item[0] or 0))
-        self.originals: dict[Kind, Tensor] = {}
-        self.retired: RetiredEntries | None = None
-        self.retired_originals = torch.empty(0)
         # Positions and numbers of the retired entries where the parameter is, under delta.
         self._retired_acting: tuple[Tensor, Tensor] | None = None
         present = {kind for selection in selections.values() for kind in selection.kinds()}
@@ -123,13 +126,9 @@ class SparseParameter(nn.Module):
             if kind in present:
                 positions = stored_positions(self._selections, kind, layout, parameter.device)
                 self.register_buffer(f"positions_{kind}", positions, persistent=False)
-                entries = self.entries(kind)
-                self.originals[kind] = entries if entries.is_meta else entries.to("cpu", copy=True)
-                if placement == "delta":
-                    entries = torch.zeros_like(entries)
-                self.register_parameter(f"{VALUES_PREFIX}{kind}", nn.Parameter(entries))
-        # One for each forward of an owner that is being computed: the copy that its reads share, once there is one.
-        self._shared: list[Tensor | None] = []
+                self.add_values(kind, self.entries(kind), values_dtype or parameter.dtype)
+        # One for each forward of an owner that is being computed: the copy that its reads share.
+        self._shared: list[SharedCopy] = []
         self.attach()
 
     @property
@@ -140,14 +139,14 @@ class SparseParameter(nn.Module):
         assert found is not None
         return found
 
+    @property
+    def owners(self) -> list[nn.Module]:
+        """Every module that reads the parameter through this."""
+        return [owner for owner, _ in self._owners]
+
     def selections(self) -> dict[int | None, WeightSelection]:
         """The regions of each matrix of the parameter, by its number in a stack."""
         return dict(self._selections)
-
-    def values(self) -> dict[Kind, nn.Parameter]:
-        """The values that exist, by kind."""
-        found = {kind: getattr(self, f"{VALUES_PREFIX}{kind}") for kind in KINDS}
-        return {kind: parameter for kind, parameter in found.items() if parameter is not None}
 
     def _positions(self, kind: Kind) -> Tensor:
         positions: Tensor = getattr(self, f"positions_{kind}")
@@ -167,21 +166,18 @@ class SparseParameter(nn.Module):
         self.retired, self.retired_originals = entries, originals
         self._retired_acting = (entries.positions, entries.numbers) if self.placement == "delta" else None
 
-    @torch.no_grad()
-    def entries(self, kind: Kind) -> Tensor:
-        """What stands in the parameter where the values of ``kind`` belong: 1-D, in their order."""
-        return self.parameter.reshape(-1).index_select(0, self._positions(kind))
+    def _take(self, kind: Kind) -> Tensor:
+        return read_entries(self.parameter, self._positions(kind))
 
-    @torch.no_grad()
-    def set_entries(self, kind: Kind, values: Tensor) -> None:
-        """Overwrite, in the parameter, what the values of ``kind`` stand for."""
-        scatter_positions(self.parameter, self._positions(kind), values)
+    def _put(self, kind: Kind, values: Tensor) -> None:
+        write_whole(self.parameter, self._positions(kind), values)
 
     @torch.no_grad()
     def _with_values(self) -> Tensor:
         """A copy of the parameter with everything added that acts under delta."""
-        combined = self.parameter.detach().clone(memory_format=torch.contiguous_format)
-        added: list[tuple[Tensor, Tensor]] = [(self._positions(kind), each) for kind, each in self.values().items()]
+        # In backward, too, what is sharded is gathered by then; or else here.
+        combined = compat.fetch(self.parameter).clone(memory_format=torch.contiguous_format)
+        added = [(self._positions(kind), compat.fetch(each)) for kind, each in self.values().items()]
         if self._retired_acting is not None:
             at, numbers = self._retired_acting
             self._retired_acting = (at.to(combined.device), numbers.to(combined.device))
@@ -195,11 +191,10 @@ class SparseParameter(nn.Module):
     def read(self) -> Tensor:
         """What an owner's attribute gives: the parameter as it acts; its gradient reaches the values only."""
         dense: Tensor = self.parameter
+        if self.suspended:
+            return dense
         if self.placement == "delta":
-            shared = self._shared[-1] if self._shared else None
-            dense = self._with_values() if shared is None else shared
-            if self._shared:
-                self._shared[-1] = dense
+            dense = self._shared[-1].get() if self._shared else self._with_values()
         trained = {kind: values for kind, values in self.values().items() if values.requires_grad}
         if not (trained and torch.is_grad_enabled()):
             return dense
@@ -207,19 +202,16 @@ class SparseParameter(nn.Module):
         return seen
 
     @contextmanager
-    def sharing_reads(self) -> Iterator[None]:
+    def sharing_reads(self) -> Iterator[SharedCopy]:
         """All reads in here share one copy of the parameter (delta)."""
-        self._shared.append(None)
+        copy = SharedCopy(self._with_values)
+        self._shared.append(copy)
         try:
-            yield
+            yield copy
         finally:
             self._shared.pop()
-
-    def write_back(self) -> None:
-        """Copy the values into the parameter (inplace); nothing to do under delta."""
-        if self.placement == "inplace":
-            for kind, values in self.values().items():
-                self.set_entries(kind, values)
+            # Notes for backward make it again.
+            copy.drop()
 
     def attach(self) -> None:
         """Have the owners read the parameter through this, again after :meth:`detach`."""
@@ -264,8 +256,9 @@ def _reading_class(plain: type[nn.Module], attributes: tuple[str, ...]) -> type[
     @functools.wraps(plain.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            for sparse in _readers(self).values():
-                stack.enter_context(sparse.sharing_reads())
+            readers = list(_readers(self).values())
+            copies = [stack.enter_context(sparse.sharing_reads()) for sparse in readers]
+            stack.enter_context(saved_as_notes(self, readers, copies))
             return plain.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:

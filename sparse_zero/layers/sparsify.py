@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import Carrier, carriers, parameter_name, split_weight_name, values_name
 from sparse_zero.layers.entries import gather_positions, in_placement, scatter_positions
+from sparse_zero.layers.quantized_linear import QuantizedLinear, adopt
 from sparse_zero.layers.retired import Retired, RetiredEntries, check_entries
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparse_parameter import SparseParameter, stored_positions
@@ -20,6 +22,7 @@ from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero import compat
 from sparse_zero.zero.config import PLACEMENTS, Placement
+from sparse_zero.zero.shards import whole_values
 
 # Attributes of a model: the metadata of its selection, and the adapters loaded on it.
 _METADATA = "_sparse_zero_selection_metadata"
@@ -99,6 +102,7 @@ def check_fits(
     retired: Retired | None = None,
     *,
     sharded: bool = False,
+    placement: Placement | None = None,
 ) -> None:
     """Raise if ``selection`` and ``retired`` do not belong to a model like ``model``; nothing is changed.
 
@@ -107,11 +111,12 @@ def check_fits(
         selection: what is to be trained.
         module_map: default: read from names and classes.
         retired: what earlier selections trained.
-        sharded: whether linears that ZeRO-3 holds in shards are accepted.
+        sharded: whether parameters that ZeRO-3 holds in shards are accepted.
+        placement: that the values shall have; None: whichever the weights bear.
 
     Raises:
-        InputError: the model is sparse already, a weight is missing, sharded, quantized, or of another shape, or
-            an entry is both retired and selected.
+        InputError: the model is sparse already, a weight is missing, sharded, or of another shape, or quantized so
+            that it cannot be trained, or not under that placement, or an entry is both retired and selected.
     """
     if any(True for _ in carriers(model)):
         raise InputError("the model has values already: merge or unload them before another selection")
@@ -125,7 +130,7 @@ def check_fits(
             raise InputError(f"the model has no weight {parameter}: the selection belongs to another model")
         matrix = matrices.get(parameter)
         swapped = matrix is not None and matrix.is_linear
-        if compat.is_sharded(parameters[parameter]) and not (sharded and swapped):
+        if compat.is_sharded(parameters[parameter]) and not sharded:
             raise InputError(
                 f"{parameter} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
             )
@@ -134,9 +139,15 @@ def check_fits(
                 f"{matrix.module} has a forward that something else has put there (such as accelerate's offloading), "
                 "which a sparse linear would drop: sparsify the model first"
             )
-        if matrix is not None and matrix.is_quantized:
+        if matrix is not None and matrix.is_quantized and not swapped:
             raise InputError(
-                f"{parameter} is quantized: its entries cannot be trained; load the base in full precision"
+                f"{parameter} is quantized, and not in a linear of bitsandbytes: its entries cannot be trained; load "
+                "the base in full precision"
+            )
+        if matrix is not None and matrix.is_quantized and placement == "inplace":
+            raise InputError(
+                f"{parameter} is quantized, and placement 'inplace' writes into it: use placement 'delta', which adds "
+                "the values to the product, or load the base in full precision"
             )
         shape = (*parameter_shape(parameters[parameter]), 1)[:2] if matrix is None else matrix.shape
         last = (0 if matrix is None else matrix.num_slices or 0) - 1
@@ -150,13 +161,15 @@ def check_fits(
         if parameter in entries:
             live = live_positions(chosen, matrix).values()
             taken = torch.cat([*live, torch.empty(0, dtype=torch.int64)])
-            check_entries(parameter, entries[parameter], math.prod(parameter_shape(parameters[parameter])), taken)
+            # Codes are fewer than the entries they stand for.
+            check_entries(parameter, entries[parameter], math.prod(shape) * max(last + 1, 1), taken)
 
 
 @torch.no_grad()
 def _retire(carrier: Carrier, entries: RetiredEntries, stored: Placement) -> None:
     """Let retired entries, given in the form of the placement ``stored``, act in the parameter of ``carrier``."""
-    originals = gather_positions(carrier.parameter, entries.positions)
+    weight = carrier.dense_weight() if isinstance(carrier, SparseLinear) else carrier.parameter
+    originals = gather_positions(weight, entries.positions)
     numbers = in_placement(entries.numbers, originals, stored, carrier.placement)
     carrier.set_retired(RetiredEntries(positions=entries.positions, numbers=numbers), originals)
     if carrier.placement == "inplace":
@@ -170,13 +183,14 @@ def _carrier_for(
     matrix: Matrix | None,
     placement: Placement,
     keep_input: bool,
+    values_dtype: torch.dtype | None,
 ) -> Carrier:
     """Swap the linear, or hook the owners, of one parameter."""
     if matrix is not None and matrix.is_linear:
         linear = model.get_submodule(matrix.module)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | QuantizedLinear)
         regions = chosen.get(None) or WeightSelection(shape=matrix.shape)
-        swapped = SparseLinear(linear, regions, placement, keep_input=keep_input)
+        swapped = SparseLinear(linear, regions, placement, keep_input=keep_input, values_dtype=values_dtype)
         replace_module(model, matrix.module, swapped)
         return swapped
     module, _, attribute = parameter.rpartition(".")
@@ -184,7 +198,8 @@ def _carrier_for(
     owners = [(model.get_submodule(name), held) for name, held in places]
     held = owners[0][0]._parameters[attribute]
     assert held is not None
-    hooked = SparseParameter(held, owners, chosen, "out_in" if matrix is None else matrix.layout, placement)
+    layout = "out_in" if matrix is None else matrix.layout
+    hooked = SparseParameter(held, owners, chosen, layout, placement, values_dtype=values_dtype)
     owners[0][0].add_module(f"sparse_{attribute}", hooked)
     return hooked
 
@@ -196,14 +211,18 @@ def sparsify(
     *,
     retired: Retired | None = None,
     module_map: ModuleMap | None = None,
+    values_dtype: torch.dtype | None = None,
 ) -> None:
     """Freeze ``model`` and make the selected entries trainable, in place.
 
     Each selected ``nn.Linear`` is replaced by a :class:`SparseLinear`; other parameters (embeddings, tied heads,
     transposed weights, experts, biases, norms) are hooked by a
     :class:`~sparse_zero.layers.sparse_parameter.SparseParameter`. Afterwards only values require grad:
-    ``selection.num_parameters`` entries in all. Under delta, linears may be sharded by ZeRO-3 already; this is
-    collective then.
+    ``selection.num_parameters`` entries in all. The model may be sharded by ZeRO-3 already; this is collective then,
+    and gathers the selected entries, not the parameters.
+
+    Linears that bitsandbytes has quantized are trained under delta. All of them, selected or not, become linears that
+    compute ``x @ W.T`` of the dense form of their codes, in training and evaluation: what a merged model computes.
 
     Args:
         model: dense model that has every weight of ``selection``, with the numbers of the base.
@@ -211,16 +230,22 @@ def sparsify(
         placement: inplace or delta, see :class:`SparseLinear`.
         retired: entries that earlier selections trained, which act on, frozen; of either placement.
         module_map: tells which linears share an input, and layouts; default: read from names and classes.
+        values_dtype: of the values, fp32 or bf16 say; default: their weight's, and over a quantized one its compute
+            dtype (``bnb_4bit_compute_dtype``, the model's own for int8). DeepSpeed's bf16 and fp16 engines cast values
+            to theirs, and keep fp32 masters.
 
     Raises:
         InputError: the selection is empty or does not fit the model; the model is unchanged then.
     """
+    if values_dtype is not None and not values_dtype.is_floating_point:
+        raise InputError(f"values_dtype is {values_dtype}: give a floating-point dtype, such as torch.float32")
     if placement not in PLACEMENTS:
         raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     if not selection.weights:
         raise InputError("the selection is empty: nothing would be trained")
     module_map = module_map or default_module_map(model)
-    check_fits(model, selection, module_map, retired, sharded=placement == "delta")
+    check_fits(model, selection, module_map, retired, sharded=True, placement=placement)
+    adopt(model)
     entries = retired.entries if retired else {}
     matrices, grouped = module_map.by_parameter(), by_parameter(selection)
     linears = {
@@ -239,8 +264,11 @@ def sparsify(
     for parameter in names:
         matrix = matrices.get(parameter)
         keep = matrix is not None and keeps_input.get(matrix.name, False)
-        with compat.whole(parameters[parameter]):
-            carrier = _carrier_for(model, parameter, grouped.get(parameter, {}), matrix, placement, keep)
+        # Codes in shards have no dense form.
+        is_quantized = matrix is not None and matrix.is_quantized
+        with compat.whole(parameters[parameter]) if is_quantized else nullcontext():
+            chosen = grouped.get(parameter, {})
+            carrier = _carrier_for(model, parameter, chosen, matrix, placement, keep, values_dtype)
             if parameter in entries:
                 assert retired is not None
                 _retire(carrier, entries[parameter], retired.placement)
@@ -301,7 +329,21 @@ def parameter_groups(
     return found
 
 
+@torch.no_grad()
 def write_back(model: nn.Module) -> None:
-    """Copy inplace values into the weights, after an optimizer step."""
-    for _, carrier in carriers(model):
-        carrier.write_back()
+    """Copy inplace values into the weights, after an optimizer step.
+
+    At ZeRO stage 3 it is collective: the values are gathered, many at once, and every rank writes those that lie in its
+    own shards. The weights are not gathered.
+    """
+    found = [
+        (carrier, kind, values)
+        for _, carrier in carriers(model)
+        if carrier.placement == "inplace"
+        for kind, values in carrier.values().items()
+    ]
+    if any(compat.is_sharded(carrier.parameter) for carrier, _, _ in found):
+        compat.end_gathers(model)
+    whole = whole_values(values for _, _, values in found)
+    for (carrier, kind, _), values in zip(found, whole, strict=True):
+        carrier.set_entries(kind, values)

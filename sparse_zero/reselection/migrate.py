@@ -1,6 +1,7 @@
 """How does a running engine get another selection, with the state of every entry that both have?"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +20,23 @@ from sparse_zero.layers.sparsify import (
     live_positions,
     placement_of,
     retired_of,
+    selection_of,
     sparsify,
 )
 from sparse_zero.module_map import ModuleMap, default_module_map
-from sparse_zero.reselection.migration import EntryCounts, Migration, live_entries, mean_second_moments, plan_migration
+from sparse_zero.reselection.migration import (
+    SECOND_MOMENTS,
+    EntryCounts,
+    Migration,
+    live_entries,
+    mean_second_moments,
+    plan_migration,
+)
 from sparse_zero.reselection.plain import without_values
 from sparse_zero.selection.config import Kind, Moments
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero import compat
+from sparse_zero.zero.optimizer_state import algorithm, check_optimizer
 from sparse_zero.zero.state import TrainingState, read_training_state, write_training_state
 
 # Builds an engine over a sparsified model, as the one before was built.
@@ -53,7 +63,7 @@ def _migrated_state(model: nn.Module, migration: Migration, step: int, moments: 
             values = values_name(name, kind)
             masters[values] = torch.where(new.kept | new.returned, new.masters, start)
             for key, moment in new.moments.items():
-                begin = means.get((parameter, kind), 0.0) if key == "exp_avg_sq" else 0.0
+                begin = means.get((parameter, kind), 0.0) if key in SECOND_MOMENTS else 0.0
                 found.setdefault(key, {})[values] = moment.masked_fill(~new.kept, begin)
     return TrainingState(masters=masters, moments=found, step=step)
 
@@ -87,7 +97,7 @@ def migrate(
 
     Raises:
         InputError: the selection is empty or does not fit the model, or something trainable is on the hook path at
-            stage 3, or the optimizer is no plain Adam; nothing has changed then.
+            stage 3, or the optimizer's state cannot go to other entries; nothing has changed then.
         RuntimeError: the selections of the ranks differ.
     """
     model: nn.Module = engine.module
@@ -95,16 +105,22 @@ def migrate(
         raise InputError("the selection is empty: nothing would be trained")
     if dist.is_initialized():
         check_equal_on_all_ranks(selection.digest(), "the new selection")
-    compat.check_optimizer(engine)
+    check_optimizer(engine)
+    kinds = {kind for each in (selection, selection_of(model)) for w in each.weights.values() for kind in w.kinds()}
+    if algorithm(engine) == "muon" and kinds != {"block"}:
+        raise InputError(
+            "the optimizer muon keeps another state for blocks than for other kinds, so that no entry can go from one "
+            "to the other: select blocks only, or use another optimizer"
+        )
     placement = placement_of(model)
     with without_values(model):
         module_map = module_map or default_module_map(model)
-        check_fits(model, selection, module_map, sharded=placement == "delta")
+        check_fits(model, selection, module_map, sharded=True, placement=placement)
     matrices = module_map.by_parameter()
     wanted = {name: live_positions(chosen, matrices.get(name)) for name, chosen in by_parameter(selection).items()}
     state = read_training_state(engine)
     migration = plan_migration(live_entries(model, state), retired_of(model).entries, wanted)
-    step = state.step
+    step, loss_scale = state.step, state.loss_scale
     del state
     compat.detach_engine(engine)
     remove_values(model)
@@ -113,5 +129,5 @@ def migrate(
     retired = Retired(placement=placement, entries=migration.retired)
     sparsify(model, selection, placement, retired=retired, module_map=module_map)
     engine = make_engine(model)
-    write_training_state(engine, _migrated_state(model, migration, step, moments))
+    write_training_state(engine, replace(_migrated_state(model, migration, step, moments), loss_scale=loss_scale))
     return engine, migration.counts

@@ -15,6 +15,9 @@ from sparse_zero.layers.retired import RetiredEntries, find_positions
 from sparse_zero.selection.config import Kind
 from sparse_zero.zero.state import TrainingState
 
+# What optimizers call their running mean of squared gradients: AdamW, its 8-bit form, Adafactor.
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "state2", "variance"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class LiveEntries:
@@ -144,16 +147,16 @@ def plan_migration(
 
 
 def mean_second_moments(migration: Migration) -> dict[tuple[str, Kind], float]:
-    """By parameter and kind: the mean of exp_avg_sq over the kept entries.
+    """By parameter and kind: the mean of the second moment over the kept entries.
 
     Where none were kept, it is the mean over those of the whole model; zero if there are none either.
     """
     sums: dict[tuple[str, Kind], tuple[float, int]] = {}
     for name, kinds in migration.values.items():
         for kind, each in kinds.items():
-            if "exp_avg_sq" in each.moments:
+            for key in SECOND_MOMENTS & each.moments.keys():
                 # Entries that were not kept are zero.
-                total = float(each.moments["exp_avg_sq"].sum(dtype=torch.float64))
+                total = float(each.moments[key].sum(dtype=torch.float64))
                 sums[name, kind] = (total, int(each.kept.sum()))
     everything, number = (sum(column) for column in zip(*sums.values(), strict=True)) if sums else (0.0, 0)
     overall = everything / number if number else 0.0

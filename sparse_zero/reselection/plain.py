@@ -1,10 +1,9 @@
 """What does a sparse model look like to those who score it: plain, with everything that acts in its weights?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparse_zero.layers.carriers import Carrier, carriers
@@ -14,13 +13,22 @@ from sparse_zero.layers.sparsify import replace_module
 from sparse_zero.zero import compat
 
 
+def _is_quantized(carrier: Carrier) -> bool:
+    """Whether nothing can stand in the weight of this carrier, for it holds codes."""
+    return isinstance(carrier, SparseLinear) and carrier.quantization is not None
+
+
 @contextmanager
-def without_values(model: nn.Module) -> Iterator[None]:
+def without_values(model: nn.Module, *, keep_quantized: bool = False) -> Iterator[None]:
     """Take the values out of ``model`` while the block runs; its weights stay as they are.
 
     The modules are plain then, so that names, classes and the number of parameters are those of the base.
+
+    Args:
+        model: a sparsified model.
+        keep_quantized: whether quantized linears keep their values, which act in nothing but their product.
     """
-    found = hooked_first(model)
+    found = [each for each in hooked_first(model) if not (keep_quantized and _is_quantized(each[1]))]
     try:
         for name, carrier in found:
             remove(model, name, carrier)
@@ -37,30 +45,23 @@ def without_values(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def effective_weights(model: nn.Module) -> Iterator[None]:
-    """Have what acts stand in the weights while the block runs, rounded once to their dtype. Collective if sharded."""
+    """Have what acts stand in the weights while the block runs, rounded once to their dtype. Collective if sharded.
+
+    Quantized weights stay as they are.
+    """
     # Inplace it stands there already.
-    found = [carrier for _, carrier in carriers(model) if carrier.placement == "delta"]
+    found = [each for _, each in carriers(model) if each.placement == "delta" and not _is_quantized(each)]
     with ExitStack() as undo:
         for carrier in found:
-            undo.callback(_change, carrier, restore)
-            _change(carrier, fold)
+            undo.callback(restore, carrier)
+            fold(carrier)
         yield
-
-
-@torch.no_grad()
-def _change(carrier: Carrier, how: Callable[[Carrier], None]) -> None:
-    """Let ``how`` write into the carrier's parameter, which it finds whole, like the values."""
-    with ExitStack() as gathered:
-        for values in carrier.values().values():
-            gathered.enter_context(compat.whole(values))
-        gathered.enter_context(compat.whole(carrier.parameter, writes=True))
-        how(carrier)
 
 
 @contextmanager
 def _suspended(model: nn.Module) -> Iterator[None]:
-    """Have every sparse linear act as the plain one of its weight while the block runs."""
-    found = [carrier for _, carrier in carriers(model) if isinstance(carrier, SparseLinear)]
+    """Have every parameter under values act alone while the block runs; not a quantized one."""
+    found = [carrier for _, carrier in carriers(model) if not _is_quantized(carrier)]
     try:
         for carrier in found:
             carrier.suspended = True
@@ -74,13 +75,14 @@ def _suspended(model: nn.Module) -> Iterator[None]:
 def plain(engine: Any) -> Iterator[nn.Module]:
     """The engine's model with its effective weights, for forward and backward passes outside the engine. Collective.
 
-    Up to stage 2 its modules are those of the base. At stage 3 DeepSpeed's hooks, which gather the weights, are on the
-    sparse linears: these stay, and act as plain ones. Afterwards everything is as it was, bit for bit.
+    Up to stage 2 its modules are those of the base, but for quantized linears, which keep their values to be effective.
+    At stage 3 DeepSpeed's hooks, which gather the weights, are on the sparse linears: these stay, and act as plain
+    ones, as hooked parameters do. Afterwards everything is as it was, bit for bit.
     """
     model: nn.Module = engine.module
     sharded = compat.has_shards(model)
     compat.release_gathered(engine)
-    with effective_weights(model), _suspended(model) if sharded else without_values(model):
+    with effective_weights(model), _suspended(model) if sharded else without_values(model, keep_quantized=True):
         try:
             yield model
         finally:

@@ -22,7 +22,7 @@ from sparse_zero.selection.config import FullCalibrationConfig, ReselectConfig, 
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.select import choose_regions, score_regions
 from sparse_zero.selection.selection import Selection
-from sparse_zero.zero import compat
+from sparse_zero.zero.optimizer_state import check_optimizer, optimizer_step_count
 
 # Apart from the seeds of neighbouring runs, which differ by one.
 _SEED_STRIDE = 1_000_003
@@ -121,11 +121,11 @@ def reselect(
         The engine to go on with, and what was found and done.
 
     Raises:
-        InputError: ``config.reselect`` is missing, or the optimizer is no plain Adam.
+        InputError: ``config.reselect`` is missing, or the optimizer's state cannot go to other entries.
     """
     reselect_config = _reselect_config(config)
-    compat.check_optimizer(engine)
-    step = compat.optimizer_step_count(engine) if step is None else step
+    check_optimizer(engine)
+    step = optimizer_step_count(engine) if step is None else step
     now = config_at(config, step)
     model: nn.Module = engine.module
     current = selection_of(model)

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sparse_zero.collectives import check_equal_on_all_ranks, collective_device, failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
+from sparse_zero.layers.quantized_linear import acting_parameter, adopted
 from sparse_zero.module_map import Matrix, ModuleMap, parameter_shape
 from sparse_zero.selection.accumulators import Accumulators
 from sparse_zero.selection.candidates import Candidates
@@ -386,6 +388,7 @@ class Observation:
                 group,
                 rules,
                 parameters[group[0].matrix.parameter],
+                partial(acting_parameter, model, group[0].matrix.parameter),
                 self._accumulators,
                 per_step=per_step,
                 scale=scale,
@@ -465,7 +468,10 @@ def calibrate(
             accumulators that cannot hold them, a matrix that no gradient reached, or scores that are none.
     """
     sharded = has_shards(model)
-    with Observation(model, candidates, rules, config=config, module_map=module_map, scale=LOSS_SCALE) as observation:
+    with (
+        adopted(model),
+        Observation(model, candidates, rules, config=config, module_map=module_map, scale=LOSS_SCALE) as observation,
+    ):
         with ExitStack() as stack:
             stack.enter_context(_frozen(model))
             stack.enter_context(own_random_state())

@@ -81,6 +81,7 @@ class Tally:
         candidates: of one weight, whose rules read data.
         rules: by name of the score.
         parameter: that the weight lies in.
+        read: the parameter's numbers, whole under ZeRO-3; where it holds codes, what they stand for.
         accumulators: for dense gradients; holds this weight if one is to be kept.
         per_step: rules that read gradients are called for every micro-batch, and what they return is added up.
         scale: of the loss, hence of all gradients.
@@ -93,6 +94,7 @@ class Tally:
         candidates: Sequence[Candidates],
         rules: Mapping[str, ScoreRule],
         parameter: Tensor,
+        read: Callable[[], Tensor],
         accumulators: Accumulators,
         *,
         per_step: bool,
@@ -104,7 +106,7 @@ class Tally:
         self.rules: dict[Kind, ScoreRule] = {c.kind: rules[c.score] for c in candidates}
         self.matrix, self.slice_index = candidates[0].matrix, candidates[0].slice_index
         self.name = candidates[0].weight
-        self.parameter = parameter
+        self.parameter, self._read = parameter, read
         self.per_step = per_step
         self._accumulators, self._scale, self._seed = accumulators, scale, seed
         self._owns_gradients = owns_gradients
@@ -219,13 +221,12 @@ class Tally:
 
     def weight(self) -> Tensor:
         """[O, I] view of the weight; whole also under ZeRO-3, in backward or inside ``compat.whole``."""
-        stored = self.parameter.detach()
-        if tuple(stored.shape) != parameter_shape(self.parameter):
+        if tuple(self.parameter.shape) != parameter_shape(self.parameter):
             raise InputError(
                 f"the weight {self.name} is not at hand in backward, where ZeRO-3 holds it in shards: use "
                 "selection.accumulate: sum, or zero.stage 2"
             )
-        return self.matrix.view(stored, self.slice_index)
+        return self.matrix.view(self._read(), self.slice_index)
 
     def restart(self) -> None:
         """Forget the running micro-batch's forward: it runs again."""

@@ -323,14 +323,14 @@ def check_rule(rule: ScoreRule, candidates: Candidates) -> None:
             f"selection.score {rule.name} ranks {ranked} only, and selection.regions has {kind}s of {matrix.name!r}: "
             f"use {instead} for {kind}s"
         )
-    # Without activations to form them from, sums of the gradient are sums over the dense one.
-    reads_gradient = "gradient" in rule.needs or ("gradient_sums" in rule.needs and not matrix.is_product)
-    if matrix.is_quantized and (reads_gradient or "weight" in rule.needs):
-        missing = "dense gradient" if reads_gradient else "weight in full precision"
-        remedy = "use abs_of_mean" if matrix.is_product else "leave it out of selection.regions.modules"
+    # Where X and dY are seen, the gradient is formed from them; codes have none of their own.
+    reads_gradient = rule.needs_gradient and not matrix.is_product
+    if matrix.is_quantized and (reads_gradient or ("weight" in rule.needs and not matrix.is_linear)):
+        missing = "gradient" if reads_gradient else "weight in full precision"
+        remedy = "leave it out of selection.regions.modules" if reads_gradient else "use a score of the gradient"
         raise InputError(
-            f"selection.score {rule.name} reads the {missing} of {matrix.name!r}, which is quantized: {remedy}, or "
-            "load the base in full precision"
+            f"selection.score {rule.name} reads the {missing} of {matrix.name!r}, which is quantized, and not in a "
+            f"linear of bitsandbytes: {remedy}, or load the base in full precision"
         )
     if not matrix.is_product and rule.needs & {"input_norm", "output_norm"}:
         raise InputError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_zero.collectives import check_equal_on_all_ranks, failing_together, of_rank_zero
 from sparse_zero.errors import InputError
+from sparse_zero.layers.quantized_linear import acting_parameter
 from sparse_zero.module_map import ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.budget import SUMMATION_NOISE, Choice, choose
 from sparse_zero.selection.calibration import Key, LossFunction, calibrate, default_loss
@@ -129,7 +130,7 @@ def _scores_without_data(
             if "weight" in rule.needs:
                 parameter = model.get_parameter(each.matrix.parameter)
                 stack.enter_context(whole(parameter))
-                needs["weight"] = each.matrix.view(parameter.detach(), each.slice_index)
+                needs["weight"] = each.matrix.view(acting_parameter(model, each.matrix.parameter), each.slice_index)
             if failure is not None:
                 continue
             try:

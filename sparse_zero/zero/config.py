@@ -55,10 +55,10 @@ class ZeroConfig:
             )
         if self.rounding not in ROUNDINGS:
             raise InputError(f"zero.rounding is {self.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
-        if self.stage == 3 and self.placement == "inplace":
+        if self.offload_base == "nvme" and self.placement == "inplace":
             raise InputError(
-                "zero.placement is 'inplace' at zero.stage 3, which shards the base weights: "
-                "use zero.placement delta, or a stage up to 2"
+                "zero.offload_base is 'nvme' with zero.placement 'inplace', which writes into the base after each "
+                "step: use cpu, or zero.placement delta"
             )
         if "stage" in self.options and self.options["stage"] != self.stage:
             raise InputError(

@@ -1,6 +1,7 @@
 """How does DeepSpeed get the values and nothing else, and when are they written back into the weights?"""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ from torch import nn
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_json
 from sparse_zero.layers.carriers import carriers, parameter_name
+from sparse_zero.layers.quantized_linear import check_same_constants
 from sparse_zero.layers.sparse_parameter import SparseParameter
 from sparse_zero.layers.sparsify import parameter_groups, placement_of, trainable_parameters, write_back
 from sparse_zero.zero import compat
+from sparse_zero.zero.config import Rounding
+from sparse_zero.zero.defaults import with_defaults
+from sparse_zero.zero.optimizer_state import optimizer_step_count
+from sparse_zero.zero.rounding import check_rounding, round_values
+from sparse_zero.zero.same_weights import check_same_weights
+from sparse_zero.zero.unsupported import check_not_split, check_sequence_parallel
 
 
 def _check_only_values_train(model: nn.Module) -> None:
@@ -28,76 +36,128 @@ def _zero_stage(config: Mapping[str, Any]) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
+def _check_shards_in_reach(model: nn.Module, section: Mapping[str, Any]) -> None:
+    """Refuse what puts shards where inplace values cannot be written into them, before DeepSpeed does."""
+    if placement_of(model) != "inplace":
+        return
+    offload = section.get("offload_param")
+    if isinstance(offload, Mapping) and offload.get("device") == "nvme":
+        raise InputError(
+            "zero_optimization.offload_param.device is 'nvme', and placement 'inplace' writes into the weights after "
+            "each step: use cpu, or sparsify with placement='delta'"
+        )
+    if section.get("zero_quantized_nontrainable_weights"):
+        raise InputError(
+            "zero_optimization.zero_quantized_nontrainable_weights is set, and placement 'inplace' writes into the "
+            "weights: remove it, or sparsify with placement='delta'"
+        )
+
+
 def initialize(
     *,
     model: nn.Module,
     config: Mapping[str, Any] | str | Path,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
     model_parameters: Any = None,
+    broadcast_weights: bool = True,
+    rounding: Rounding = "nearest",
+    rounding_seed: int = 0,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a sparsified model, with write-back after each real optimizer step.
 
     Args:
         model: a model that :func:`sparse_zero.sparsify` has prepared, on every rank alike.
-        config: DeepSpeed's config, or the name of its JSON file.
+        config: DeepSpeed's config, or the name of its JSON file; :mod:`sparse_zero.zero.defaults` fill in what it
+            leaves open of ``zero_optimization``.
         optimizer: an optimizer over :func:`sparse_zero.parameter_groups`, or a function from those groups
             to one; default: what ``config`` names.
         model_parameters: optimizer groups; default: one group per region kind.
+        broadcast_weights: whether rank 0 sends all weights to the others at the start, as DeepSpeed does. False, where
+            every rank has loaded the same files: the ranks compare sums over their weights instead.
+        rounding: see :func:`attach`.
+        rounding_seed: see :func:`attach`.
         **kwargs: passed to ``deepspeed.initialize``.
 
     Returns:
         ``(engine, optimizer, loader, scheduler)``, as DeepSpeed does.
 
     Raises:
-        InputError: something besides values requires grad, an inplace model at stage 3, or stage 0 without fp32.
+        InputError: something besides values requires grad, stage 0 with fp16, or stage 3 with shards that inplace
+            values cannot be written into: on a disk, or quantized.
     """
     import deepspeed
 
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else read_json(Path(config))
     _check_only_values_train(model)
-    low = [name for name in ("bf16", "fp16") if (settings.get(name) or {}).get("enabled")]
-    if low and _zero_stage(settings) == 0:
+    check_rounding(model, rounding)
+    check_not_split(model, settings)
+    if (settings.get("fp16") or {}).get("enabled") and _zero_stage(settings) == 0:
         raise InputError(
-            f"zero stage 0 with {low[0]} is not supported (its masters cannot be saved): use stage 1 to 3, or fp32"
+            "zero stage 0 with fp16 is not supported (DeepSpeed scales the loss in another way there, which no "
+            "checkpoint holds): use stage 1 to 3, bf16 or fp32"
         )
     if _zero_stage(settings) == 3:
-        for name, carrier in carriers(model):
-            if isinstance(carrier, SparseParameter):
-                raise InputError(
-                    f"zero stage 3 would shard {parameter_name(name, carrier)}, whose entries are trained through "
-                    "hooks: use a stage up to 2, or select linears only"
-                )
-    if _zero_stage(settings) == 3 and placement_of(model) == "inplace":
-        raise InputError(
-            "zero stage 3 shards the weights that placement 'inplace' writes into: "
-            "sparsify with placement='delta', or use a stage up to 2"
+        _check_shards_in_reach(model, settings["zero_optimization"])
+    settings = {**settings, "zero_optimization": with_defaults(model, settings.get("zero_optimization") or {})}
+    check_same_constants(model)
+    if not broadcast_weights:
+        check_same_weights(model)
+    with nullcontext() if broadcast_weights else compat.without_broadcast():
+        engine, zero_optimizer, loader, scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=parameter_groups(model) if model_parameters is None else model_parameters,
+            config=dict(settings),
+            **kwargs,
         )
-    engine, zero_optimizer, loader, scheduler = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=parameter_groups(model) if model_parameters is None else model_parameters,
-        config=dict(settings),
-        **kwargs,
-    )
-    attach(engine)
+    attach(engine, rounding=rounding, rounding_seed=rounding_seed)
     return engine, zero_optimizer, loader, scheduler
 
 
-def attach(engine: Any) -> None:
+def _fetch_values_with(carrier: SparseParameter) -> None:
+    """Have stage 3 gather the values of a hooked parameter for its owners: the module of values is not called."""
+    import deepspeed
+
+    for owner in carrier.owners:
+        for values in carrier.values().values():
+            deepspeed.zero.register_external_parameter(owner, values)
+
+
+def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 0) -> None:
     """Write values back after every real step of ``engine``, and skip steps with a non-finite gradient.
 
     ZeRO gathers the updated values at the end of its optimizer's ``step``, after the hooks of the inner optimizer
     have fired; so ``step`` is wrapped on the instance. It is called once per accumulation boundary, and a step
     that an overflow discarded (``optimizer.overflow``) changes nothing, so nothing is written back then.
 
+    Args:
+        engine: over a sparsified model.
+        rounding: how inplace values in bf16 or fp16 come from their fp32 masters: nearest, or stochastic, see
+            :mod:`sparse_zero.zero.rounding`. Once an engine is attached, it stays as it was.
+        rounding_seed: of stochastic rounding, equal on all ranks.
+
     Raises:
-        InputError: the engine's model has no values, or trains something else too.
+        InputError: the engine's model has no values, or trains something else too; stochastic rounding has nothing to
+            round; or stage 3 holds weights where inplace values cannot be written into them.
     """
     _check_only_values_train(engine.module)
     optimizer = engine.optimizer
     if getattr(optimizer, "_sparse_zero_attached", False):
         return
+    check_rounding(engine.module, rounding)
+    check_sequence_parallel(engine)
+    for name, carrier in carriers(engine.module):
+        parameter = carrier.parameter
+        if carrier.placement == "inplace" and compat.is_sharded(parameter) and compat.is_out_of_reach(parameter):
+            raise InputError(
+                f"ZeRO-3 holds {parameter_name(name, carrier)} on a disk or quantized, and placement 'inplace' writes "
+                "into it: leave that out of DeepSpeed's config, or sparsify with placement='delta'"
+            )
+        if compat.is_sharded(parameter) and isinstance(carrier, SparseParameter):
+            _fetch_values_with(carrier)
+    optimizer._sparse_zero_rounding = (rounding, rounding_seed)
+    compat.undo_first_step(engine)
     compat.check_version()
     step = optimizer.step
     checks_itself = hasattr(optimizer, "overflow")
@@ -113,14 +173,21 @@ def attach(engine: Any) -> None:
                 return None
         result = step(*args, **kwargs)
         if not getattr(optimizer, "overflow", False):
-            write_back(engine.module)
+            write_values(engine)
         return result
 
     optimizer.step = step_and_write_back
     optimizer._sparse_zero_attached = True
     # What stands in the weights before the first step is what the values say, also after a broadcast.
-    if not compat.has_shards(engine.module):
-        write_back(engine.module)
+    write_back(engine.module)
+
+
+def write_values(engine: Any) -> None:
+    """Put the values into the weights as training does after a step. Collective where they are rounded or sharded."""
+    rounding, seed = getattr(engine.optimizer, "_sparse_zero_rounding", ("nearest", 0))
+    if rounding == "stochastic":
+        round_values(engine, seed, optimizer_step_count(engine))
+    write_back(engine.module)
 
 
 def step_was_applied(engine: Any) -> bool:

@@ -1,15 +1,15 @@
-"""What is the full training state of the values, whatever the stage: masters, moments, step counter?"""
+"""What is the full training state of the values, whatever the stage and the optimizer?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_zero.layers.sparsify import trainable_parameters, write_back
-from sparse_zero.zero import compat
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from sparse_zero.errors import InputError
+from sparse_zero.layers.sparsify import trainable_parameters
+from sparse_zero.zero import compat, optimizer_state
+from sparse_zero.zero.engine import write_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,13 @@ class TrainingState:
     """Everything the optimizer knows, by name of the values; 1-D fp32 tensors on the host."""
 
     masters: dict[str, Tensor]
-    # Moment name (exp_avg, exp_avg_sq) to value name; empty before the first step.
+    # What the optimizer keeps for each entry, by its own name for it (AdamW: exp_avg, exp_avg_sq), then by name of the
+    # values; empty before the first step. States of 8 bits are here in fp32.
     moments: dict[str, dict[str, Tensor]]
     # Optimizer steps taken.
     step: int
+    # fp16: the dynamic loss scale and its counters.
+    loss_scale: dict[str, float] | None = field(default=None)
 
 
 def _host(tensor: Tensor, keep: bool) -> Tensor:
@@ -32,39 +35,62 @@ def _host(tensor: Tensor, keep: bool) -> Tensor:
 
 def read_masters(engine: Any, *, keep: bool = True) -> dict[str, Tensor]:
     """The fp32 masters of all values, whole, on the host. Collective; ranks with ``keep`` False get empty tensors."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     return {
-        name: _host(safe_get_full_fp32_param(parameter) if compat.is_partitioned(parameter) else parameter, keep)
+        name: _host(compat.full_master(engine, parameter), keep)
         for name, parameter in trainable_parameters(engine.module).items()
     }
 
 
 def read_training_state(engine: Any, *, keep: bool = True) -> TrainingState:
-    """Masters, moments and step counter, whole, on the host. Collective; see :func:`read_masters` for ``keep``."""
+    """Masters, states and step counter, whole, on the host. Collective; see :func:`read_masters` for ``keep``.
+
+    Raises:
+        InputError: the optimizer has a state that is not per entry.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    step = compat.optimizer_step_count(engine)
-    if step:
-        compat.link_optimizer_states(engine)
+    step = optimizer_state.optimizer_step_count(engine)
     moments: dict[str, dict[str, Tensor]] = {}
-    for key in MOMENTS if step else ():
-        moments[key] = {}
-        for name, parameter in trainable_parameters(engine.module).items():
-            if compat.is_partitioned(parameter):
-                moments[key][name] = _host(safe_get_full_optimizer_state(parameter, key), keep)
-            else:
-                moments[key][name] = _host(compat.inner_optimizer(engine).state[parameter][key], keep)
-    return TrainingState(masters=read_masters(engine, keep=keep), moments=moments, step=step)
+    if step:
+        with optimizer_state.wide_states(engine) as keys:
+            for name, parameter in trainable_parameters(engine.module).items():
+                for state, key in keys[id(parameter)].items():
+                    if compat.is_partitioned(parameter):
+                        found = safe_get_full_optimizer_state(parameter, key)
+                    else:
+                        found = compat.own_state(engine, parameter, key)
+                    moments.setdefault(state, {})[name] = _host(found, keep)
+    return TrainingState(
+        masters=read_masters(engine, keep=keep),
+        moments=moments,
+        step=step,
+        loss_scale=optimizer_state.read_loss_scale(engine),
+    )
 
 
 @torch.no_grad()
 def write_training_state(engine: Any, state: TrainingState) -> None:
-    """Put ``state`` into the engine's optimizer, values and weights. Collective; every rank passes all of it."""
+    """Put ``state`` into the engine's optimizer, values and weights. Collective; every rank passes all of it.
+
+    Raises:
+        InputError: the optimizer keeps other states than those that are given.
+    """
+    parameters = trainable_parameters(engine.module)
     if state.step:
-        compat.create_optimizer_states(engine, MOMENTS, state.step)
-    for name, parameter in trainable_parameters(engine.module).items():
+        optimizer_state.create_optimizer_states(engine, state.step)
+        with optimizer_state.wide_states(engine, writes=True) as keys:
+            for name, parameter in parameters.items():
+                given = [key for key, moments in state.moments.items() if name in moments]
+                if sorted(given) != sorted(keys[id(parameter)]):
+                    kept = ", ".join(sorted(keys[id(parameter)])) or "none"
+                    raise InputError(
+                        f"the state of {name} is {', '.join(sorted(given))}, but the optimizer "
+                        f"{optimizer_state.algorithm(engine)} keeps {kept}: use the optimizer that the state is of"
+                    )
+            for name, parameter in parameters.items():
+                for moment, key in keys[id(parameter)].items():
+                    compat.write_moment(engine, parameter, state.moments[moment][name], key)
+    for name, parameter in parameters.items():
         compat.write_master(engine, parameter, state.masters[name])
-        for key, moments in state.moments.items():
-            compat.write_moment(engine, parameter, moments[name], key)
-    write_back(engine.module)
+    optimizer_state.write_loss_scale(engine, state.loss_scale)
+    write_values(engine)

@@ -1,0 +1,170 @@
+"""What does the optimizer inside of DeepSpeed's keep for the values, and how is it read and replaced?"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_zero.errors import InputError
+from sparse_zero.zero import compat, eight_bit
+
+# States that an optimizer keeps and never reads.
+_UNUSED_STATES = {"DeepSpeedCPULion": {"exp_avg_sq"}}
+# Names of algorithms by the classes that compute them; others are called by their class.
+_ALGORITHMS = {
+    "DeepSpeedCPULion": "lion",
+    "FusedLion": "lion",
+    "AdamW8bit": "adamw_8bit",
+    "PagedAdamW8bit": "adamw_8bit",
+}
+
+
+def algorithm(engine: Any) -> str:
+    """What the inner optimizer computes: classes of one name here go on from each other's states."""
+    inner = compat.inner_optimizer(engine)
+    name = type(inner).__name__
+    if isinstance(inner, torch.optim.Adam):
+        decoupled = all(group.get("decoupled_weight_decay") for group in inner.param_groups)
+        return "adamw" if decoupled else "adam"
+    if name in ("DeepSpeedCPUAdam", "FusedAdam"):
+        return "adamw" if getattr(inner, "adam_w_mode", True) else "adam"
+    own: str = getattr(inner, "algorithm", _ALGORITHMS.get(name, name.lower()))
+    return own
+
+
+def _entry_states(inner: torch.optim.Optimizer, tensor: Tensor) -> tuple[str, ...]:
+    """Names of the states that have a number for each entry of ``tensor``; those of 8 bits are among them."""
+    state = inner.state.get(tensor, {})
+    unused = _UNUSED_STATES.get(type(inner).__name__, set())
+    names, others = [], []
+    for name, held in state.items():
+        if isinstance(held, Tensor) and held.shape == tensor.shape and name not in eight_bit.companions(state):
+            names.append(name)
+        elif isinstance(held, Tensor) and held.numel() != 1 and name not in eight_bit.companions(state):
+            others.append(name)
+    if others:
+        raise InputError(
+            f"the optimizer {type(inner).__name__} has a state {others[0]} that is neither one number nor one for each "
+            "value, so that it cannot be saved: use one of sparse_zero.zero.optimizers"
+        )
+    return tuple(name for name in names if name not in unused)
+
+
+def check_optimizer(engine: Any) -> None:
+    """Refuse an optimizer whose state is not per entry: it could not be saved, nor go on with another selection.
+
+    Raises:
+        InputError: names the optimizer and the state.
+    """
+    inner = compat.inner_optimizer(engine)
+    for each in compat.stepped(engine):
+        for tensor in each.tensors:
+            _entry_states(inner, tensor)
+
+
+@torch.no_grad()
+def create_optimizer_states(engine: Any, step: int) -> None:
+    """Give the optimizer the states that its first step would create, all zero, and ``step`` steps taken.
+
+    DeepSpeed's setters need them in place. The optimizer makes them itself, in a step of gradients, learning rate and
+    decay zero; the caller overwrites the masters afterwards.
+
+    Raises:
+        InputError: the states are on a disk.
+    """
+    if getattr(engine.optimizer, "swap_optimizer", False):
+        raise InputError(
+            "the optimizer's states are offloaded to nvme, where a checkpoint cannot be put: "
+            "use zero.offload_optimizer cpu or none"
+        )
+    inner = compat.inner_optimizer(engine)
+    groups = inner.param_groups
+    try:
+        for each in compat.stepped(engine):
+            gradients = [tensor.grad for tensor in each.tensors]
+            for tensor in each.tensors:
+                tensor.grad = torch.zeros_like(tensor)
+            still = {**groups[each.group], "params": list(each.tensors), "lr": 0.0, "weight_decay": 0.0}
+            inner.param_groups = [still]
+            inner.step()
+            for tensor, gradient in zip(each.tensors, gradients, strict=True):
+                tensor.grad = gradient
+    finally:
+        inner.param_groups = groups
+    for state in inner.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(step)
+        elif "step" in state:
+            state["step"] = step
+    compat.link_optimizer_states(engine)
+
+
+@contextmanager
+def wide_states(engine: Any, *, writes: bool = False) -> Iterator[dict[int, dict[str, str]]]:
+    """Have every state per entry stand in fp32 while the block runs.
+
+    Args:
+        engine: whose optimizer has taken a step, or was given states.
+        writes: whether the block changes states of 8 bits, which are quantized again at its end.
+
+    Yields:
+        By identity of the values: the name of each state, and the key under which DeepSpeed's getters find it.
+    """
+    inner = compat.inner_optimizer(engine)
+    keys: dict[int, dict[str, str]] = {}
+    widened: list[tuple[dict[str, Any], str, str]] = []
+    for each in compat.stepped(engine):
+        by_tensor: dict[int, dict[str, str]] = {}
+        for tensor in each.tensors:
+            state = inner.state[tensor]
+            found = by_tensor[id(tensor)] = {}
+            for name in _entry_states(inner, tensor):
+                found[name] = name
+                if state[name].dtype == torch.uint8:
+                    found[name] = f"{name}_in_fp32"
+                    state[found[name]] = eight_bit.dequantize(state, name)
+                    widened.append((state, name, found[name]))
+        for index, values in enumerate(each.values):
+            keys[id(values)] = by_tensor[id(each.tensor_of(index))]
+    compat.link_optimizer_states(engine)
+    try:
+        yield keys
+        if writes:
+            for state, name, key in widened:
+                eight_bit.quantize(state, name, state[key])
+    finally:
+        for state, _, key in widened:
+            del state[key]
+        if widened:
+            compat.link_optimizer_states(engine)
+
+
+def optimizer_step_count(engine: Any) -> int:
+    """Steps that the inner optimizer has taken; 0 before the first.
+
+    DeepSpeed's fused optimizers count on the last tensor of a group only. An optimizer without a counter has taken
+    one at least, if it has states.
+    """
+    states = [state for state in compat.inner_optimizer(engine).state.values() if state]
+    return max((int(state.get("step", 1)) for state in states), default=0)
+
+
+# What a dynamic loss scaler (fp16) knows after a step.
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def read_loss_scale(engine: Any) -> dict[str, float] | None:
+    """The dynamic loss scale and its counters; None where nothing is scaled, or by a constant."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return None
+    return {name: getattr(scaler, name) for name in LOSS_SCALE}
+
+
+def write_loss_scale(engine: Any, stored: Mapping[str, float] | None) -> None:
+    """Go on with what :func:`read_loss_scale` gave; nothing to do unless both engines scale dynamically."""
+    if stored is not None and read_loss_scale(engine) is not None:
+        for name in LOSS_SCALE:
+            setattr(engine.optimizer.loss_scaler, name, stored[name])
