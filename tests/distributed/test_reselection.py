@@ -10,7 +10,7 @@ WORKERS = "tests.distributed.reselection_workers"
 @pytest.mark.parametrize(("world_size", "moments"), [(1, "zero"), (2, "mean")])
 def test_a_changing_selection_equals_a_moment_per_entry_on_the_dense_model(world_size, moments):
     report = run_ranks(f"{WORKERS}:migrations", world_size, moments=moments)
-    assert len(report) == 7
+    assert len(report) == 8
     for entry in report:
         place = entry["place"]
         assert entry["losses"] == pytest.approx(entry["expected"], rel=1e-5), place
@@ -46,12 +46,12 @@ def test_a_checkpoint_after_a_reselection_continues_bit_for_bit(world_size, deca
 
 
 @pytest.mark.parametrize(
-    ("world_size", "scores", "stages"),
-    [(2, ["abs_of_mean"], [0, 1, 2, 3]), (1, ["gradient_times_weight", "magnitude"], [1, 3])],
+    ("world_size", "scores", "stages", "number"),
+    [(2, ["abs_of_mean"], [0, 1, 2, 3], 5), (1, ["gradient_times_weight", "magnitude"], [1, 3], 6)],
 )
-def test_what_is_selected_anew_is_what_select_finds_on_the_dense_model(world_size, scores, stages):
+def test_what_is_selected_anew_is_what_select_finds_on_the_dense_model(world_size, scores, stages, number):
     found = run_ranks(f"{WORKERS}:reselections", world_size, scores=scores, stages=stages)
-    assert len(found) == 4
+    assert len(found) == number
     for entry in found:
         place = entry["place"]
         assert entry["digests"] == entry["expected_digests"], place
@@ -75,8 +75,7 @@ def test_a_check_that_finds_enough_captured_and_a_refused_migration_leave_traini
         assert "the selection is empty" in errors["empty"]
         assert "no weight elsewhere.weight" in errors["another model"]
         assert "the new selection differs between rank 0 and ranks [1]" in errors["one rank only"]
-        assert len(errors) == (4 if entry["place"][0] == 3 else 3)
-        assert "sharded by ZeRO-3" in errors.get("hooked", "sharded by ZeRO-3")
+        assert len(errors) == 3
 
 
 def test_a_check_on_useless_data_is_said_and_training_goes_on():
@@ -86,4 +85,3 @@ def test_a_check_on_useless_data_is_said_and_training_goes_on():
     assert any("could not be checked after step 2" in text for text in entry["said"])
     assert len(entry["losses"]) == 4
     assert entry["losses"][-1] < entry["losses"][0]
-    assert "SGD has a state other than Adam's" in entry["refused"]

@@ -15,7 +15,7 @@ import sparse_zero as sz
 import sparse_zero.zero.engine as engine_module
 from scripts.dense_reference import adamw_on_entries
 from sparse_zero.layers.sparsify import selection_of, write_back
-from sparse_zero.zero.compat import inner_optimizer, is_partitioned, link_optimizer_states
+from sparse_zero.zero.compat import engine_of, inner_optimizer, is_partitioned, link_optimizer_states, whole
 from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.state import read_masters
 from tests.sparse_zero.helpers import TinyModel, mixed_selection, owner_matrix, tiny_loss
@@ -109,9 +109,8 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def combinations() -> list[tuple[int, Placement, int, bool]]:
-    """(stage, placement, accumulation, gradient checkpointing), without inplace at stage 3."""
-    every = product((0, 1, 2, 3), PLACEMENTS, (1, 4), (False, True))
-    return [entry for entry in every if not (entry[0] == 3 and entry[1] == "inplace")]
+    """(stage, placement, accumulation, gradient checkpointing)."""
+    return list(product((0, 1, 2, 3), PLACEMENTS, (1, 4), (False, True)))
 
 
 def count_optimizer_elements(engine: Any) -> int:
@@ -180,18 +179,13 @@ def train_whole(engine: Any, batches: Tensor) -> list[float]:
 
 PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "delta"), (2, "inplace"), (3, "delta"))
 
-OTHER_PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "inplace"), (2, "delta"), (3, "delta"))
-
-
-def places(bf16: bool) -> tuple[tuple[int, Placement], ...]:
-    """Stage 0 is for fp32 only."""
-    return PLACES[1:] if bf16 else PLACES
+OTHER_PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "delta"), (2, "delta"), (3, "inplace"))
 
 
 def write_checkpoints(folder: str, bf16: bool = False) -> list[dict[str, Any]]:
     """Train three steps, save, train two more; a second engine loads and trains the two again."""
     report = []
-    for stage, placement in places(bf16):
+    for stage, placement in PLACES:
         batches = make_batches(5)
         engine = sparse_engine(stage, placement, bf16=bf16)
         before = train_whole(engine, batches[:3])
@@ -272,7 +266,7 @@ def adapters(folder: str, bf16: bool = False) -> list[dict[str, Any]]:
     """Train, save an adapter from the engine, load it on a fresh base in both placements, and merge."""
     report = []
     batch = make_batches(1)[0]
-    for stage, placement in places(bf16):
+    for stage, placement in PLACES:
         engine = sparse_engine(stage, placement, decay=0.0, bf16=bf16)
         train_whole(engine, make_batches(3))
         engine.eval()
@@ -287,18 +281,13 @@ def adapters(folder: str, bf16: bool = False) -> list[dict[str, Any]]:
             with torch.no_grad():
                 entry[f"{loaded_placement}_difference"] = float((model(batch) - trained).abs().max())
             entry[f"{loaded_placement}_trainable"] = sum(p.requires_grad for p in model.parameters())
-        if stage < 3:
-            in_engine = {name: p.detach().clone() for name, p in full_weights(engine).items()}
-            sz.merge(engine.module)
-            merged = dict(engine.module.named_parameters())
-            entry["merged_equals_training"] = all(
-                torch.equal(merged[name], weight.to(merged[name].dtype)) for name, weight in in_engine.items()
-            )
-        else:
-            try:
-                sz.merge(engine.module)
-            except sz.InputError as error:
-                entry["merge_error"] = str(error)
+        in_engine = {name: p.detach().clone() for name, p in full_weights(engine).items()}
+        sz.merge(engine.module)
+        entry["merged_equals_training"] = True
+        for name, weight in in_engine.items():
+            merged = engine.module.get_parameter(name)
+            with whole(merged):
+                entry["merged_equals_training"] &= torch.equal(merged, weight.to(merged.dtype))
         report.append(entry)
         engine.destroy()
     return report
@@ -309,7 +298,7 @@ def non_finite_steps() -> list[dict[str, Any]]:
     from sparse_zero.zero.engine import step_was_applied
 
     report = []
-    for stage, placement in PLACES:
+    for stage, placement in (*PLACES, OTHER_PLACES[3]):
         engine = sparse_engine(stage, placement)
         batches = make_batches(4)
         size = GLOBAL_BATCH // dist.get_world_size()
@@ -340,15 +329,30 @@ def non_finite_steps() -> list[dict[str, Any]]:
 def refusals() -> dict[str, str]:
     """What initialize refuses by name."""
     found = {}
-    cases = {"dense": make_model(), "extra": make_model(), "stage3": make_model(), "stage0": make_model(bf16=True)}
-    sz.sparsify(cases["stage0"], mixed_selection(cases["stage0"]), "inplace")
+    cases = {"dense": make_model(), "extra": make_model()}
     sz.sparsify(cases["extra"], mixed_selection(cases["extra"]), "inplace")
     cases["extra"].lm_head.weight.requires_grad_(True)
-    sz.sparsify(cases["stage3"], mixed_selection(cases["stage3"]), "inplace")
     for name, model in cases.items():
         try:
-            stage = {"stage3": 3, "stage0": 0}.get(name, 2)
-            make_engine(model, stage, GLOBAL_BATCH, 1, bf16=name == "stage0")
+            make_engine(model, 2, GLOBAL_BATCH, 1)
+        except sz.InputError as error:
+            found[name] = str(error)
+    half = make_model()
+    sz.sparsify(half, mixed_selection(half), "inplace")
+    try:
+        sz.initialize(model=half, config={"fp16": {"enabled": True}})
+    except sz.InputError as error:
+        found["stage0"] = str(error)
+    # Shards that inplace values cannot be written into.
+    inplace = make_model()
+    sz.sparsify(inplace, mixed_selection(inplace), "inplace")
+    sections: dict[str, dict[str, Any]] = {
+        "disk": {"offload_param": {"device": "nvme", "nvme_path": "."}},
+        "quantized": {"zero_quantized_nontrainable_weights": True},
+    }
+    for name, section in sections.items():
+        try:
+            sz.initialize(model=inplace, config={"train_batch_size": 1, "zero_optimization": {"stage": 3, **section}})
         except sz.InputError as error:
             found[name] = str(error)
     return found
@@ -413,7 +417,7 @@ def private_names() -> dict[str, Any]:
     for stage, placement in PLACES[1:]:
         engine = sparse_engine(stage, placement)
         optimizer = engine.optimizer
-        parameter = next(iter(sz.trainable_parameters(engine.module).values()))
+        parameter: Any = next(iter(sz.trainable_parameters(engine.module).values()))
         entry: dict[str, Any] = {
             "inner_is_torch": isinstance(optimizer.optimizer, torch.optim.AdamW),
             "overflow": hasattr(optimizer, "overflow"),
@@ -430,6 +434,26 @@ def private_names() -> dict[str, Any]:
         else:
             entry["flat_groups"] = len(optimizer.fp32_partitioned_groups_flat)
             entry["shard"] = hasattr(parameter, "ds_tensor") and hasattr(parameter, "ds_process_group")
+            wanted = ("ds_numel", "ds_status", "ds_persist", "ds_active_sub_modules", "ds_secondary_tensor")
+            entry["missing"] = [
+                name for name in (*wanted, "ds_zero_param_process_group", "all_gather") if not hasattr(parameter, name)
+            ]
+            entry["missing"] += [
+                name for name in ("ds_numel", "final_location") if not hasattr(parameter.ds_tensor, name)
+            ]
+            entry["registry"] = list(engine.module.ds_inflight_param_registry) == []
         found[str(stage)] = entry
         engine.destroy()
     return found
+
+
+def engines_of_a_model() -> dict[str, bool]:
+    """Whether compat.engine_of finds none, the only one, and the newest of two."""
+    model = make_model()
+    sz.sparsify(model, mixed_selection(model), "inplace")
+    report = {"before": engine_of(model) is None}
+    first = make_engine(model, 1, GLOBAL_BATCH, 1)
+    report["first"] = engine_of(model) is first
+    second = make_engine(model, 1, GLOBAL_BATCH, 1)
+    report["newest"] = engine_of(model) is second
+    return report

@@ -22,7 +22,9 @@ def plant(place: str, step: int, mark: Path) -> None:
     if os.environ["RANK"] != "1":
         return
     begun = 0
-    optimizer_step = launcher.training_loop._optimizer_step
+    loop: Any = launcher.training_loop
+    engine: Any = sparse_zero.zero.engine
+    optimizer_step = loop._optimizer_step
 
     def raise_here(*arguments: Any, **settings: Any) -> Any:
         mark.touch()
@@ -38,10 +40,10 @@ def plant(place: str, step: int, mark: Path) -> None:
             # The other rank is in it already, or comes to it.
             dist.all_gather = raise_here
         elif begun == step:
-            sparse_zero.zero.engine.write_back = raise_here
+            engine.write_back = raise_here
         return optimizer_step(state, *arguments)
 
-    launcher.training_loop._optimizer_step = counted
+    loop._optimizer_step = counted
 
 
 if __name__ == "__main__":

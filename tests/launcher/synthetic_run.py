@@ -95,6 +95,7 @@ def summary() -> dict[str, Any]:
         "accuracy": {"base": 0.0, "tuned": 0.47, "num_problems": 200},
         "parameters": {"total": 134_515_008, "trained": 1_376_256},
         "peak_memory_bytes_per_rank": [1_450_000_000, 1_430_000_000],
+        "communication_bytes_per_step": {"gradients": 5_505_024, "values": 5_505_024, "weights": 0, "constants": 5},
         "tokens_per_second": 612.4,
         "adapter_bytes": 5_560_320,
         "merged_bytes": 538_090_408,

@@ -258,8 +258,8 @@ def test_wrong_type_names_field_value_and_expectation(override: str, message: st
 
 def test_values_are_checked_by_their_owner_and_told_in_its_words() -> None:
     mapping = minimal()
-    mapping["zero"] = {"stage": 3}
-    with pytest.raises(InputError, match=r"^zero\.placement is 'inplace' at zero\.stage 3"):
+    mapping["zero"] = {"stage": 3, "offload_base": "nvme", "nvme_path": "."}
+    with pytest.raises(InputError, match=r"^zero\.offload_base is 'nvme' with zero\.placement 'inplace'"):
         parse_config(mapping)
 
 

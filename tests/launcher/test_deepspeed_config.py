@@ -16,8 +16,14 @@ from launcher.deepspeed_config import (
 from sparse_zero.errors import InputError
 
 
-def make(own: Any = None, options: dict[str, Any] | None = None, stage: int = 2, **training: Any) -> RunConfig:
-    zero: dict[str, Any] = {"stage": stage, "placement": "delta" if stage == 3 else "inplace"}
+def make(
+    own: Any = None,
+    options: dict[str, Any] | None = None,
+    stage: int = 2,
+    zero: dict[str, Any] | None = None,
+    **training: Any,
+) -> RunConfig:
+    zero = {"stage": stage, "placement": "delta" if stage == 3 else "inplace", **(zero or {})}
     return parse_config(
         {
             "model": {"name_or_path": "m"},
@@ -239,3 +245,86 @@ def test_own_file_that_cannot_be_used(tmp_path: Path, text: str | None, message:
         file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         check_own_config(make(own=str(file)))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_is_filled_in_and_deepspeed_accepts_it(stage: int) -> None:
+    zero = {"offload_optimizer": "cpu", **({"offload_base": "cpu"} if stage == 3 else {})}
+    config = make(stage=stage, zero=zero)
+    check_own_config(config)
+    settings = deepspeed_config(config, 2)
+    section = settings["zero_optimization"]
+    assert section["offload_optimizer"] == {"device": "cpu"}
+    assert section.get("offload_param") == ({"device": "cpu"} if stage == 3 else None)
+    # The run's own optimizer, not DeepSpeed's CPU Adam, works on the host.
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    validate_with_deepspeed(settings, 2)
+    assert "zero_force_ds_cpu_optimizer" not in deepspeed_config(make(stage=stage), 2)
+
+
+def test_offloading_of_an_own_config_is_completed() -> None:
+    own = {"zero_optimization": {"offload_optimizer": {"device": "auto", "pin_memory": False, "ratio": 0.5}}}
+    settings = deepspeed_config(make(own=own, stage=3, zero={"offload_optimizer": "cpu"}), 2)
+    section = settings["zero_optimization"]["offload_optimizer"]
+    assert section == {"device": "cpu", "pin_memory": False, "ratio": 0.5}
+    # Where the run says nothing, the own config decides; its optimizer then is the run's, too.
+    settings = deepspeed_config(make(own={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}), 2)
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    contrary = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/x"}}}
+    with pytest.raises(InputError, match=r"offload_param\.device is 'nvme' .* but 'cpu' by zero\.offload_base"):
+        check_own_config(make(own=contrary, stage=3, zero={"offload_base": "cpu"}))
+    options = {"offload_optimizer": {"device": "cpu"}}
+    config = make(options=options, zero={"offload_optimizer": "cpu"})
+    deepspeed_config(config, 2)
+    assert config.zero.options == {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "message"),
+    [
+        (2, {"offload_optimizer": "nvme"}, r"^zero\.offload_optimizer is 'nvme' at zero\.stage 2, .* use cpu, or stage 3$"),
+        (3, {"offload_base": "nvme", "nvme_path": "no-such-folder"}, r"^zero\.nvme_path is 'no-such-folder', which is no folder"),
+        (2, {"options": {"zero_quantized_weights": True}}, r"^zero\.options\.zero_quantized_weights is set at zero\.stage 2"),
+        (1, {"options": {"zero_hpz_partition_size": 2}}, r"^zero\.options\.zero_hpz_partition_size is set at zero\.stage 1"),
+        (0, {"options": {"offload_optimizer": {"device": "cpu"}}}, r"^zero\.offload_optimizer needs zero\.stage 1, 2 or 3"),
+    ],
+    ids=lambda value: "",
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(tmp_path: Path, stage: int, zero: dict[str, Any], message: str) -> None:
+    given = {"nvme_path": str(tmp_path), **zero}
+    options = given.pop("options", None)
+    with pytest.raises(InputError, match=message):
+        check_own_config(make(stage=stage, options=options, zero=given))
+
+
+def test_zero_plus_plus_passes_through() -> None:
+    config = make(stage=3, options={"zero_hpz_partition_size": 4})
+    check_own_config(config)
+    assert deepspeed_config(config, 8)["zero_optimization"]["zero_hpz_partition_size"] == 4
+    with pytest.raises(InputError, match=r"zero_hpz_partition_size is 4, which does not divide the 6 ranks"):
+        deepspeed_config(config, 6)
+
+
+def test_quantized_gathers_need_a_gpu() -> None:
+    import torch
+
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        config = make(stage=3, options={name: True})
+        if torch.cuda.is_available():
+            check_own_config(config)
+            continue
+        with pytest.raises(InputError, match=rf"^zero\.options\.{name} needs CUDA"):
+            check_own_config(config)
+
+
+def test_a_disk_needs_asynchronous_io(tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    config = make(stage=3, zero={"offload_optimizer": "nvme", "offload_base": "nvme", "nvme_path": str(tmp_path)})
+    section = deepspeed_config(config, 2)["zero_optimization"]
+    assert section["offload_param"] == section["offload_optimizer"] == {"device": "nvme", "nvme_path": str(tmp_path)}
+    if AsyncIOBuilder().is_compatible():
+        check_own_config(config)
+        return
+    with pytest.raises(InputError, match=r"asynchronous I/O cannot be built here: install libaio"):
+        check_own_config(config)

@@ -28,8 +28,8 @@ def test_every_file_is_checked() -> None:
         "llama-2-13b-mixed",
         "llama-3-8b-smt",
     )
-    expected = {f"{recipe}-{size}" for recipe in recipes for size in ("1x8", "2x8")} | {"quickstart"}
-    assert {run.stem for run in RUNS} == expected
+    expected = {f"{recipe}-{size}" for recipe in recipes for size in ("1x8", "2x8")}
+    assert {run.stem for run in RUNS} == {*expected, "llama-2-13b-smt-nf4", "quickstart"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
@@ -49,7 +49,7 @@ def test_fragment_completes_the_quickstart(path: Path) -> None:
     parse_config(merge(mapping, fragment))
 
 
-@pytest.mark.parametrize("path", [run for run in RUNS if run.stem != "quickstart"], ids=name)
+@pytest.mark.parametrize("path", [run for run in RUNS if run.stem.endswith("x8")], ids=name)
 def test_large_run(path: Path) -> None:
     config = load_config(path)
     nodes = int(path.stem.rpartition("-")[2].partition("x")[0])
@@ -70,6 +70,19 @@ def test_two_nodes_train_the_same_as_one(path: Path) -> None:
     assert (one.model, one.data, one.selection, one.zero) == (two.model, two.data, two.selection, two.zero)
     assert one.training.global_batch_size == two.training.global_batch_size
     assert one.training.learning_rate == two.training.learning_rate
+
+
+def test_quantized_run() -> None:
+    config = load_config(CONFIGS / "runs" / "llama-2-13b-smt-nf4.yaml")
+    assert (config.model.quantization, config.model.double_quantization, config.model.dtype) == (
+        "nf4",
+        True,
+        "bfloat16",
+    )
+    assert (config.zero.placement, config.zero.stage, config.training.precision) == ("delta", 2, "bf16")
+    assert (config.cluster.num_nodes, config.cluster.ranks_per_node) == (1, 1)
+    settings = deepspeed_config(config, 1)
+    assert settings["train_batch_size"] == config.training.global_batch_size
 
 
 def test_recipes_of_the_papers() -> None:

@@ -34,7 +34,7 @@ def test_the_table_says_everything_in_80_columns(tmp_path: Path) -> None:
     text = "\n".join(lines)
     for part in (
         "0.00 % → 47.0 %  (+47.0 points, 200 problems)", "1,376,256 of 134,515,008  (1.02 %)", "1.35 GiB, 1.33 GiB",
-        "612", "5.30 MiB", "513 MiB", "4.1 s", "7 min 51 s", "10 min 21 s", "0.3622",
+        "10.5 MiB  (gradients 5.25 MiB, values 5.25 MiB)", "612", "5.30 MiB", "513 MiB", "4.1 s", "7 min 51 s", "10 min 21 s", "0.3622",
     ):  # fmt: skip
         assert part in text
 
@@ -70,6 +70,17 @@ def test_what_was_not_measured_is_marked() -> None:
     assert rows["Accuracy before → after"] == "10.0 % → –"
     assert rows["Merged model"] == "–"
     assert not any(name.startswith("Time") for name in rows)
+
+
+def test_communication_is_told_by_what_is_carried() -> None:
+    def row(**terms: object) -> str:
+        return dict(summary_rows({"communication_bytes_per_step": terms}))["Reduced, gathered a step"]
+
+    assert row(gradients=0, values=0, weights=0, constants=0) == "none: one rank"
+    assert row(gradients=1000, values=0, weights=10**9, constants=24) == (
+        "954 MiB  (gradients 0.98 KiB, weights 954 MiB)"
+    )
+    assert row(gradients="many", values=0, weights=0, constants=0) == row(gradients=1) == "–"
 
 
 def test_unknown_phases_are_shown_after_the_known_ones() -> None:

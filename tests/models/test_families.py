@@ -16,6 +16,7 @@ import sparse_zero as sz
 from models.families import KNOWN_FAMILIES, FamilyWarning, check_not_fused, module_map
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers
+from sparse_zero.layers.merge import remove_values
 from sparse_zero.layers.sparse_parameter import SparseParameter
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.zero.config import PLACEMENTS
@@ -316,7 +317,7 @@ def test_a_sparse_model_is_copied_moved_and_cast_as_a_whole(name, changes):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra quant)")
-def test_quantized_linears_are_known_and_refused_by_name(bits, tmp_path):
+def test_quantized_linears_are_known_and_trained_under_delta_only(bits, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
@@ -326,7 +327,7 @@ def test_quantized_linears_are_known_and_refused_by_name(bits, tmp_path):
     shapes = {"self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 96)}
     for name, shape in shapes.items():
         matrix = found[f"model.layers.1.{name}.weight"]
-        assert (matrix.shape, matrix.is_quantized, matrix.is_product, matrix.is_linear) == (shape, True, True, False)
+        assert (matrix.shape, matrix.is_quantized, matrix.is_product, matrix.is_linear) == (shape, True, True, True)
     assert not found["model.embed_tokens.weight"].is_quantized
 
     quantized = {"model.layers.1.self_attn.k_proj.weight": WeightSelection(shape=(32, 64), rows=[3])}
@@ -334,15 +335,17 @@ def test_quantized_linears_are_known_and_refused_by_name(bits, tmp_path):
         "model.embed_tokens.weight": WeightSelection(shape=(384, 64), rows=[3, 4, 5]),
         "model.layers.1.input_layernorm.weight": WeightSelection(shape=(64, 1), whole=True),
     }
-    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.k_proj\.weight is quantized"):
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.k_proj\.weight is quantized, and placement 'inplace'"):
         sz.sparsify(model, sz.Selection({**others, **quantized}))
     assert not any(True for _ in carriers(model))
-    # What is not quantized can be trained on such a base.
-    sz.sparsify(model, sz.Selection(others))
-    model.train()
-    loss = model(input_ids=TOKENS, labels=TOKENS).loss
-    loss.backward()
-    assert all(values.grad.abs().sum() > 0 for values in sz.trainable_parameters(model).values())
+    # What is not quantized can be trained inplace on such a base, too.
+    for selection in (others, {**others, **quantized}):
+        sz.sparsify(model, sz.Selection(selection), "inplace" if selection is others else "delta")
+        model.train()
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        assert all(values.grad.abs().sum() > 0 for values in sz.trainable_parameters(model).values())
+        remove_values(model)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra quant)")

@@ -340,7 +340,8 @@ def test_what_is_no_rule_is_refused(name: str, message: str, folder: Path) -> No
 
 
 def quantized(candidates: Candidates) -> Candidates:
-    return replace(candidates, matrix=replace(candidates.matrix, is_quantized=True))
+    """In a linear that nobody knows how to make dense."""
+    return replace(candidates, matrix=replace(candidates.matrix, is_quantized=True, is_linear=False))
 
 
 def embedding(candidates: Candidates) -> Candidates:
@@ -355,11 +356,10 @@ def embedding(candidates: Candidates) -> Candidates:
         ("output_norm", regions("column"), "output_norm ranks rows only.*: use input_norm or wanda for columns"),
         ("diagonal", regions("row"), "diagonal ranks blocks only.*: use first for rows"),
         ("diagonal", regions("block", per_matrix=4), "per_matrix is 4 and the diagonal .* has only 3 blocks"),
-        ("mean_of_abs", quantized(regions()), "dense gradient of 'layers.0.q_proj', which is quantized: use abs_of_mean"),
-        ("gradient_times_weight", quantized(regions()), "dense gradient.*quantized"),
+        ("gradient_times_weight", quantized(regions()), "weight in full precision of 'layers.0.q_proj', which is quantized"),
         ("magnitude", quantized(regions()), "weight in full precision of .*quantized"),
-        ("wanda", quantized(regions()), "weight in full precision of .*quantized"),
-        ("abs_of_mean", embedding(quantized(regions())), "dense gradient of .*quantized: leave it out of selection.regions"),
+        ("wanda", quantized(regions()), "weight in full precision of .*quantized.*: use a score of the gradient"),
+        ("abs_of_mean", embedding(quantized(regions())), "the gradient of .*quantized.*: leave it out of selection.regions"),
         ("wanda", embedding(regions()), "activations of 'layers.0.q_proj', which is not the weight of a linear module"),
         ("output_norm", embedding(regions("row")), "activations of .*such as mean_of_abs"),
     ],
@@ -369,8 +369,8 @@ def test_rules_that_cannot_rank_are_refused_by_name(name: str, candidates: Candi
         check_rule(SCORES[name], candidates)
 
 
-def test_scores_that_form_no_gradient_rank_quantized_weights() -> None:
-    for name in ("abs_of_mean", "random", "first"):
+def test_scores_that_read_no_weight_rank_quantized_weights() -> None:
+    for name in ("abs_of_mean", "mean_of_abs", "squared", "random", "first"):
         check_rule(SCORES[name], quantized(regions()))
     check_rule(SCORES["input_norm"], quantized(regions("column")))
     check_rule(SCORES["mean_of_abs"], embedding(regions()))

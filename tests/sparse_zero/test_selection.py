@@ -450,7 +450,7 @@ def scored(score: str, kind: Kind = "row", modules: str = "*.k_proj", **options:
         (scored("input_norm"), "input_norm ranks columns only.*use output_norm or wanda"),
         (scored("diagonal", "column"), "diagonal ranks blocks only.*use first"),
         (scored("diagonal", "block", block_size=4, per_matrix=4), "the diagonal of .* has only 3 blocks"),
-        (scored("mean_of_abs"), "dense gradient of 'layers.0.self_attn.k_proj', which is quantized"),
+        (scored("gradient_times_weight"), "weight in full precision of 'layers.0.self_attn.k_proj', which is quantized"),
         (scored("magnitude"), "weight in full precision of 'layers.0.self_attn.k_proj', which is quantized"),
         (scored("wanda", modules="embed_tokens"), "activations of 'embed_tokens'"),
         (replace(scored("first"), calibration_weights="full"), r"calibration_weights is 'full', but no score .* \(first\)"),

@@ -1,0 +1,105 @@
+"""Do other trainers, on two ranks, take the steps that our own loop takes, and go on from their checkpoints?"""
+
+import importlib.util
+
+import pytest
+
+# fp32, relative: invariant 3.
+TOLERANCE = 1e-5
+# What the Trainer puts beside the values, by ZeRO stage: files of the engine, and one of its own.
+STORED = {
+    "stage 0": (1, True),
+    "stage 2": (1, True),
+    "stage 3 inplace": (2, None),
+    "stage 3 delta": (2, None),
+    "data parallel": (0, True),
+}
+
+
+def check_losses(found: list[float], own: list[float]) -> None:
+    assert own[-1] < own[0] - 0.3, "training has an effect"
+    assert found == pytest.approx(own, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_trainer_equals_our_own_loop(runs, name):
+    run = runs["trainer"][name]
+    own = runs["own"][run["placement"]]
+    check_losses(run["losses"], own)
+    assert run["written_back"] == (run["placement"] == "inplace")
+    # The second half once more, by another Trainer that starts from the checkpoint between.
+    assert run["resumed_losses"][:3] == run["losses"][:3], "the Trainer's own log of what came before"
+    assert run["resumed_losses"][3:] == pytest.approx(run["losses"][3:], rel=1e-6)
+    assert run["sharded_at_first"] == (name == "stage 3 delta")
+    assert run["num_groups"] == (3 if name == "stage 3 inplace" else 1 if "stage" in name else 2)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_trainer_stores_values_and_an_adapter(runs, name):
+    run = runs["trainer"][name]
+    engine_files, trainer_file = STORED[name]
+    stored = run["stored"]
+    assert stored["engine_files"] == engine_files
+    assert stored["engine_files_hold_values"] == (engine_files > 0)
+    assert stored["trainer_file_holds_values"] is trainer_file
+    assert not stored["is_a_model"], "from_pretrained would take the folder for a model"
+    assert run["adapter_difference"] <= (0.0 if run["placement"] == "inplace" else 1e-5)
+    assert run["final_adapter"]
+
+
+def test_trainer_loads_the_best_checkpoint(runs):
+    best = runs["trainer"]["stage 2"]["best"]
+    assert best["best_is_first"]
+    assert best["values_had_moved_on"]
+    assert best["values_are_best"]
+    assert best["written_back"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install 'sparse-zero[trl]'"
+)
+def test_sft_trainer_equals_our_own_loop(runs):
+    check_losses(runs["sft"], runs["own"]["inplace"])
+
+
+def test_accelerate_equals_our_own_loop(runs):
+    check_losses(runs["accelerate"]["losses"], runs["own"]["inplace"])
+    assert runs["accelerate"]["written_back"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ulysses_equals_one_process(runs, stage):
+    run = runs["splits"][f"ulysses {stage}"]
+    assert run["change"] > 0.05
+    assert run["loss_difference"] <= TOLERANCE
+    assert run["difference"] <= 1e-6
+    assert run["written_back"]
+
+
+def test_ulysses_in_the_trainer_equals_one_process(runs):
+    run = runs["splits"]["trainer 3"]
+    assert run["change"] > 0.05
+    assert run["loss_difference"] <= TOLERANCE
+    assert run["difference"] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("autotp", "autotp_size (or tp_model_init's tp_size) is 2: AutoTP puts sliced linears"),
+        ("tp_model_init", "autotp_size (or tp_model_init's tp_size) is 2: AutoTP puts sliced linears"),
+        ("autoep", "expert_parallel.enabled is true: AutoEP swaps the experts"),
+        ("reduce_scatter", "reduce_scatter is false at stage 3 with sequence parallelism"),
+        ("trainer 2", "sequence parallelism over 2 ranks at zero stage 2: the Trainer's gradients would be 2 times"),
+    ],
+)
+def test_splits_that_cannot_work_are_refused(runs, what, message):
+    assert message in runs["splits"][what]
+
+
+def test_what_a_trainer_cannot_do_under_deepspeed_is_refused(runs):
+    assert (
+        "optimizers=(...) is dropped by the Trainer under DeepSpeed: pass optimizer_cls_and_kwargs="
+        in (runs["refusals"]["optimizers"])
+    )
+    assert "tensor_parallel.autotp_size" in runs["refusals"]["autotp"]

@@ -1,0 +1,171 @@
+"""Optimizers by configuration: groups, refusals, and what decay means, without a process group."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_zero as sz
+from sparse_zero.zero.optimizers import (
+    RATE_FACTOR,
+    KindOptimizerConfig,
+    OptimizerConfig,
+    PerKindConfig,
+    block_shapes,
+    build_optimizer,
+    check_kinds,
+    configured_groups,
+)
+from sparse_zero.zero.shaped_optimizers import Adafactor, BlockMuon, orthogonalize
+from tests.sparse_zero.helpers import TinyModel, mixed_selection, tiny_loss
+
+
+def sparse_model(placement="inplace"):
+    torch.manual_seed(3)
+    model = TinyModel()
+    sz.sparsify(model, mixed_selection(model), placement)
+    return model
+
+
+def config_with(**per_kind):
+    return OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, per_kind=PerKindConfig(**per_kind))
+
+
+def test_groups_get_the_rate_and_decay_of_their_kind():
+    config = config_with(
+        row=KindOptimizerConfig(learning_rate_factor=0.5),
+        column=KindOptimizerConfig(learning_rate=4e-3, weight_decay=0.0),
+    )
+    groups = {group["kind"]: group for group in configured_groups(sz.parameter_groups(sparse_model()), config)}
+    found = {kind: (group["lr"], group[RATE_FACTOR], group["weight_decay"]) for kind, group in groups.items()}
+    assert found == {
+        "block": (1e-3, 1.0, 0.1),
+        "row": (5e-4, 0.5, 0.1),
+        "column": (pytest.approx(4e-3), pytest.approx(4.0), 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: OptimizerConfig(name="sgd"),  # type: ignore[arg-type]
+            "optimizer name is 'sgd': choose one of adamw",
+        ),
+        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate is 0.0: it must be a positive number"),
+        (lambda: OptimizerConfig(eps=math.nan), "eps is nan"),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"betas are \(0.9, 1.0\): give two numbers in \[0, 1\)"),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "weight_decay is -1.0"),
+        (lambda: KindOptimizerConfig(learning_rate=-1.0), "per_kind learning_rate is -1.0"),
+        (lambda: KindOptimizerConfig(weight_decay=math.inf), "per_kind weight_decay is inf"),
+        (lambda: KindOptimizerConfig(learning_rate=1.0, learning_rate_factor=2.0), "set at most one of them"),
+        (lambda: check_kinds(config_with(whole=KindOptimizerConfig()), ["row", "row"]), "trains row only: remove it"),
+        (lambda: check_kinds(OptimizerConfig(name="muon"), ["row", "column"]), "muon is for matrices"),
+        (
+            lambda: build_optimizer(sz.parameter_groups(sparse_model()), OptimizerConfig(name="muon")),
+            "muon needs the model",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(sz.InputError, match=message):
+        make()
+
+
+def test_8_bits_need_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.delitem(__import__("sys").modules, "bitsandbytes.optim", raising=False)
+    with pytest.raises(sz.InputError, match=r"sparse-zero\[quant\]"):
+        build_optimizer(sz.parameter_groups(sparse_model()), OptimizerConfig(name="adamw_8bit"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("placement", ["inplace", "delta"])
+def test_decay_pulls_towards_zero_inplace_and_towards_the_base_under_delta(name, placement):
+    model = sparse_model(placement)
+    base = {key: parameter.detach().clone() for key, parameter in model.named_parameters() if "values" not in key}
+    values = sz.trainable_parameters(model)
+    config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.5)
+    optimizer = build_optimizer(sz.parameter_groups(model), config, model=model)
+    with torch.no_grad():
+        for each in values.values():
+            each.add_(0.25)
+    sz.write_back(model)
+    before = {key: each.detach().clone() for key, each in values.items()}
+    for each in values.values():
+        # No gradient: what is left of a step is the decay.
+        each.grad = torch.zeros_like(each)
+    optimizer.step()
+    sz.write_back(model)
+    for key, each in values.items():
+        torch.testing.assert_close(each.detach(), before[key] * (1 - 1e-2 * 0.5), rtol=1e-6, atol=1e-9)
+    # What acts, relative to what it decays to: zero inplace, the base under delta.
+    for name_of_weight, carrier in ((n, m) for n, m in model.named_modules() if isinstance(m, sz.SparseLinear)):
+        weight = f"{name_of_weight}.weight"
+        for kind, each in carrier.values().items():
+            acting = carrier.entries(kind) + (each.detach() if placement == "delta" else 0.0)
+            start = base[weight].view(-1)[carrier.positions(kind)]
+            goal = start if placement == "delta" else torch.zeros_like(start)
+            was = start + 0.25
+            torch.testing.assert_close(acting - goal, (was - goal) * (1 - 5e-3), rtol=1e-5, atol=1e-7)
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    matrices = torch.randn(4, 12, 30, generator=torch.Generator().manual_seed(0))
+    for each in (matrices, matrices.mT.contiguous()):
+        singular = torch.linalg.svdvals(orthogonalize(each))
+        assert float(singular.min()) > 0.6
+        assert float(singular.max()) < 1.25
+    assert torch.equal(orthogonalize(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
+
+
+def test_muon_of_one_block_that_is_the_whole_weight_is_torchs_muon():
+    """Torch iterates in bf16, which leaves a hundredth."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 16, bias=False)
+    dense = nn.Parameter(linear.weight.detach().clone())
+    model = nn.ModuleDict({"q_proj": linear})
+    selection = sz.Selection({"q_proj.weight": sz.WeightSelection(shape=(16, 16), block_size=16, blocks=[[0, 0]])})
+    sz.sparsify(model, selection)
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.1)
+    ours = build_optimizer(sz.parameter_groups(model), config, model=model)
+    theirs = torch.optim.Muon([dense], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    (values,) = sz.trainable_parameters(model).values()
+    start = dense.detach().clone()
+    for _ in range(5):
+        gradient = torch.randn(16, 16)
+        values.grad, dense.grad = gradient.reshape(-1).clone(), gradient.clone()
+        ours.step()
+        theirs.step()
+    change = (dense.detach() - start).norm()
+    assert float((values.detach().view(16, 16) - dense.detach()).norm() / change) < 0.02
+
+
+def test_ragged_blocks_have_their_own_shapes():
+    model = TinyModel()
+    name = "layers.1.self_attn.k_proj.weight"
+    selection = sz.WeightSelection(shape=(10, 20), block_size=6, blocks=[[0, 0], [0, 3], [1, 1], [1, 3]])
+    sz.sparsify(model, sz.Selection({name: selection}))
+    ((key, values),) = sz.trainable_parameters(model).items()
+    assert key.endswith("values_block")
+    assert block_shapes(model)[id(values)] == [(6, 6), (6, 2), (4, 6), (4, 2)]
+    assert sum(height * width for height, width in block_shapes(model)[id(values)]) == values.numel()
+
+
+@pytest.mark.parametrize(("kind", "placement"), [(Adafactor, "inplace"), (BlockMuon, "inplace"), (BlockMuon, "delta")])
+def test_shaped_optimizers_converge_with_a_plain_loop(kind, placement):
+    model = sparse_model(placement)
+    config = OptimizerConfig(name="adafactor" if kind is Adafactor else "muon", learning_rate=5e-2)
+    optimizer = build_optimizer(sz.parameter_groups(model), config, model=model)
+    assert isinstance(optimizer, kind)
+    tokens = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(60):
+        loss = tiny_loss(model, tokens)
+        loss.backward()
+        optimizer.step()
+        sz.write_back(model)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
