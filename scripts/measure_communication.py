@@ -45,7 +45,7 @@ VARIANTS = {
     "inplace-3": Variant(method="ours", stage=3),
     "delta-3": Variant(method="ours", stage=3, placement="delta"),
 }
-_STAGE_3: dict[str, int] = {}
+_STAGE_3 = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 
 
 def measure_here(name: str, settings: Settings, base: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ from sparse_zero.zero.config import PLACEMENTS, Placement
 GLOBAL_BATCH, LENGTH, VOCABULARY = 48, 12, 64
 LEARNING_RATE, DECAY, CLIP = 3e-3, 0.1, 0.5
 # Largest relative difference of a loss in fp32; in bf16, in multiples of the dense reference's own distance to fp32.
-TOLERANCE, TOLERANCE_BF16 = 1e-5, 2.0
+# Under delta one product more is rounded.
+TOLERANCE, TOLERANCE_BF16 = 1e-5, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
