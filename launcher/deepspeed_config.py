@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import RunConfig
 from launcher.yaml_files import read_text
 from sparse_zero.errors import InputError
+from sparse_zero.zero.unsupported import check_settings_not_split
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -92,11 +93,28 @@ def deepspeed_config(config: RunConfig, world_size: int | None) -> dict[str, Any
 def check_own_config(config: RunConfig) -> None:
     """Refuse an own DeepSpeed config that contradicts the run in what does not depend on the world size.
 
-    Also offloading and ZeRO++ options that cannot work here, by name.
+    Also settings that no machine could train with, by name.
     """
     settings = deepspeed_config(config, None)
+    check_settings_not_split(settings)
     _check_offload(settings, config)
     _check_zero_plus_plus(settings["zero_optimization"], config)
+
+
+def check_can_train_here(config: RunConfig) -> None:
+    """Refuse offloading and ZeRO++ options for which this machine lacks a folder, a library or a GPU.
+
+    Raises:
+        InputError: names the field and the remedy.
+    """
+    section = deepspeed_config(config, None)["zero_optimization"]
+    _check_disk(section)
+    quantized = [name for name in _QUANTIZED if section.get(name)]
+    if quantized:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(f"zero.options.{quantized[0]} needs CUDA, and this machine has none: remove it")
 
 
 def _offloads(settings: Mapping[str, Any], section: str) -> str | None:
@@ -107,21 +125,39 @@ def _offloads(settings: Mapping[str, Any], section: str) -> str | None:
 
 
 def _check_offload(settings: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse offloading to a disk that is not there, or that this machine cannot read asynchronously.
+    """Refuse offloading that does not go with the stage or the placement.
 
     Raises:
         InputError: names the field and the remedy.
     """
     stage = config.zero.stage
-    to_disk = [each for each in ("offload_optimizer", "offload_param") if _offloads(settings, each) == "nvme"]
-    if to_disk and stage < 3:
+    base = _offloads(settings, "offload_param")
+    if base is not None and stage < 3:
+        raise InputError(
+            f"zero.offload_base (zero_optimization.offload_param) is {base!r} at zero.stage {stage}, where every rank "
+            "holds the whole base: use stage 3, or none"
+        )
+    if base == "nvme" and config.zero.placement == "inplace":
+        raise InputError(
+            "zero.offload_base (zero_optimization.offload_param) is 'nvme' with zero.placement 'inplace', which writes "
+            "into the weights after each step: use cpu, or zero.placement delta"
+        )
+    if _offloads(settings, "offload_optimizer") == "nvme" and stage < 3:
         # DeepSpeed would take the host's memory instead, without a word.
         raise InputError(
             f"zero.offload_optimizer is 'nvme' at zero.stage {stage}, where DeepSpeed offloads to host memory only: "
             "use cpu, or stage 3"
         )
-    for section in to_disk:
-        path = settings["zero_optimization"][section].get("nvme_path")
+    if _offloads(settings, "offload_optimizer") and config.zero.offload_optimizer == "none" and stage == 0:
+        raise InputError("zero.offload_optimizer needs zero.stage 1, 2 or 3: at stage 0 DeepSpeed offloads nothing")
+
+
+def _check_disk(section: Mapping[str, Any]) -> None:
+    """Refuse offloading to a disk that is not there, or that this machine cannot read asynchronously."""
+    settings = {"zero_optimization": section}
+    to_disk = [each for each in ("offload_optimizer", "offload_param") if _offloads(settings, each) == "nvme"]
+    for each in to_disk:
+        path = section[each].get("nvme_path")
         if not path or not Path(path).is_dir():
             raise InputError(f"zero.nvme_path is {path!r}, which is no folder: name one on a local disk of every node")
     if to_disk:
@@ -132,12 +168,10 @@ def _check_offload(settings: Mapping[str, Any], config: RunConfig) -> None:
                 f"zero.{'offload_base' if to_disk[0] == 'offload_param' else to_disk[0]} is 'nvme', and DeepSpeed's "
                 "asynchronous I/O cannot be built here: install libaio (libaio-dev), or use cpu"
             )
-    if _offloads(settings, "offload_optimizer") and config.zero.offload_optimizer == "none" and stage == 0:
-        raise InputError("zero.offload_optimizer needs zero.stage 1, 2 or 3: at stage 0 DeepSpeed offloads nothing")
 
 
 def _check_zero_plus_plus(section: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse what of ZeRO++ cannot work with this stage, placement or machine.
+    """Refuse what of ZeRO++ cannot work with this stage or placement.
 
     Raises:
         InputError: names the option and the remedy.
@@ -148,11 +182,6 @@ def _check_zero_plus_plus(section: Mapping[str, Any], config: RunConfig) -> None
             raise InputError(
                 f"zero.options.{name} is set at zero.stage {config.zero.stage}, which gathers no weights: use stage 3"
             )
-    if quantized:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError(f"zero.options.{quantized[0]} needs CUDA, and this machine has none: remove it")
     if section.get(_STORED_QUANTIZED) and config.zero.placement == "inplace":
         raise InputError(
             f"zero.options.{_STORED_QUANTIZED} with zero.placement 'inplace', which writes into the weights: use "

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
-from launcher.exporting import load_merged, load_merged_shards
+from launcher.exporting import load_merged_shards, load_with_adapter
 from launcher.run_folder import RunFolder, check_out_file
 from launcher.world import World, join_world
 from models.data import load_records
@@ -110,7 +110,7 @@ def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, ou
     with failing_together():
         records = load_records(config.data, "test")
         if not sharded:
-            model, tokenizer = load_merged(config, adapter)
+            model, tokenizer = load_with_adapter(config, adapter)
     if sharded:
         model, tokenizer = load_merged_shards(config, adapter, world.world_size)
     model.to(world.device)

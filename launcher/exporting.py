@@ -11,7 +11,7 @@ from models.base_identity import base_identity
 from models.loading import ModelConfig, load_model, load_tokenizer, model_folder, validate_model_source
 from models.sharded_loading import load_sharded
 from models.sharded_saving import save_sharded
-from sparse_zero.checkpoint.adapter import read_adapter_base
+from sparse_zero.checkpoint.adapter import read_adapter, read_adapter_base
 from sparse_zero.checkpoint.adapter_set import load_adapter
 from sparse_zero.checkpoint.folders import new_folder
 from sparse_zero.collectives import failing_together, rank_and_world_size
@@ -39,8 +39,10 @@ def _source(config: RunConfig, adapter: Path | None) -> ModelConfig:
     return source
 
 
-def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
-    """(model, tokenizer): the base, with an adapter folded in if one is given. Works without a GPU.
+def load_with_adapter(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
+    """(model, tokenizer): the base, with an adapter acting on it if one is given. Works without a GPU.
+
+    A quantized base stays one, with the adapter beside it; in any other the adapter is folded in.
 
     The base is ``config.model``, or, for an adapter that was trained on it, the one that calibration kept.
 
@@ -50,7 +52,17 @@ def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
     source = _source(config, adapter)
     model, tokenizer = load_model(source), load_tokenizer(source)
     if adapter is not None:
-        load_adapter(model, adapter, placement="inplace" if source.quantization == "none" else "delta")
+        quantized = source.quantization != "none"
+        load_adapter(model, adapter, placement="delta" if quantized else "inplace")
+        if not quantized:
+            merge(model)
+    return model, tokenizer
+
+
+def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
+    """Like :func:`load_with_adapter`, as a plain dense model also where the base is quantized."""
+    model, tokenizer = load_with_adapter(config, adapter)
+    if adapter is not None and config.model.quantization != "none":
         merge(model)
     return model, tokenizer
 
@@ -64,6 +76,8 @@ def load_merged_shards(config: RunConfig, adapter: Path | None, world_size: int)
     with failing_together():
         source = _source(config, adapter)
         tokenizer = load_tokenizer(source)
+        if adapter is not None:
+            read_adapter(adapter)  # Whole, on every node, before the ranks depend on each other.
     model = load_sharded(source, deepspeed_config(config, world_size))
     if adapter is not None:
         load_adapter(model, adapter, placement="inplace")

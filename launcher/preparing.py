@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from launcher.config import RunConfig
-from launcher.deepspeed_config import check_own_config, deepspeed_config, validate_with_deepspeed
+from launcher.deepspeed_config import (
+    check_can_train_here,
+    check_own_config,
+    deepspeed_config,
+    validate_with_deepspeed,
+)
 from launcher.exporting import save_model_folder
 from launcher.kept_base import check_is_base_of, check_kept, earlier_selection, kept_model
 from launcher.run_folder import RunFolder, check_same_run, check_writable, find_start, kept_folder
@@ -42,7 +47,7 @@ from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import check_fits, sparsify
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.optional import require
-from sparse_zero.selection.config import SelectionConfig
+from sparse_zero.selection.config import Kind, SelectionConfig
 from sparse_zero.selection.full_calibration import check_world_size
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.scores import resolve_score
@@ -123,6 +128,7 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
         InputError: the first thing found wrong.
     """
     check_own_config(config)
+    check_can_train_here(config)
     wanted = _DTYPE_OF_PRECISION[config.training.precision]
     if config.model.dtype != wanted:
         raise InputError(
@@ -146,8 +152,9 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
             f"{config.training.precision}, where nothing is rounded at write-back: use zero.rounding nearest"
         )
     check_available(config.training.optimizer)
-    if config.selection.file is None:
-        check_kinds(config.training.optimizer_config(), [region.kind for region in config.selection.regions])
+    kinds = _kinds(config)
+    if kinds is not None:
+        check_kinds(config.training.optimizer_config(), kinds)
     _check_quantized(config)
     for region in config.selection.regions:
         if region.kind != "whole":
@@ -283,7 +290,10 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         if checkpoint is not None:
             check_fits(model, checkpoint.selection, retired=checkpoint.retired, sharded=sharded)
         elif config.selection.file is not None:
-            check_fits(model, Selection.load(config.selection.file), sharded=sharded)
+            chosen = Selection.load(config.selection.file)
+            check_fits(model, chosen, sharded=sharded)
+            found = [kind for weight in chosen.weights.values() for kind in weight.kinds()]
+            check_kinds(config.training.optimizer_config(), found)
         else:
             check_selection(model, config.selection, family)
         if world.is_main:
@@ -400,6 +410,11 @@ def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
     return new_engine(prepared.model, prepared.config, world)
 
 
+def _kinds(config: RunConfig) -> list[Kind] | None:
+    """Kinds of region that the run may train, at any of its selections; None where a file says."""
+    return None if config.selection.file is not None else [region.kind for region in config.selection.regions]
+
+
 def new_engine(model: Any, config: RunConfig, world: World) -> Any:
     """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective."""
     settings = deepspeed_config(config, world.world_size)
@@ -410,7 +425,9 @@ def new_engine(model: Any, config: RunConfig, world: World) -> Any:
         model=model,
         config=settings,
         broadcast_weights=False,  # Every rank has read the same files; its weights are compared.
-        optimizer=lambda groups: build_optimizer(groups, optimizer, model=model, offloaded=offloaded),
+        optimizer=lambda groups: build_optimizer(
+            groups, optimizer, model=model, offloaded=offloaded, kinds=_kinds(config)
+        ),
         rounding=config.zero.rounding,
         rounding_seed=config.training.seed,
     )

@@ -4,10 +4,11 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.config import RunConfig, resolved_yaml
+from launcher.config import RunConfig, parse_config, resolved_yaml
 from launcher.yaml_files import parse_yaml, read_mapping
 from sparse_zero.checkpoint.folders import MANIFEST
 from sparse_zero.errors import InputError
@@ -29,6 +30,9 @@ FREE_KEYS = (
     "zero.options",
     "zero.config",
     "zero.placement",
+    "zero.offload_optimizer",
+    "zero.offload_base",
+    "zero.nvme_path",
 )
 
 
@@ -161,6 +165,8 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
         raise InputError(
             f"{error}; it says which run output.folder {folder.path} holds: restore it, or name another folder"
         ) from error
+    with suppress(InputError):  # Settings that are younger than the run had their defaults.
+        old = parse_yaml(resolved_yaml(parse_config(old)), "the run's config")
     new = parse_yaml(resolved_yaml(config), "the config")
     for key in FREE_KEYS:
         _remove(old, key)

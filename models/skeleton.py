@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ def load_empty(config: ModelConfig) -> PreTrainedModel:
     if config.gguf_file is None and (folder / "generation_config.json").is_file() and model.can_generate():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with suppress(OSError):  # Damaged: the one that the model's config describes, as from_pretrained takes.
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

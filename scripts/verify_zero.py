@@ -349,10 +349,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=None, help="also write all results to this file")
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.world_sizes = [int(text) for text in options.world_sizes.split(",") if text.isdecimal()]
-    if not options.world_sizes or any(size < 1 or GLOBAL_BATCH % (4 * size) for size in options.world_sizes):
-        raise InputError("--world-sizes takes 1, 2, 3, 4, 6 or 12, joined by commas")
-    options.stages = [int(stage) for stage in chosen_names(options.stages, "0123", "--stages")]
+    known = [str(size) for size in range(1, GLOBAL_BATCH) if GLOBAL_BATCH % (4 * size) == 0]
+    options.world_sizes = [int(size) for size in chosen_names(options.world_sizes, known, "--world-sizes")]
+    options.stages = [int(stage) for stage in chosen_names(options.stages, tuple("0123"), "--stages")]
     options.dtypes = chosen_names(options.dtypes, ("float32", "bfloat16"), "--dtypes")
     if options.steps < 1:
         raise InputError(f"--steps is {options.steps}: take at least 1")

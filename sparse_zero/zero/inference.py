@@ -8,6 +8,7 @@ from torch import nn
 
 from sparse_zero.zero import compat
 from sparse_zero.zero.defaults import with_defaults
+from sparse_zero.zero.unsupported import check_settings_not_split
 
 # What of a run's config an engine without an optimizer has no use for.
 _OF_TRAINING = ("optimizer", "scheduler")
@@ -30,6 +31,7 @@ def sharded_forward(model: nn.Module, config: Mapping[str, Any]) -> Iterator[Non
     if not compat.has_shards(model):
         yield
         return
+    check_settings_not_split(config)
     import deepspeed
 
     section = {name: value for name, value in config["zero_optimization"].items() if name not in _OF_TRAINING_IN_ZERO}

@@ -132,12 +132,8 @@ def configured_groups(groups: Sequence[Mapping[str, Any]], config: OptimizerConf
 
     Args:
         groups: of :func:`sparse_zero.parameter_groups`: each has ``kind`` and ``params``.
-        config: see :class:`OptimizerConfig`.
-
-    Raises:
-        InputError: see :func:`check_kinds`.
+        config: see :class:`OptimizerConfig`; its settings of kinds that no group has are passed over.
     """
-    check_kinds(config, [group["kind"] for group in groups])
     own = config.per_kind.named()
     found = []
     for group in groups:
@@ -171,6 +167,7 @@ def build_optimizer(
     *,
     model: nn.Module | None = None,
     offloaded: bool = False,
+    kinds: Sequence[Kind] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of ``config`` over the values, for :func:`sparse_zero.initialize`.
 
@@ -182,11 +179,13 @@ def build_optimizer(
         model: the sparsified model; Muon reads the shapes of its blocks.
         offloaded: whether ZeRO keeps the states in the host's memory, where ``deepspeed_adamw`` and ``lion`` are then
             computed. DeepSpeed compiles both for the machine when they are first used.
+        kinds: of region that may be trained, now or after a re-selection; default: those of ``groups``.
 
     Raises:
         InputError: see :func:`check_available` and :func:`check_kinds`; or Muon without a model.
     """
     check_available(config.name)
+    check_kinds(config, [group["kind"] for group in groups] if kinds is None else kinds)
     configured = configured_groups(groups, config)
     on_host = offloaded or configured[0]["params"][0].device.type == "cpu"
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}

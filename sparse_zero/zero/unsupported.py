@@ -10,10 +10,26 @@ from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
 
 
-def _autotp_size(settings: Mapping[str, Any]) -> int:
-    """Ranks that DeepSpeed's AutoTP would split each linear over; 1 without it."""
-    configured = int((settings.get("tensor_parallel") or {}).get("autotp_size") or 1)
-    return max(configured, compat.recorded_tensor_parallel_size())
+def _refuse_autotp(size: int) -> None:
+    if size > 1:
+        raise InputError(
+            f"tensor_parallel.autotp_size (or tp_model_init's tp_size) is {size}: AutoTP puts sliced linears of its "
+            "own in the place of sparse ones, whose values are lost; leave it out: ZeRO stage 3 shards the base as well"
+        )
+
+
+def check_settings_not_split(settings: Mapping[str, Any]) -> None:
+    """Refuse what of DeepSpeed's config asks for tensor or expert parallelism.
+
+    Raises:
+        InputError: names the setting and what to use instead.
+    """
+    _refuse_autotp(int((settings.get("tensor_parallel") or {}).get("autotp_size") or 1))
+    if (settings.get("expert_parallel") or {}).get("enabled"):
+        raise InputError(
+            "expert_parallel.enabled is true: AutoEP swaps the experts for its own, which hold no values. Leave it "
+            "out: ZeRO stage 3 shards the experts as well"
+        )
 
 
 def check_not_split(model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -24,18 +40,10 @@ def check_not_split(model: nn.Module, settings: Mapping[str, Any]) -> None:
         settings: DeepSpeed's config.
 
     Raises:
-        InputError: names the setting and what to use instead.
+        InputError: names the setting, or the parameter, and what to use instead.
     """
-    if (size := _autotp_size(settings)) > 1:
-        raise InputError(
-            f"tensor_parallel.autotp_size (or tp_model_init's tp_size) is {size}: AutoTP puts sliced linears of its "
-            "own in the place of sparse ones, whose values are lost; leave it out: ZeRO stage 3 shards the base as well"
-        )
-    if (settings.get("expert_parallel") or {}).get("enabled"):
-        raise InputError(
-            "expert_parallel.enabled is true: AutoEP swaps the experts for its own, which hold no values. Leave it "
-            "out: ZeRO stage 3 shards the experts as well"
-        )
+    check_settings_not_split(settings)
+    _refuse_autotp(compat.recorded_tensor_parallel_size())
     for name, parameter in model.named_parameters():
         if isinstance(parameter.data, DTensor):
             raise InputError(

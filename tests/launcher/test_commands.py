@@ -146,7 +146,7 @@ def test_evaluate_ends_with_2_where_another_rank_failed(
     def fails(*_: object) -> None:
         raise PeerError("rank 1 failed")
 
-    monkeypatch.setattr(evaluating, "load_merged", fails)
+    monkeypatch.setattr(evaluating, "load_with_adapter", fails)
     assert main(EVALUATE) == 2
     assert "error" not in capsys.readouterr().err
     assert not torch.distributed.is_initialized()
@@ -170,7 +170,7 @@ def test_what_all_ranks_find_wrong_is_said_once(
         monkeypatch.setenv(name, str(value))
     world = World(rank=local_rank, world_size=2, local_rank=local_rank, device=torch.device("cpu"), launcher="test")
     monkeypatch.setattr(evaluating, "join_world", lambda: world)
-    monkeypatch.setattr(evaluating, "load_merged", lambda *_: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(evaluating, "load_with_adapter", lambda *_: (torch.nn.Linear(1, 1), None))
     monkeypatch.setattr(evaluating, "evaluate_model", fails)
     assert main(EVALUATE) == 2
     assert capsys.readouterr().err.count("a problem is too long") == lines

@@ -9,6 +9,7 @@ import pytest
 from launcher.config import RunConfig, parse_config
 from launcher.deepspeed_config import (
     accumulation_steps,
+    check_can_train_here,
     check_own_config,
     deepspeed_config,
     validate_with_deepspeed,
@@ -279,6 +280,11 @@ def test_offloading_of_an_own_config_is_completed() -> None:
     assert config.zero.options == {"offload_optimizer": {"device": "cpu"}}
 
 
+def test_what_splits_layers_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(InputError, match=r"^tensor_parallel\.autotp_size .* is 2"):
+        check_own_config(make(own={"tensor_parallel": {"autotp_size": 2}}))
+
+
 @pytest.mark.parametrize(
     ("stage", "zero", "message"),
     [
@@ -286,6 +292,7 @@ def test_offloading_of_an_own_config_is_completed() -> None:
         (3, {"offload_base": "nvme", "nvme_path": "no-such-folder"}, r"^zero\.nvme_path is 'no-such-folder', which is no folder"),
         (2, {"options": {"zero_quantized_weights": True}}, r"^zero\.options\.zero_quantized_weights is set at zero\.stage 2"),
         (1, {"options": {"zero_hpz_partition_size": 2}}, r"^zero\.options\.zero_hpz_partition_size is set at zero\.stage 1"),
+        (2, {"options": {"offload_param": {"device": "cpu"}}}, r"^zero\.offload_base .* is 'cpu' at zero\.stage 2"),
         (0, {"options": {"offload_optimizer": {"device": "cpu"}}}, r"^zero\.offload_optimizer needs zero\.stage 1, 2 or 3"),
     ],
     ids=lambda value: "",
@@ -293,8 +300,10 @@ def test_offloading_of_an_own_config_is_completed() -> None:
 def test_what_cannot_work_is_refused_by_name(tmp_path: Path, stage: int, zero: dict[str, Any], message: str) -> None:
     given = {"nvme_path": str(tmp_path), **zero}
     options = given.pop("options", None)
+    config = make(stage=stage, options=options, zero=given)
     with pytest.raises(InputError, match=message):
-        check_own_config(make(stage=stage, options=options, zero=given))
+        check_own_config(config)
+        check_can_train_here(config)
 
 
 def test_zero_plus_plus_passes_through() -> None:
@@ -311,10 +320,10 @@ def test_quantized_gathers_need_a_gpu() -> None:
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         config = make(stage=3, options={name: True})
         if torch.cuda.is_available():
-            check_own_config(config)
+            check_can_train_here(config)
             continue
         with pytest.raises(InputError, match=rf"^zero\.options\.{name} needs CUDA"):
-            check_own_config(config)
+            check_can_train_here(config)
 
 
 def test_a_disk_needs_asynchronous_io(tmp_path: Path) -> None:
@@ -324,7 +333,7 @@ def test_a_disk_needs_asynchronous_io(tmp_path: Path) -> None:
     section = deepspeed_config(config, 2)["zero_optimization"]
     assert section["offload_param"] == section["offload_optimizer"] == {"device": "nvme", "nvme_path": str(tmp_path)}
     if AsyncIOBuilder().is_compatible():
-        check_own_config(config)
+        check_can_train_here(config)
         return
     with pytest.raises(InputError, match=r"asynchronous I/O cannot be built here: install libaio"):
-        check_own_config(config)
+        check_can_train_here(config)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.config import RunConfig, apply_override, parse_config, resolved_yaml
 from launcher.run_folder import FREE_KEYS, RunFolder, check_out_file, check_same_run, check_writable, find_start
@@ -145,7 +146,21 @@ FREE = [
     "zero.options={overlap_comm: true}",
     "zero.config={steps_per_print: 5}",
     "zero.placement=delta",
+    "zero.offload_optimizer=cpu",
+    "zero.offload_base=none",
+    "zero.nvme_path=disk",
 ]
+
+
+def test_a_run_of_an_earlier_version_had_the_defaults_of_younger_settings(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    older = yaml.safe_load(folder.config.read_text())
+    for section, setting in (("training", "optimizer"), ("training", "per_kind"), ("model", "quantization")):
+        del older[section][setting]
+    folder.config.write_text(yaml.safe_dump(older))
+    check_same_run(folder, make(tmp_path))
+    with pytest.raises(InputError, match=r"training\.optimizer was 'adamw' and is now 'lion'"):
+        check_same_run(folder, make(tmp_path, "training.optimizer=lion"))
 
 
 def test_every_free_key_is_tried() -> None:
