@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor, nn
 
 from sparse_zero.checkpoint.conversion import model_fingerprints
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.checkpoint.retired_file import read_retired, write_retired
-from sparse_zero.collectives import rank_and_world_size
+from sparse_zero.collectives import failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
 from sparse_zero.layers.carriers import carriers, values_name
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparsify import placement_of, retired_of, selection_of
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero import compat
 from sparse_zero.zero.config import Placement
+from sparse_zero.zero.shards import whole_values
 from sparse_zero.zero.state import read_masters
 
 FORMAT = "sparse_zero.adapter"
@@ -44,16 +46,11 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
     is_engine = not isinstance(model_or_engine, nn.Module) or hasattr(model_or_engine, "optimizer")
     model: nn.Module = model_or_engine.module if is_engine else model_or_engine
     is_writer = rank_and_world_size()[0] == 0
-    if is_engine:
-        values = read_masters(model_or_engine, keep=is_writer)
-    else:
-        values = {
-            values_name(name, kind): parameter.detach()
-            for name, carrier in carriers(model)
-            for kind, parameter in carrier.values().items()
-        }
+    values = read_masters(model_or_engine, keep=is_writer) if is_engine else _host_values(model, keep=is_writer)
     selection, retired = selection_of(model), retired_of(model)
-    if is_writer:
+    with failing_together():
+        if not is_writer:
+            return
         with new_folder(folder) as temporary:
             selection.save(temporary / "selection.safetensors")
             write_safetensors(temporary / "values.safetensors", values, {"format": VALUES_FORMAT})
@@ -69,8 +66,21 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
                 "base_fingerprints": model_fingerprints(model),
             }
             atomic_write_json(temporary / "adapter.json", header)
-    if dist.is_initialized():
-        dist.barrier()
+
+
+def _host_values(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """All values, whole, on the host; empty ones where they are not kept. Collective where they are sharded."""
+    parameters = {
+        values_name(name, kind): parameter
+        for name, carrier in carriers(model)
+        for kind, parameter in carrier.values().items()
+    }
+    if any(compat.is_sharded(parameter) for parameter in parameters.values()):
+        compat.end_gathers(model)
+    return {
+        name: values.to("cpu", copy=True) if keep else torch.empty(0)
+        for name, values in zip(parameters, whole_values(parameters.values()), strict=True)
+    }
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -113,7 +113,11 @@ def load_adapter(
         raise
     adapters.loaded[name] = _Loaded(adapter=adapter, placement=placement, trainable=trainable)
     setattr(model, ADAPTERS, adapters)
-    set_adapter(model, name)
+    try:
+        set_adapter(model, name)
+    except BaseException:
+        del adapters.loaded[name]
+        raise
     return adapter.selection
 
 

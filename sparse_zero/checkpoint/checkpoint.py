@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sparse_zero.checkpoint.conversion import check_base, convert_values, model_fingerprints, originals_by_name
 from sparse_zero.checkpoint.folders import check_folder, new_folder
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.checkpoint.retired_file import read_retired, write_retired
-from sparse_zero.collectives import rank_and_world_size
+from sparse_zero.collectives import failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json, read_safetensors, write_safetensors
 from sparse_zero.layers.retired import Retired
@@ -86,7 +85,9 @@ def save_checkpoint(
     is_writer = rank_and_world_size()[0] == 0
     check_optimizer(engine)
     state = read_training_state(engine, keep=is_writer)
-    if is_writer:
+    with failing_together():
+        if not is_writer:
+            return
         with new_folder(folder) as temporary:
             selection_of(engine.module).save(temporary / "selection.safetensors")
             write_safetensors(temporary / "masters.safetensors", state.masters, {"format": FORMAT})
@@ -105,8 +106,6 @@ def save_checkpoint(
                 "extra": extra or {},
             }
             atomic_write_json(temporary / "checkpoint.json", header)
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:

@@ -342,8 +342,11 @@ def write_back(model: nn.Module) -> None:
         if carrier.placement == "inplace"
         for kind, values in carrier.values().items()
     ]
-    if any(compat.is_sharded(carrier.parameter) for carrier, _, _ in found):
+    sharded = any(compat.is_sharded(carrier.parameter) for carrier, _, _ in found)
+    if sharded:
         compat.end_gathers(model)
     whole = whole_values(values for _, _, values in found)
     for (carrier, kind, _), values in zip(found, whole, strict=True):
         carrier.set_entries(kind, values)
+    if sharded:
+        compat.shards_are_written()

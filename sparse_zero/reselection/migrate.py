@@ -96,8 +96,8 @@ def migrate(
         The new engine, over the same model, and how many entries the change concerned.
 
     Raises:
-        InputError: the selection is empty or does not fit the model, or something trainable is on the hook path at
-            stage 3, or the optimizer's state cannot go to other entries; nothing has changed then.
+        InputError: the selection is empty or does not fit the model, or the optimizer's state cannot go to other
+            entries; nothing has changed then.
         RuntimeError: the selections of the ranks differ.
     """
     model: nn.Module = engine.module

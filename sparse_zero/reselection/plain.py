@@ -51,10 +51,15 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
     """
     # Inplace it stands there already.
     found = [each for _, each in carriers(model) if each.placement == "delta" and not _is_quantized(each)]
+    sharded = any(compat.is_sharded(carrier.parameter) for carrier in found)
     with ExitStack() as undo:
+        if sharded:
+            undo.callback(compat.shards_are_written)
         for carrier in found:
             undo.callback(restore, carrier)
             fold(carrier)
+        if sharded:
+            compat.shards_are_written()
         yield
 
 

@@ -197,6 +197,9 @@ def write_master(engine: Any, parameter: Any, value: Tensor) -> None:
         local = _local_part(parameter, value, engine.device)
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local)
+        for shard in own_shards(parameter)[1:]:
+            # hpZ gathers from it until the next step drops it.
+            shard.tensor.copy_(value[shard.start : shard.start + shard.length])
         if is_available(parameter):
             # A small one that stays gathered between steps.
             parameter.data.copy_(value)
@@ -607,6 +610,13 @@ def is_out_of_reach(parameter: Any) -> bool:
 
     shard = parameter.ds_tensor
     return shard.final_location == OffloadDeviceEnum.nvme or hasattr(shard, "ds_quant_scale")
+
+
+def shards_are_written() -> None:
+    """Wait until what was written into shards is there: DeepSpeed gathers them on a stream of its own."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
 
 
 def own_shards(parameter: Any) -> list[Shard]:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sparse_zero.errors import InputError
@@ -100,6 +103,9 @@ def initialize(
     if _zero_stage(settings) == 3:
         _check_shards_in_reach(model, settings["zero_optimization"])
     settings = {**settings, "zero_optimization": with_defaults(model, settings.get("zero_optimization") or {})}
+    if not dist.is_initialized():
+        # As deepspeed.initialize would: what is compared between ranks needs them.
+        deepspeed.init_distributed(dist_init_required=kwargs.get("dist_init_required"))
     check_same_constants(model)
     if not broadcast_weights:
         check_same_weights(model)
@@ -162,7 +168,8 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
     step = optimizer.step
     checks_itself = hasattr(optimizer, "overflow")
 
-    def step_and_write_back(*args: Any, **kwargs: Any) -> Any:
+    @wraps(step)
+    def step_and_write_back(_: Any, *args: Any, **kwargs: Any) -> Any:
         if not checks_itself:
             # Plain data parallelism (stage 0): gradients are already averaged, so every rank decides alike.
             parameters = trainable_parameters(engine.module).values()
@@ -176,7 +183,8 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
             write_values(engine)
         return result
 
-    optimizer.step = step_and_write_back
+    # A method, as schedulers of torch expect.
+    optimizer.step = MethodType(step_and_write_back, optimizer)
     optimizer._sparse_zero_attached = True
     # What stands in the weights before the first step is what the values say, also after a broadcast.
     write_back(engine.module)

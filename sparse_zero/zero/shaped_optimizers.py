@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparse_zero.collectives import collective_device
+from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
 
 
@@ -27,6 +29,11 @@ class _OverValues(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__([dict(group) for group in groups], defaults)
+        kinds = [group["kind"] for group in groups]
+        if len(set(kinds)) < len(kinds):
+            raise InputError(
+                f"{type(self).__name__} got several groups of one kind ({', '.join(kinds)}): give each kind one group"
+            )
         # Not in the groups: these are what state_dict saves.
         self._values: dict[str, list[nn.Parameter]] = {group["kind"]: list(group["params"]) for group in groups}
 
@@ -49,6 +56,13 @@ class _OverValues(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], tensors: list[Tensor], values: list[nn.Parameter]) -> None:
         raise NotImplementedError
+
+
+def _add_up(tensor: Tensor, group: Any) -> None:
+    """Add ``tensor`` up over the ranks, in place, also where states are offloaded to the host."""
+    travelling = tensor.to(collective_device())
+    dist.all_reduce(travelling, group=group)
+    tensor.copy_(travelling)
 
 
 class Adafactor(_OverValues):
@@ -88,7 +102,7 @@ class Adafactor(_OverValues):
             sums[piece.value, 1] += piece.tensor[part].square().sum(dtype=torch.float64)
             sums[piece.value, 2] += updates[id(piece.tensor)][part].square().sum(dtype=torch.float64)
         if is_cut:
-            dist.all_reduce(sums, group=process_group)
+            _add_up(sums, process_group)
         # Values of another sub-group of stage 3 have no entries here.
         means = (sums[:, 1:] / sums[:, :1].clamp(min=1)).sqrt()
         rate, step = group["lr"], self.state[tensors[0]]["step"]
@@ -194,7 +208,7 @@ class BlockMuon(_OverValues):
             at = starts[piece.value] + piece.offset
             gathered[at : at + piece.length] = ahead[id(piece.tensor)][piece.start : piece.start + piece.length]
         if is_cut:
-            dist.all_reduce(gathered, group=process_group)
+            _add_up(gathered, process_group)
         for piece in found:
             shapes = self._block_shapes[id(values[piece.value])]
             blocks = gathered[starts[piece.value] : starts[piece.value] + sizes[piece.value]]

@@ -94,3 +94,5 @@ def write_training_state(engine: Any, state: TrainingState) -> None:
         compat.write_master(engine, parameter, state.masters[name])
     optimizer_state.write_loss_scale(engine, state.loss_scale)
     write_values(engine)
+    if compat.has_shards(engine.module):
+        compat.shards_are_written()

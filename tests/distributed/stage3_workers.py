@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -376,6 +377,8 @@ def there_and_back(folder: str) -> dict[str, Any]:
     losses += train(engine, batches[STEPS : 2 * STEPS], size, 1)
     sz.save_checkpoint(engine, path / "third")
     sz.save_adapter(engine, path / "adapter")
+    # Of the model alone, whose values lie in shards.
+    sz.save_adapter(engine.module, path / "of_model")
     stands = gathered(engine.module)
     engine.eval()
     with torch.no_grad():
@@ -389,7 +392,11 @@ def there_and_back(folder: str) -> dict[str, Any]:
     sz.load_adapter(loaded, path / "adapter")
     with torch.no_grad():
         difference = float((loaded(batches[0]) - outputs).abs().max())
-    found = {"losses": losses, "expected": expected, "adapter_difference": difference}
+    stored = [load_file(path / name / "values.safetensors") for name in ("adapter", "of_model")]
+    equal = stored[0].keys() == stored[1].keys() and all(
+        torch.equal(stored[0][name], stored[1][name]) for name in stored[0]
+    )
+    found = {"losses": losses, "expected": expected, "adapter_difference": difference, "adapters_equal": equal}
 
     plain = dict(make_model().named_parameters())
     for placement in PLACEMENTS:

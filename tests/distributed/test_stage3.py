@@ -92,6 +92,7 @@ def test_checkpoints_adapters_merge_and_sharded_bases_at_stage_3(tmp_path):
     assert found["losses"] == pytest.approx(found["expected"], rel=1e-5)
     assert found["written"]
     assert found["adapter_difference"] <= 1e-6
+    assert found["adapters_equal"]
     for placement in ("inplace", "delta"):
         entry = found[placement]
         # Merged: what trained, bit for bit. Unmerged: the base. Made sparse in its shards: the same training again.
