@@ -88,11 +88,6 @@ def restore(carrier: Carrier) -> None:
         scatter_positions(carrier.parameter, carrier.retired.positions, carrier.retired_originals)
 
 
-def _has_codes(module: nn.Module) -> bool:
-    """Whether nothing can be written into the weight of this sparse linear, for it holds codes."""
-    return isinstance(module, SparseLinear) and module.quantization is not None
-
-
 def _dequantize(model: nn.Module) -> tuple[dict[str, QuantizedLinear], dict[str, Any]]:
     """Make every quantized linear a plain one, those with values with what acts; what was there before."""
     found: dict[str, QuantizedLinear] = {}
@@ -131,7 +126,8 @@ def merge(model: nn.Module) -> MergeUndo:
         InputError: no values, or codes that ZeRO-3 holds in shards.
     """
     selection = selection_of(model)
-    if has_shards(model) and any(isinstance(each, QuantizedLinear) or _has_codes(each) for each in model.modules()):
+    frozen_codes = any(isinstance(each, QuantizedLinear) for each in model.modules())
+    if has_shards(model) and (frozen_codes or any(carrier.has_codes for _, carrier in carriers(model))):
         raise InputError(
             "merge makes quantized weights dense, and these are sharded by ZeRO-3: save the adapter, load it into "
             "an unsharded model, and merge there"
@@ -141,7 +137,7 @@ def merge(model: nn.Module) -> MergeUndo:
     layouts: dict[str, Layout] = {}
     retired: dict[str, tuple[Tensor, Tensor]] = {}
     for name, carrier in hooked_first(model):
-        if _has_codes(carrier):
+        if carrier.has_codes:
             continue  # Its codes are not written into.
         parameter = parameter_name(name, carrier)
         originals[parameter] = dict(carrier.originals)

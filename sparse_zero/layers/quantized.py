@@ -16,6 +16,7 @@ has the dense weights, would compute another one.
 import copy
 import math
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ EXTRA = "quant"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Quantization:
+class Quantization(ABC):
     """How the dense form of one linear's weight comes from its codes."""
 
     # (out, in) of the weight.
@@ -41,13 +42,13 @@ class Quantization:
     # Of the module that the quantized one has replaced: nn.Linear, or transformers' Conv1D, which holds W transposed.
     plain_class: type[nn.Module] = nn.Linear
 
+    @abstractmethod
     def dense(self, codes: Tensor) -> Tensor:
         """[out, in] in ``dtype``, on the device of ``codes``; memory of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def constants(self) -> list[Tensor]:
         """What is stored beside the codes."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

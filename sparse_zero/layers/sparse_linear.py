@@ -129,6 +129,11 @@ class SparseLinear(ValuesModule):
         return {None: self.selection}
 
     @property
+    def has_codes(self) -> bool:
+        """Whether the weight is quantized."""
+        return self.quantization is not None
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The dense parameter: the weight."""
         found = self._parameters["weight"]

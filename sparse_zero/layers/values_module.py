@@ -70,6 +70,11 @@ class ValuesModule(nn.Module):
     def _put(self, kind: Kind, values: Tensor) -> None:
         """Overwrite the entries of ``kind`` in the whole parameter."""
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether nothing can be written into the parameter, for it holds codes of a quantized weight."""
+        return False
+
     # -- what follows
 
     def values(self) -> dict[Kind, nn.Parameter]:

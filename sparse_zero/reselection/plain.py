@@ -6,16 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from sparse_zero.layers.carriers import Carrier, carriers
+from sparse_zero.layers.carriers import carriers
 from sparse_zero.layers.merge import fold, hooked_first, remove, restore
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparsify import replace_module
 from sparse_zero.zero import compat
-
-
-def _is_quantized(carrier: Carrier) -> bool:
-    """Whether nothing can stand in the weight of this carrier, for it holds codes."""
-    return isinstance(carrier, SparseLinear) and carrier.quantization is not None
 
 
 @contextmanager
@@ -28,7 +23,7 @@ def without_values(model: nn.Module, *, keep_quantized: bool = False) -> Iterato
         model: a sparsified model.
         keep_quantized: whether quantized linears keep their values, which act in nothing but their product.
     """
-    found = [each for each in hooked_first(model) if not (keep_quantized and _is_quantized(each[1]))]
+    found = [each for each in hooked_first(model) if not (keep_quantized and each[1].has_codes)]
     try:
         for name, carrier in found:
             remove(model, name, carrier)
@@ -50,7 +45,7 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
     Quantized weights stay as they are.
     """
     # Inplace it stands there already.
-    found = [each for _, each in carriers(model) if each.placement == "delta" and not _is_quantized(each)]
+    found = [each for _, each in carriers(model) if each.placement == "delta" and not each.has_codes]
     sharded = any(compat.is_sharded(carrier.parameter) for carrier in found)
     with ExitStack() as undo:
         if sharded:
@@ -66,7 +61,7 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _suspended(model: nn.Module) -> Iterator[None]:
     """Have every parameter under values act alone while the block runs; not a quantized one."""
-    found = [carrier for _, carrier in carriers(model) if not _is_quantized(carrier)]
+    found = [carrier for _, carrier in carriers(model) if not carrier.has_codes]
     try:
         for carrier in found:
             carrier.suspended = True

@@ -7,6 +7,7 @@ over the ranks: with any number of ranks, at any stage, they compute what one pr
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
 
 
-class _OverValues(torch.optim.Optimizer):
+class _OverValues(torch.optim.Optimizer, ABC):
     """An optimizer that remembers the values of each group, whose tensors ZeRO replaces.
 
     Args:
@@ -54,8 +55,9 @@ class _OverValues(torch.optim.Optimizer):
             self._step_group(group, tensors, self._values[group["kind"]])
         return loss
 
+    @abstractmethod
     def _step_group(self, group: dict[str, Any], tensors: list[Tensor], values: list[nn.Parameter]) -> None:
-        raise NotImplementedError
+        """One step of one group: its tensors that have a gradient, and its values, as they were given."""
 
 
 def _add_up(tensor: Tensor, group: Any) -> None:
