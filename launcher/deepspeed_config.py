@@ -74,7 +74,7 @@ def deepspeed_config(config: RunConfig, world_size: int | None) -> dict[str, Any
     own = read_own_config(config)
     for path, value in _decided(config).items():
         _fill(own, path, value)
-    if _offloads(own, "offload_optimizer"):
+    if offload_device(own, "offload_optimizer"):
         # DeepSpeed would insist on its own CPU Adam; the run hands it the optimizer of its training section.
         _fill(own, ("zero_force_ds_cpu_optimizer",), False)
     if world_size is None:
@@ -117,7 +117,7 @@ def check_can_train_here(config: RunConfig) -> None:
             raise InputError(f"zero.options.{quantized[0]} needs CUDA, and this machine has none: remove it")
 
 
-def _offloads(settings: Mapping[str, Any], section: str) -> str | None:
+def offload_device(settings: Mapping[str, Any], section: str) -> str | None:
     """The device that ``offload_optimizer`` or ``offload_param`` names; None where nothing is offloaded."""
     found = settings["zero_optimization"].get(section)
     device = found.get("device", "none") if isinstance(found, Mapping) else "none"
@@ -131,7 +131,7 @@ def _check_offload(settings: Mapping[str, Any], config: RunConfig) -> None:
         InputError: names the field and the remedy.
     """
     stage = config.zero.stage
-    base = _offloads(settings, "offload_param")
+    base = offload_device(settings, "offload_param")
     if base is not None and stage < 3:
         raise InputError(
             f"zero.offload_base (zero_optimization.offload_param) is {base!r} at zero.stage {stage}, where every rank "
@@ -142,20 +142,20 @@ def _check_offload(settings: Mapping[str, Any], config: RunConfig) -> None:
             "zero.offload_base (zero_optimization.offload_param) is 'nvme' with zero.placement 'inplace', which writes "
             "into the weights after each step: use cpu, or zero.placement delta"
         )
-    if _offloads(settings, "offload_optimizer") == "nvme" and stage < 3:
+    if offload_device(settings, "offload_optimizer") == "nvme" and stage < 3:
         # DeepSpeed would take the host's memory instead, without a word.
         raise InputError(
             f"zero.offload_optimizer is 'nvme' at zero.stage {stage}, where DeepSpeed offloads to host memory only: "
             "use cpu, or stage 3"
         )
-    if _offloads(settings, "offload_optimizer") and config.zero.offload_optimizer == "none" and stage == 0:
+    if offload_device(settings, "offload_optimizer") and config.zero.offload_optimizer == "none" and stage == 0:
         raise InputError("zero.offload_optimizer needs zero.stage 1, 2 or 3: at stage 0 DeepSpeed offloads nothing")
 
 
 def _check_disk(section: Mapping[str, Any]) -> None:
     """Refuse offloading to a disk that is not there, or that this machine cannot read asynchronously."""
     settings = {"zero_optimization": section}
-    to_disk = [each for each in ("offload_optimizer", "offload_param") if _offloads(settings, each) == "nvme"]
+    to_disk = [each for each in ("offload_optimizer", "offload_param") if offload_device(settings, each) == "nvme"]
     for each in to_disk:
         path = section[each].get("nvme_path")
         if not path or not Path(path).is_dir():

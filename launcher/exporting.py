@@ -11,7 +11,7 @@ from models.base_identity import base_identity
 from models.loading import ModelConfig, load_model, load_tokenizer, model_folder, validate_model_source
 from models.sharded_loading import load_sharded
 from models.sharded_saving import save_sharded
-from sparse_zero.checkpoint.adapter import read_adapter, read_adapter_base
+from sparse_zero.checkpoint.adapter import read_adapter_base
 from sparse_zero.checkpoint.adapter_set import load_adapter
 from sparse_zero.checkpoint.folders import new_folder
 from sparse_zero.collectives import failing_together, rank_and_world_size
@@ -76,8 +76,6 @@ def load_merged_shards(config: RunConfig, adapter: Path | None, world_size: int)
     with failing_together():
         source = _source(config, adapter)
         tokenizer = load_tokenizer(source)
-        if adapter is not None:
-            read_adapter(adapter)  # Whole, on every node, before the ranks depend on each other.
     model = load_sharded(source, deepspeed_config(config, world_size))
     if adapter is not None:
         load_adapter(model, adapter, placement="inplace")

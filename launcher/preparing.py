@@ -16,6 +16,7 @@ from launcher.deepspeed_config import (
     check_can_train_here,
     check_own_config,
     deepspeed_config,
+    offload_device,
     validate_with_deepspeed,
 )
 from launcher.exporting import save_model_folder
@@ -418,8 +419,7 @@ def _kinds(config: RunConfig) -> list[Kind] | None:
 def new_engine(model: Any, config: RunConfig, world: World) -> Any:
     """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective."""
     settings = deepspeed_config(config, world.world_size)
-    offload = (settings.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    offloaded = offload.get("device", "none") != "none"
+    offloaded = offload_device(settings, "offload_optimizer") is not None
     optimizer = config.training.optimizer_config()
     engine, *_ = initialize(
         model=model,

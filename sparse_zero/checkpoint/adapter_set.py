@@ -4,6 +4,7 @@ The base's entries under the active adapter are kept on the host by its layers; 
 back, so that no sequence of exchanges changes the base.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_zero.checkpoint.adapter import Adapter, read_adapter
 from sparse_zero.checkpoint.conversion import RETIRED, check_base, convert_values, fingerprints, originals_by_name
+from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers, values_name
 from sparse_zero.layers.entries import gather_positions
@@ -101,7 +103,9 @@ def load_adapter(
     adapters: _AdapterSet = getattr(model, ADAPTERS, None) or _AdapterSet()
     if name in adapters.loaded:
         raise InputError(f"an adapter named {name!r} is loaded already: give another name, or set_adapter to use it")
-    adapter = read_adapter(folder)
+    # In shards, what follows is collective: a rank that cannot read must not leave the others waiting.
+    with failing_together() if has_shards(model) else nullcontext():
+        adapter = read_adapter(folder)
     before = adapters.active
     if before is not None:
         set_adapter(model, None)
