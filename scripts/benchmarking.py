@@ -11,7 +11,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,6 +170,42 @@ def peak_of(work: Callable[[], Any], device: str, remedy: str) -> tuple[int, int
             raise InputError(f"the peak memory of a process cannot be measured on {platform.system()}{remedy}")
         result = work()
         return loaded, memory.peak_bytes(), result
+
+
+def start_ranks(
+    script: str, arguments: Sequence[str], *, world_size: int, threads: int, device: str, what: str
+) -> None:
+    """Run ``script`` with ``arguments`` on every rank of a new world, by a launcher that ends them together.
+
+    Raises:
+        RuntimeError: a rank failed; with what it said, after ``what``.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    command += [str(Path(script).resolve()), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if device == "cpu":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{what} failed:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+
+
+@contextmanager
+def among_ranks(threads: int, device: str) -> Iterator[int]:
+    """Join the ranks that :func:`start_ranks` has started, for the block, which is told its own; leave with them."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from sparse_zero.collectives import leave_process_group
+
+    torch.set_num_threads(threads)
+    if device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "gloo" if device == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    yield dist.get_rank()
+    dist.barrier()
+    leave_process_group()
 
 
 def in_own_process(script: str, arguments: Sequence[str], threads: int) -> Any:

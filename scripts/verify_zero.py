@@ -17,8 +17,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,7 +31,7 @@ from torch import Tensor
 
 import sparse_zero as sz
 from models.loading import checkpoint_activations
-from scripts.benchmarking import chosen_names, exit_code
+from scripts.benchmarking import among_ranks, chosen_names, exit_code, start_ranks
 from scripts.dense_reference import adamw_on_entries
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
@@ -231,20 +229,12 @@ def run(combination: Combination, steps: int) -> dict[str, Any]:
 
 def work(options: argparse.Namespace, out: Path) -> None:
     """What each rank does: all combinations, one line of JSON each."""
-    import deepspeed
-    import torch.distributed as dist
-
-    from sparse_zero.collectives import leave_process_group
-
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    for combination in combinations(options.all, options.stages, options.dtypes):
-        found = run(combination, options.steps)
-        if dist.get_rank() == 0:
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**asdict(combination), **found}) + "\n")
-    dist.barrier()
-    leave_process_group()
+    with among_ranks(1, "cpu") as rank:
+        for combination in combinations(options.all, options.stages, options.dtypes):
+            found = run(combination, options.steps)
+            if rank == 0:
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**asdict(combination), **found}) + "\n")
 
 
 def difference(losses: Sequence[float], expected: Sequence[float]) -> float:
@@ -260,14 +250,11 @@ def on_ranks(world_size: int, options: argparse.Namespace) -> list[dict[str, Any
     """
     with tempfile.TemporaryDirectory(prefix="verify_zero_") as folder:
         out = Path(folder) / "results.jsonl"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command += [str(Path(__file__).resolve()), "--worker", str(out), f"--steps={options.steps}"]
-        command += ["--stages", ",".join(map(str, options.stages)), "--dtypes", ",".join(options.dtypes)]
-        command += ["--all"] if options.all else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{world_size} ranks failed:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+        arguments = ["--worker", str(out), f"--steps={options.steps}"]
+        arguments += ["--stages", ",".join(map(str, options.stages)), "--dtypes", ",".join(options.dtypes)]
+        arguments += ["--all"] if options.all else []
+        what = f"{world_size} ranks"
+        start_ranks(__file__, arguments, world_size=world_size, threads=1, device="cpu", what=what)
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 

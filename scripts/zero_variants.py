@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
-from scripts.benchmarking import as_flags, random_llama
+from scripts.benchmarking import among_ranks, as_flags, random_llama, start_ranks
 from sparse_zero.errors import InputError
 from sparse_zero.memory.allocator import return_freed_blocks
 from sparse_zero.optional import require
@@ -203,35 +200,23 @@ def on_ranks(script: str, variant: str, settings: Settings, base: Path) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="sparse_zero_ranks_") as folder:
         out = Path(folder) / "result.json"
-        ranks = f"--nproc_per_node={settings.world_size}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks]
-        command += [str(Path(script).resolve()), "--measure", variant, *as_flags(settings)]
-        command += ["--base", str(base), "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
-        if settings.device == "cpu":
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{variant} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        arguments = ["--measure", variant, *as_flags(settings), "--base", str(base), "--out", str(out)]
+        start_ranks(
+            script,
+            arguments,
+            world_size=settings.world_size,
+            threads=settings.threads,
+            device=settings.device,
+            what=variant,
+        )
         return json.loads(out.read_text(encoding="utf-8"))
 
 
 def as_rank(work: Callable[[], Any], settings: Settings, out: Path) -> None:
     """Join the other ranks, do ``work``, and let rank 0 write what it returned to ``out``."""
-    import deepspeed
-    import torch.distributed as dist
-
-    from sparse_zero.collectives import leave_process_group
-
-    torch.set_num_threads(settings.threads)
     if not settings.keep_freed:
         return_freed_blocks()
-    if settings.device != "cpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "gloo" if settings.device == "cpu" else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    found = work()
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    leave_process_group()
+    with among_ranks(settings.threads, settings.device) as rank:
+        found = work()
+        if rank == 0:
+            out.write_text(json.dumps(found), encoding="utf-8")
