@@ -19,7 +19,7 @@ check: install  ## lint, formatting and types
 	$(PYTHON) -m mypy
 
 test: install  ## the tests that take seconds
-	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: install  ## every test, the slow ones too
 	$(PYTHON) -m pytest $(ARGS)

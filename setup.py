@@ -52,6 +52,7 @@ DEV = [
     "peft>=0.18",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "setuptools>=77",
     "types-PyYAML",

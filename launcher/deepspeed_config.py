@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import RunConfig
 from launcher.yaml_files import read_text
 from sparse_zero.errors import InputError
-from sparse_zero.zero.unsupported import check_settings_not_split
+from sparse_zero.zero.unsupported import HPZ, QUANTIZED, check_settings, offload_device
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -38,10 +38,6 @@ _SOURCES = {
     "zero_optimization.offload_param.device": "zero.offload_base",
     "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
 }
-# Of ZeRO++, in zero.options: what is quantized on its way between ranks, which only CUDA kernels do.
-_STORED_QUANTIZED = "zero_quantized_nontrainable_weights"
-_QUANTIZED = ("zero_quantized_weights", _STORED_QUANTIZED, "zero_quantized_gradients")
-_HPZ = "zero_hpz_partition_size"
 # Sections in which DeepSpeed has a default for every key, so that an "auto" there can simply be left out.
 _SECTIONS_WITH_DEFAULTS = ("zero_optimization", "bf16", "fp16")
 # What follows from the run only when the world size is known.
@@ -91,14 +87,13 @@ def deepspeed_config(config: RunConfig, world_size: int | None) -> dict[str, Any
 
 
 def check_own_config(config: RunConfig) -> None:
-    """Refuse an own DeepSpeed config that contradicts the run in what does not depend on the world size.
+    """Refuse a DeepSpeed config that contradicts the run in what does not depend on the world size.
 
     Also settings that no machine could train with, by name.
     """
     settings = deepspeed_config(config, None)
-    check_settings_not_split(settings)
-    _check_offload(settings, config)
-    _check_zero_plus_plus(settings["zero_optimization"], config)
+    check_settings(settings, config.zero.placement)
+    _check_can_be_read(settings, config)
 
 
 def check_can_train_here(config: RunConfig) -> None:
@@ -109,7 +104,7 @@ def check_can_train_here(config: RunConfig) -> None:
     """
     section = deepspeed_config(config, None)["zero_optimization"]
     _check_disk(section)
-    quantized = [name for name in _QUANTIZED if section.get(name)]
+    quantized = [name for name in QUANTIZED if section.get(name)]
     if quantized:
         import torch
 
@@ -117,39 +112,45 @@ def check_can_train_here(config: RunConfig) -> None:
             raise InputError(f"zero.options.{quantized[0]} needs CUDA, and this machine has none: remove it")
 
 
-def offload_device(settings: Mapping[str, Any], section: str) -> str | None:
-    """The device that ``offload_optimizer`` or ``offload_param`` names; None where nothing is offloaded."""
-    found = settings["zero_optimization"].get(section)
-    device = found.get("device", "none") if isinstance(found, Mapping) else "none"
-    return None if device in ("none", _AUTO) else str(device)
+def _check_can_be_read(settings: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse what would have to read or write values or states that DeepSpeed keeps on a disk.
 
-
-def _check_offload(settings: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse offloading that does not go with the stage or the placement.
+    With the base, it puts the values there.
 
     Raises:
         InputError: names the field and the remedy.
     """
-    stage = config.zero.stage
-    base = offload_device(settings, "offload_param")
-    if base is not None and stage < 3:
-        raise InputError(
-            f"zero.offload_base (zero_optimization.offload_param) is {base!r} at zero.stage {stage}, where every rank "
-            "holds the whole base: use stage 3, or none"
-        )
-    if base == "nvme" and config.zero.placement == "inplace":
-        raise InputError(
-            "zero.offload_base (zero_optimization.offload_param) is 'nvme' with zero.placement 'inplace', which writes "
-            "into the weights after each step: use cpu, or zero.placement delta"
-        )
-    if offload_device(settings, "offload_optimizer") == "nvme" and stage < 3:
-        # DeepSpeed would take the host's memory instead, without a word.
-        raise InputError(
-            f"zero.offload_optimizer is 'nvme' at zero.stage {stage}, where DeepSpeed offloads to host memory only: "
-            "use cpu, or stage 3"
-        )
-    if offload_device(settings, "offload_optimizer") and config.zero.offload_optimizer == "none" and stage == 0:
-        raise InputError("zero.offload_optimizer needs zero.stage 1, 2 or 3: at stage 0 DeepSpeed offloads nothing")
+    wants = {
+        "selection.reselect": config.selection.reselect is not None,
+        "output.merged": config.output.merged,
+        "output.evaluate": config.output.evaluate,
+    }
+    for section, field, wanted in (
+        ("offload_optimizer", "zero.offload_optimizer", ("selection.reselect",)),
+        ("offload_param", "zero.offload_base", tuple(wants)),
+    ):
+        for name in wanted:
+            if wants[name] and offload_device(settings, section) == "nvme":
+                remedy = f"leave {name} out" if name == "selection.reselect" else f"set {name} to false"
+                raise InputError(
+                    f"{field} (zero_optimization.{section}.device) is 'nvme', where {name} cannot reach the "
+                    f"{'states' if section == 'offload_optimizer' else 'values'}: use cpu, or {remedy}"
+                )
+
+
+def check_can_continue(config: RunConfig) -> None:
+    """Refuse to continue from a checkpoint where DeepSpeed keeps on a disk what the checkpoint would be put into.
+
+    Raises:
+        InputError: names the field and the remedy.
+    """
+    settings = deepspeed_config(config, None)
+    for section, field in (("offload_optimizer", "zero.offload_optimizer"), ("offload_param", "zero.offload_base")):
+        if offload_device(settings, section) == "nvme":
+            raise InputError(
+                f"{field} (zero_optimization.{section}.device) is 'nvme', where a checkpoint cannot be put: continue "
+                "with cpu or none, or start anew in another output.folder"
+            )
 
 
 def _check_disk(section: Mapping[str, Any]) -> None:
@@ -168,25 +169,6 @@ def _check_disk(section: Mapping[str, Any]) -> None:
                 f"zero.{'offload_base' if to_disk[0] == 'offload_param' else to_disk[0]} is 'nvme', and DeepSpeed's "
                 "asynchronous I/O cannot be built here: install libaio (libaio-dev), or use cpu"
             )
-
-
-def _check_zero_plus_plus(section: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse what of ZeRO++ cannot work with this stage or placement.
-
-    Raises:
-        InputError: names the option and the remedy.
-    """
-    quantized = [name for name in _QUANTIZED if section.get(name)]
-    for name in quantized if section.get(_HPZ, 1) == 1 else [*quantized, _HPZ]:
-        if config.zero.stage != 3:
-            raise InputError(
-                f"zero.options.{name} is set at zero.stage {config.zero.stage}, which gathers no weights: use stage 3"
-            )
-    if section.get(_STORED_QUANTIZED) and config.zero.placement == "inplace":
-        raise InputError(
-            f"zero.options.{_STORED_QUANTIZED} with zero.placement 'inplace', which writes into the weights: use "
-            "zero.placement delta, or remove it"
-        )
 
 
 def validate_with_deepspeed(settings: Mapping[str, Any], world_size: int) -> None:
@@ -266,10 +248,10 @@ def _decided(config: RunConfig) -> dict[tuple[str, ...], Any]:
 def _fill_batch_sizes(own: dict[str, Any], config: RunConfig, world_size: int) -> None:
     accumulation = accumulation_steps(config, world_size)
     _fill(own, ("gradient_accumulation_steps",), accumulation)
-    ranks_per_copy = own["zero_optimization"].get(_HPZ, 1)
+    ranks_per_copy = own["zero_optimization"].get(HPZ, 1)
     if isinstance(ranks_per_copy, int) and (ranks_per_copy < 1 or world_size % ranks_per_copy):
         raise InputError(
-            f"zero.options.{_HPZ} is {ranks_per_copy}, which does not divide the {world_size} ranks: use the number of "
+            f"zero.options.{HPZ} is {ranks_per_copy}, which does not divide the {world_size} ranks: use the number of "
             "ranks on a node"
         )
     # DeepSpeed insists on this product. It exceeds the run's global batch where that does not divide: the

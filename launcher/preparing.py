@@ -13,10 +13,10 @@ import torch
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import (
+    check_can_continue,
     check_can_train_here,
     check_own_config,
     deepspeed_config,
-    offload_device,
     validate_with_deepspeed,
 )
 from launcher.exporting import save_model_folder
@@ -48,6 +48,7 @@ from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import check_fits, sparsify
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.optional import require
+from sparse_zero.reselection.migrate import check_kinds_can_change, kinds_of
 from sparse_zero.selection.config import Kind, SelectionConfig
 from sparse_zero.selection.full_calibration import check_world_size
 from sparse_zero.selection.region_scores import RegionScores
@@ -57,6 +58,7 @@ from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.engine import initialize
 from sparse_zero.zero.inference import sharded_forward
 from sparse_zero.zero.optimizers import build_optimizer, check_available, check_kinds
+from sparse_zero.zero.unsupported import offload_device
 
 _DTYPE_OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -136,11 +138,6 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
             f"training.precision is {config.training.precision} but model.dtype is {config.model.dtype}: "
             f"set model.dtype to {wanted}, or training.precision to match"
         )
-    if config.zero.stage == 0 and config.training.precision == "fp16":
-        raise InputError(
-            "zero.stage is 0 with training.precision fp16, where DeepSpeed scales the loss in a way that no checkpoint "
-            "holds: use zero.stage 1, 2 or 3, or bf16"
-        )
     if config.training.precision != "fp32" and not torch.cuda.is_available():
         warnings.warn(
             f"training.precision {config.training.precision} is slow on most CPUs: fp32 is the choice here",
@@ -156,6 +153,8 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
     kinds = _kinds(config)
     if kinds is not None:
         check_kinds(config.training.optimizer_config(), kinds)
+        if config.selection.reselect is not None:
+            check_kinds_can_change(config.training.optimizer, kinds)
     _check_quantized(config)
     for region in config.selection.regions:
         if region.kind != "whole":
@@ -263,6 +262,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         checkpoint_path = find_start(folder, config) if continues else None
         checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
         if checkpoint is not None:
+            check_can_continue(config)
             _check_same_selection(config, checkpoint)
         if config.selection.file is None and config.selection.calibration_weights == "full":
             check_world_size(config.selection.full_calibration, world.world_size)
@@ -293,8 +293,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         elif config.selection.file is not None:
             chosen = Selection.load(config.selection.file)
             check_fits(model, chosen, sharded=sharded)
-            found = [kind for weight in chosen.weights.values() for kind in weight.kinds()]
-            check_kinds(config.training.optimizer_config(), found)
+            check_kinds(config.training.optimizer_config(), sorted(kinds_of(chosen)))
         else:
             check_selection(model, config.selection, family)
         if world.is_main:

@@ -196,7 +196,8 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     with phases.measure("save"):
         if config.output.adapter:
             save_adapter(engine, folder.adapter, base=prepared.base)
-        model = _tuned_model(prepared, engine)
+        # Not where nobody asks for it: what is offloaded to a disk could not be read.
+        model: Any = _tuned_model(prepared, engine) if config.output.merged or prepared.test else None
         if config.output.merged and not is_quantized and (world.is_main or has_shards(model)):
             save_model_folder(model, prepared.tokenizer, folder.merged)
     if prepared.test:

@@ -31,6 +31,7 @@ from scripts.zero_variants import (
     train,
     written_base,
 )
+from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 from sparse_zero.zero.communication import counted, engine_communication, ring_bytes, step_communication
 from sparse_zero.zero.compat import full_numel
@@ -108,6 +109,8 @@ def run(options: argparse.Namespace) -> None:
     if options.measure is not None:
         as_rank(lambda: measure_here(options.measure, settings, options.base), settings, options.out)
         return
+    if settings.world_size < 2:
+        raise InputError(f"--world-size is {settings.world_size}: between so few ranks nothing travels; use 2 or more")
     names = chosen_names(options.variants, list(VARIANTS), "--variants")
     found = {}
     with written_base(settings) as base:

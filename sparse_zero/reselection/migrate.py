@@ -1,6 +1,6 @@
 """How does a running engine get another selection, with the state of every entry that both have?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,48 @@ def _migrated_state(model: nn.Module, migration: Migration, step: int, moments: 
     return TrainingState(masters=masters, moments=found, step=step)
 
 
+def kinds_of(selection: Selection) -> set[Kind]:
+    """The kinds of region that a selection has."""
+    return {kind for weight in selection.weights.values() for kind in weight.kinds()}
+
+
+def check_kinds_can_change(optimizer: str, kinds: Iterable[Kind]) -> None:
+    """Refuse an optimizer whose states of one kind of region cannot go on with another's.
+
+    Args:
+        optimizer: the name of its algorithm.
+        kinds: that selections have, or may have.
+
+    Raises:
+        InputError: names the optimizer and the remedy.
+    """
+    if optimizer == "muon" and set(kinds) != {"block"}:
+        raise InputError(
+            "the optimizer muon keeps another state for blocks than for other kinds, so that no entry can go from one "
+            "to the other: select blocks only, or use another optimizer"
+        )
+
+
+def check_can_migrate(engine: Any) -> None:
+    """Refuse a change of the selection where values or states of the optimizer could not be read and replaced.
+
+    Raises:
+        InputError: names what is in the way, and the remedy.
+    """
+    check_optimizer(engine)
+    if compat.states_on_disk(engine):
+        raise InputError(
+            "the optimizer's states are offloaded to nvme, where other values' states cannot be put: use "
+            "zero.offload_optimizer cpu or none"
+        )
+    for name, carrier in carriers(engine.module):
+        if any(compat.is_sharded(each) and compat.is_out_of_reach(each) for each in carrier.values().values()):
+            raise InputError(
+                f"the values of {parameter_name(name, carrier)} are on a disk, as the base that is offloaded to nvme, "
+                "and cannot be exchanged there: use zero.offload_base cpu or none"
+            )
+
+
 def migrate(
     engine: Any,
     selection: Selection,
@@ -105,13 +147,8 @@ def migrate(
         raise InputError("the selection is empty: nothing would be trained")
     if dist.is_initialized():
         check_equal_on_all_ranks(selection.digest(), "the new selection")
-    check_optimizer(engine)
-    kinds = {kind for each in (selection, selection_of(model)) for w in each.weights.values() for kind in w.kinds()}
-    if algorithm(engine) == "muon" and kinds != {"block"}:
-        raise InputError(
-            "the optimizer muon keeps another state for blocks than for other kinds, so that no entry can go from one "
-            "to the other: select blocks only, or use another optimizer"
-        )
+    check_can_migrate(engine)
+    check_kinds_can_change(algorithm(engine), [*kinds_of(selection), *kinds_of(selection_of(model))])
     placement = placement_of(model)
     with without_values(model):
         module_map = module_map or default_module_map(model)

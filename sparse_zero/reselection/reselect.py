@@ -14,7 +14,7 @@ from sparse_zero.collectives import PeerError, of_rank_zero
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.module_map import ModuleMap, default_module_map
-from sparse_zero.reselection.migrate import MakeEngine, migrate
+from sparse_zero.reselection.migrate import MakeEngine, check_can_migrate, check_kinds_can_change, migrate
 from sparse_zero.reselection.migration import EntryCounts
 from sparse_zero.reselection.plain import plain, without_values
 from sparse_zero.selection.calibration import LossFunction
@@ -22,7 +22,7 @@ from sparse_zero.selection.config import FullCalibrationConfig, ReselectConfig, 
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.select import choose_regions, score_regions
 from sparse_zero.selection.selection import Selection
-from sparse_zero.zero.optimizer_state import check_optimizer, optimizer_step_count
+from sparse_zero.zero.optimizer_state import algorithm, optimizer_step_count
 
 # Apart from the seeds of neighbouring runs, which differ by one.
 _SEED_STRIDE = 1_000_003
@@ -124,7 +124,8 @@ def reselect(
         InputError: ``config.reselect`` is missing, or the optimizer's state cannot go to other entries.
     """
     reselect_config = _reselect_config(config)
-    check_optimizer(engine)
+    check_can_migrate(engine)
+    check_kinds_can_change(algorithm(engine), [region.kind for region in config.regions])
     step = optimizer_step_count(engine) if step is None else step
     now = config_at(config, step)
     model: nn.Module = engine.module

@@ -604,6 +604,11 @@ def is_available(parameter: Any) -> bool:
     return not is_sharded(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 
+def states_on_disk(engine: Any) -> bool:
+    """Whether stage 3 keeps masters and the optimizer's states on a disk."""
+    return bool(getattr(engine.optimizer, "swap_optimizer", False))
+
+
 def is_out_of_reach(parameter: Any) -> bool:
     """Whether a sharded parameter cannot be read and written in its shards: they are on a disk, or quantized."""
     from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
@@ -660,6 +665,12 @@ def end_gathers(model: nn.Module) -> None:
 def fetch(parameter: Any) -> Tensor:
     """The whole of ``parameter``, detached. Where stage 3 has not gathered it for a forward or backward: collective."""
     if not is_available(parameter):
+        if parameter.ds_status.name == "INFLIGHT":
+            # Its memory is there and not yet filled, and only DeepSpeed knows when it will be.
+            raise RuntimeError(
+                "a parameter is needed that stage 3 gathers ahead and has not waited for: set "
+                "zero_optimization.stage3_prefetch_bucket_size to 0, and report the model"
+            )
         # It is released with all others, at the latest when the optimizer steps.
         parameter.all_gather()
     found: Tensor = parameter.detach()

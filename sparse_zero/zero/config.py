@@ -44,22 +44,8 @@ class ZeroConfig:
                 raise InputError(f"zero.{name} is {value!r}: choose one of {', '.join(OFFLOADS)}")
             if value == "nvme" and not self.nvme_path:
                 raise InputError(f"zero.{name} is 'nvme': set zero.nvme_path to a folder on a local disk")
-        if self.offload_optimizer != "none" and self.stage == 0:
-            raise InputError(
-                f"zero.offload_optimizer is {self.offload_optimizer!r} at zero.stage 0: use stage 1, 2 or 3, or none"
-            )
-        if self.offload_base != "none" and self.stage != 3:
-            raise InputError(
-                f"zero.offload_base is {self.offload_base!r} at zero.stage {self.stage}, where every rank holds the "
-                "whole base: use stage 3, or none"
-            )
         if self.rounding not in ROUNDINGS:
             raise InputError(f"zero.rounding is {self.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
-        if self.offload_base == "nvme" and self.placement == "inplace":
-            raise InputError(
-                "zero.offload_base is 'nvme' with zero.placement 'inplace', which writes into the base after each "
-                "step: use cpu, or zero.placement delta"
-            )
         if "stage" in self.options and self.options["stage"] != self.stage:
             raise InputError(
                 f"zero.options.stage is {self.options['stage']!r} but zero.stage is {self.stage}: remove one of them"

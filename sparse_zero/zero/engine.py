@@ -23,7 +23,7 @@ from sparse_zero.zero.defaults import with_defaults
 from sparse_zero.zero.optimizer_state import optimizer_step_count
 from sparse_zero.zero.rounding import check_rounding, round_values
 from sparse_zero.zero.same_weights import check_same_weights
-from sparse_zero.zero.unsupported import check_not_split, check_sequence_parallel
+from sparse_zero.zero.unsupported import check_not_split, check_sequence_parallel, check_settings
 
 
 def _check_only_values_train(model: nn.Module) -> None:
@@ -33,27 +33,6 @@ def _check_only_values_train(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in values:
             raise InputError(f"{name} requires grad but is not a selected value: freeze it, or select it")
-
-
-def _zero_stage(config: Mapping[str, Any]) -> int:
-    return int((config.get("zero_optimization") or {}).get("stage", 0))
-
-
-def _check_shards_in_reach(model: nn.Module, section: Mapping[str, Any]) -> None:
-    """Refuse what puts shards where inplace values cannot be written into them, before DeepSpeed does."""
-    if placement_of(model) != "inplace":
-        return
-    offload = section.get("offload_param")
-    if isinstance(offload, Mapping) and offload.get("device") == "nvme":
-        raise InputError(
-            "zero_optimization.offload_param.device is 'nvme', and placement 'inplace' writes into the weights after "
-            "each step: use cpu, or sparsify with placement='delta'"
-        )
-    if section.get("zero_quantized_nontrainable_weights"):
-        raise InputError(
-            "zero_optimization.zero_quantized_nontrainable_weights is set, and placement 'inplace' writes into the "
-            "weights: remove it, or sparsify with placement='delta'"
-        )
 
 
 def initialize(
@@ -86,22 +65,16 @@ def initialize(
         ``(engine, optimizer, loader, scheduler)``, as DeepSpeed does.
 
     Raises:
-        InputError: something besides values requires grad, stage 0 with fp16, or stage 3 with shards that inplace
-            values cannot be written into: on a disk, or quantized.
+        InputError: something besides values requires grad, or ``config`` has what a sparse model does not go along
+            with, see :mod:`sparse_zero.zero.unsupported`.
     """
     import deepspeed
 
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else read_json(Path(config))
     _check_only_values_train(model)
     check_rounding(model, rounding)
+    check_settings(settings, placement_of(model))
     check_not_split(model, settings)
-    if (settings.get("fp16") or {}).get("enabled") and _zero_stage(settings) == 0:
-        raise InputError(
-            "zero stage 0 with fp16 is not supported (DeepSpeed scales the loss in another way there, which no "
-            "checkpoint holds): use stage 1 to 3, bf16 or fp32"
-        )
-    if _zero_stage(settings) == 3:
-        _check_shards_in_reach(model, settings["zero_optimization"])
     settings = {**settings, "zero_optimization": with_defaults(model, settings.get("zero_optimization") or {})}
     if not dist.is_initialized():
         # As deepspeed.initialize would: what is compared between ranks needs them.

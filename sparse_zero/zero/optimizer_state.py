@@ -74,7 +74,7 @@ def create_optimizer_states(engine: Any, step: int) -> None:
     Raises:
         InputError: the states are on a disk.
     """
-    if getattr(engine.optimizer, "swap_optimizer", False):
+    if compat.states_on_disk(engine):
         raise InputError(
             "the optimizer's states are offloaded to nvme, where a checkpoint cannot be put: "
             "use zero.offload_optimizer cpu or none"

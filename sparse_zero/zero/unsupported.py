@@ -1,4 +1,7 @@
-"""Which ways to split a model over ranks does a sparse one not go along with, and how are they refused?"""
+"""Which of DeepSpeed's settings does a sparse model not go along with, and how are they refused?
+
+Messages name a setting as DeepSpeed does, and the field of a run config that sets it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
+from sparse_zero.zero.config import Placement
 
 
 def _refuse_autotp(size: int) -> None:
@@ -30,6 +34,77 @@ def check_settings_not_split(settings: Mapping[str, Any]) -> None:
             "expert_parallel.enabled is true: AutoEP swaps the experts for its own, which hold no values. Leave it "
             "out: ZeRO stage 3 shards the experts as well"
         )
+
+
+def offload_device(settings: Mapping[str, Any], section: str) -> str | None:
+    """The device that ``offload_optimizer`` or ``offload_param`` names; None where nothing is offloaded."""
+    found = (settings.get("zero_optimization") or {}).get(section)
+    device = found.get("device", "none") if isinstance(found, Mapping) else "none"
+    return None if device in ("none", "auto") else str(device)
+
+
+def _check_offload(settings: Mapping[str, Any], stage: int, placement: Placement) -> None:
+    """Refuse offloading that does not go with the stage or the placement."""
+    optimizer, base = offload_device(settings, "offload_optimizer"), offload_device(settings, "offload_param")
+    optimizer_is = f"zero_optimization.offload_optimizer.device (zero.offload_optimizer) is {optimizer!r}"
+    base_is = f"zero_optimization.offload_param.device (zero.offload_base) is {base!r}"
+    if optimizer is not None and stage == 0:
+        raise InputError(f"{optimizer_is} at zero stage 0, which offloads nothing: use stage 1, 2 or 3, or none")
+    if optimizer == "nvme" and stage < 3:
+        # DeepSpeed would take the host's memory instead, without a word.
+        raise InputError(
+            f"{optimizer_is} at zero stage {stage}, where DeepSpeed offloads to host memory only: use cpu, or stage 3"
+        )
+    if base is not None and stage < 3:
+        raise InputError(
+            f"{base_is} at zero stage {stage}, where every rank holds the whole base: use stage 3, or none"
+        )
+    if base == "nvme" and placement == "inplace":
+        raise InputError(
+            f"{base_is} with placement 'inplace', which writes into the base after each step: use cpu, or placement "
+            "'delta'"
+        )
+
+
+# Of ZeRO++: weights that are stored quantized, and all that is quantized on its way between ranks, which only CUDA
+# kernels do.
+STORED_QUANTIZED = "zero_quantized_nontrainable_weights"
+QUANTIZED = ("zero_quantized_weights", STORED_QUANTIZED, "zero_quantized_gradients")
+HPZ = "zero_hpz_partition_size"
+
+
+def _check_zero_plus_plus(section: Mapping[str, Any], stage: int, placement: Placement) -> None:
+    """Refuse what of ZeRO++ cannot work with the stage or the placement."""
+    quantized = [name for name in QUANTIZED if section.get(name)]
+    for name in quantized if section.get(HPZ, 1) == 1 else [*quantized, HPZ]:
+        if stage != 3:
+            raise InputError(
+                f"zero_optimization.{name} (zero.options.{name}) is set at zero stage {stage}, which gathers no "
+                "weights: use stage 3"
+            )
+    if section.get(STORED_QUANTIZED) and placement == "inplace":
+        raise InputError(
+            f"zero_optimization.{STORED_QUANTIZED} (zero.options.{STORED_QUANTIZED}) is set with placement 'inplace', "
+            "which writes into the weights: use placement 'delta', or remove it"
+        )
+
+
+def check_settings(settings: Mapping[str, Any], placement: Placement) -> None:
+    """Refuse a DeepSpeed config that no sparse model of this placement could be trained with.
+
+    Raises:
+        InputError: names the setting and what to use instead.
+    """
+    section = settings.get("zero_optimization") or {}
+    stage = int(section.get("stage", 0))
+    check_settings_not_split(settings)
+    if (settings.get("fp16") or {}).get("enabled") and stage == 0:
+        raise InputError(
+            "fp16.enabled (training.precision fp16) at zero stage 0, where DeepSpeed scales the loss in a way that no "
+            "checkpoint holds: use stage 1, 2 or 3, or bf16"
+        )
+    _check_offload(settings, stage, placement)
+    _check_zero_plus_plus(section, stage, placement)
 
 
 def check_not_split(model: nn.Module, settings: Mapping[str, Any]) -> None:

@@ -46,9 +46,9 @@ def test_initialize_refuses_what_would_not_train_as_asked():
     found = run_ranks("tests.distributed.workers:refusals", 1)
     assert "no trainable values" in found["dense"]
     assert "lm_head.weight requires grad" in found["extra"]
-    assert "offload_param.device is 'nvme', and placement 'inplace' writes into the weights" in found["disk"]
-    assert "zero_quantized_nontrainable_weights is set, and placement 'inplace'" in found["quantized"]
-    assert "zero stage 0 with fp16" in found["stage0"]
+    assert "is 'nvme' with placement 'inplace', which writes into the base" in found["disk"]
+    assert "is set with placement 'inplace', which writes into the weights" in found["quantized"]
+    assert "(training.precision fp16) at zero stage 0" in found["stage0"]
 
 
 def test_values_are_written_back_once_per_accumulation_boundary():

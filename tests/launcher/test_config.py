@@ -258,8 +258,8 @@ def test_wrong_type_names_field_value_and_expectation(override: str, message: st
 
 def test_values_are_checked_by_their_owner_and_told_in_its_words() -> None:
     mapping = minimal()
-    mapping["zero"] = {"stage": 3, "offload_base": "nvme", "nvme_path": "."}
-    with pytest.raises(InputError, match=r"^zero\.offload_base is 'nvme' with zero\.placement 'inplace'"):
+    mapping["zero"] = {"stage": 3, "offload_base": "nvme"}
+    with pytest.raises(InputError, match=r"^zero\.offload_base is 'nvme': set zero\.nvme_path"):
         parse_config(mapping)
 
 

@@ -9,6 +9,7 @@ import pytest
 from launcher.config import RunConfig, parse_config
 from launcher.deepspeed_config import (
     accumulation_steps,
+    check_can_continue,
     check_can_train_here,
     check_own_config,
     deepspeed_config,
@@ -288,12 +289,12 @@ def test_what_splits_layers_is_refused_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("stage", "zero", "message"),
     [
-        (2, {"offload_optimizer": "nvme"}, r"^zero\.offload_optimizer is 'nvme' at zero\.stage 2, .* use cpu, or stage 3$"),
+        (2, {"offload_optimizer": "nvme"}, r"\(zero\.offload_optimizer\) is 'nvme' at zero stage 2, .* use cpu, or stage 3$"),
         (3, {"offload_base": "nvme", "nvme_path": "no-such-folder"}, r"^zero\.nvme_path is 'no-such-folder', which is no folder"),
-        (2, {"options": {"zero_quantized_weights": True}}, r"^zero\.options\.zero_quantized_weights is set at zero\.stage 2"),
-        (1, {"options": {"zero_hpz_partition_size": 2}}, r"^zero\.options\.zero_hpz_partition_size is set at zero\.stage 1"),
-        (2, {"options": {"offload_param": {"device": "cpu"}}}, r"^zero\.offload_base .* is 'cpu' at zero\.stage 2"),
-        (0, {"options": {"offload_optimizer": {"device": "cpu"}}}, r"^zero\.offload_optimizer needs zero\.stage 1, 2 or 3"),
+        (2, {"options": {"zero_quantized_weights": True}}, r"\(zero\.options\.zero_quantized_weights\) is set at zero stage 2"),
+        (1, {"options": {"zero_hpz_partition_size": 2}}, r"\(zero\.options\.zero_hpz_partition_size\) is set at zero stage 1"),
+        (2, {"options": {"offload_param": {"device": "cpu"}}}, r"\(zero\.offload_base\) is 'cpu' at zero stage 2"),
+        (0, {"options": {"offload_optimizer": {"device": "cpu"}}}, r"\(zero\.offload_optimizer\) is 'cpu' at zero stage 0"),
     ],
     ids=lambda value: "",
 )  # fmt: skip
@@ -324,6 +325,15 @@ def test_quantized_gathers_need_a_gpu() -> None:
             continue
         with pytest.raises(InputError, match=rf"^zero\.options\.{name} needs CUDA"):
             check_can_train_here(config)
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_base"])
+def test_a_checkpoint_is_not_put_on_a_disk(tmp_path: Path, section: str) -> None:
+    disk = make(stage=3, zero={section: "nvme", "nvme_path": str(tmp_path)})
+    check_own_config(disk)
+    with pytest.raises(InputError, match=rf"^zero\.{section} .* is 'nvme', where a checkpoint cannot be put"):
+        check_can_continue(disk)
+    check_can_continue(make(stage=3, zero={section: "cpu"}))
 
 
 def test_a_disk_needs_asynchronous_io(tmp_path: Path) -> None:

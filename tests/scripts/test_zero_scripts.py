@@ -57,3 +57,7 @@ def test_blocks_that_lora_cannot_match_are_refused() -> None:
     ):
         Settings(lora=3, block_size=300)
     assert bench_zero_memory.main(["--variants", "full-9"]) == 2
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert measure_communication.main(["--small", "--world-size", "1"]) == 2
