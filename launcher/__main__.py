@@ -2,16 +2,21 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from launcher.commands import evaluate, export, inspect, launch, report, select, train
+from safetensors import SafetensorError
+
+from launcher.commands import evaluate, export, inspect, launch, plan, report, select, train
 from launcher.commands.common import Parser
 from launcher.process_ranks import reports_errors
+from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_SIGNAL, Stopped, stoppable
 from sparse_zero.errors import InputError
 
-_COMMANDS = (train, launch, select, inspect, evaluate, export, report)
+_COMMANDS = (train, launch, plan, select, inspect, evaluate, export, report)
 _EPILOG = """\
 one YAML is one run; any of its settings may be changed on the command line:
   sparse-zero launch --config configs/runs/quickstart.yaml --training.steps=300 --output.folder=runs/longer
@@ -27,18 +32,30 @@ from there:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 2 for wrong input, 130 when interrupted."""
+    """Run one command and return its exit code: 2 for wrong input, 128 + signal when it was stopped by one."""
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
-        code: int = args.run(args)
+        with stoppable():
+            code: int = args.run(args)
         return code
     except InputError as error:
         if reports_errors(error, os.environ):
             print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return EXIT_INPUT
+    except Stopped as stop:
+        print(f"sparse-zero: {stop}", file=sys.stderr)
+        return EXIT_SIGNAL + stop.signal
     except KeyboardInterrupt:
         print("sparse-zero: interrupted", file=sys.stderr)
-        return 130
+        return EXIT_SIGNAL + signal.SIGINT
+    except (OSError, SafetensorError) as error:
+        from launcher.faults import describe_disk_error  # heavy: torch
+
+        told = describe_disk_error(error, Path.cwd())
+        if told is None:
+            raise
+        print(f"sparse-zero: error: {told}", file=sys.stderr)
+        return EXIT_ERROR
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

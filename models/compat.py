@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     import torch
@@ -89,3 +91,20 @@ def saved_names(model: PreTrainedModel, described: Mapping[str, Tensor]) -> dict
     if len(saved) != len(names) or any(id(tensor) not in names for tensor in saved.values()):
         return None
     return {name: names[id(tensor)] for name, tensor in saved.items()}
+
+
+@contextmanager
+def masks_of_fake_tensors() -> Iterator[None]:
+    """Let transformers treat tensors without data as it treats those with data, where it decides on attention masks.
+
+    It takes them for a compilation, and then makes a mask in any case. Here it makes none, as for samples of one
+    length; where a padding mask is given, it makes one, as for padded samples.
+    """
+    from transformers import masking_utils
+
+    def is_tracing(tensor: Tensor | None = None) -> bool:
+        # Padding masks are bool by then; the others are positions, of which one sequence is assumed.
+        return tensor is not None and not tensor.dtype.is_floating_point and tensor.element_size() == 1
+
+    with patch.object(masking_utils, "is_tracing", is_tracing):
+        yield

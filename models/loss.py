@@ -21,11 +21,17 @@ def response_nll(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Scalar; zero (but connected to the graph) when no position has a label.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     targets_BL = batch["labels"][:, 1:]
     positions_K = (targets_BL != IGNORED).any(0).nonzero().squeeze(1)
     if not len(positions_K):
         positions_K = targets_BL.new_zeros(1)
+    return nll_at(model, batch, positions_K)
+
+
+def nll_at(model: Any, batch: Mapping[str, Tensor], positions_K: Tensor) -> Tensor:
+    """:func:`response_nll` with the logits of ``positions_K`` [K] int64, which predict the labels behind them."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    targets_BL = batch["labels"][:, 1:]
     # Packed samples are kept apart only without a cache.
     logits_BKV = model(**inputs, logits_to_keep=positions_K, use_cache=False).logits
     return torch.nn.functional.cross_entropy(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.loading import ModelConfig, model_folder
+from models.source import download, local_folder
 from sparse_zero.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +26,25 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
 
     with torch.device("meta"):
         return _described(config, model_folder(config))
+
+
+def load_shapes(config: ModelConfig) -> PreTrainedModel:
+    """Like :func:`load_skeleton`, from a folder (or hub name) of which only the ``config.json`` is looked at.
+
+    Raises:
+        InputError: the source is missing or no causal language model.
+    """
+    import torch
+
+    folder = local_folder(config.name_or_path, field="model.name_or_path")
+    if folder is None:
+        folder = download(
+            config.name_or_path, field="model.name_or_path", revision=config.revision, gguf_file=None, weights=False
+        )
+    # Flash attention has no kernel on tensors without data; it keeps as much as sdpa.
+    attention = "eager" if config.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        return _described(config, folder, attn_implementation=attention)
 
 
 def load_empty(config: ModelConfig) -> PreTrainedModel:

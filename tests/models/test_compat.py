@@ -42,3 +42,14 @@ def test_weights_that_change_their_form_are_told() -> None:
     llama = tiny_llama(layers=1)
     plain = {name: tensor.to("meta") for name, tensor in llama.state_dict().items()}
     assert compat.saved_names(llama, plain) == {name: name for name in plain}
+
+
+def test_masks_are_decided_by_what_is_replaced() -> None:
+    from transformers import masking_utils
+
+    assert hasattr(masking_utils, "is_tracing"), "transformers decides otherwise now: see models/compat.py"
+    before = masking_utils.is_tracing
+    with compat.masks_of_fake_tensors():
+        assert masking_utils.is_tracing(torch.ones(1, 2, dtype=torch.bool))
+        assert not masking_utils.is_tracing(torch.ones(1, 2, dtype=torch.int64))
+    assert masking_utils.is_tracing is before

@@ -1,0 +1,136 @@
+"""How is every allocation of tensors seen, whether they have data or not?
+
+A dispatch mode sees every operation of this thread, and of the backward pass it starts, and notes the storages of their
+results. What kernels use inside of an operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_zero.memory.timeline import Kind, Span, Storage, Timeline, sort_out
+
+# Operators of torch.distributed that fill a tensor with what other ranks hold.
+_GATHERS = ("allgather", "all_gather", "_allgather_base", "broadcast")
+
+
+class MemoryRecorder(TorchDispatchMode):
+    """Notes the life of every storage that an operation inside the mode makes, or that :meth:`add` is told of.
+
+    ``live_bytes`` is what lives now. A storage that several tensors share counts once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.storages: list[Storage] = []
+        self.spans: list[Span] = []
+        self._modules: list[str] = []
+        # By address of the storage object, while it lives.
+        self._alive: dict[int, Storage] = {}
+        self._phase = ""
+        # Names of the modules that are at work, the innermost last.
+        self._stack: list[str] = []
+
+    def add(self, tensor: Tensor, kind: Kind | None = None) -> None:
+        """Note a tensor's storage, unless it is noted already; ``kind`` counts in either case, if given."""
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        found = self._alive.get(key)
+        if found is None:
+            found = Storage(
+                num_bytes=storage.nbytes(), born=len(self._modules), phase=self._phase, module=self._module()
+            )
+            self._alive[key] = found
+            self.storages.append(found)
+            self._modules.append(found.module)
+            self.live_bytes += found.num_bytes
+            weakref.finalize(storage, self._forget, key)
+        if kind is not None:
+            found.kind = kind
+
+    def _forget(self, key: int) -> None:
+        storage = self._alive.pop(key)
+        storage.died = len(self._modules)
+        self._modules.append(self._module())
+        self.live_bytes -= storage.num_bytes
+
+    def _module(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = self.answer(func, args, kwargs or {})
+        if result is NotImplemented:
+            result = func(*args, **(kwargs or {}))
+        gathers = func.namespace == "c10d" and func._schema.name.partition("::")[2].startswith(_GATHERS)
+        for leaf in tree_leaves((args, kwargs, result) if gathers else result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf, self._gathered(leaf) if gathers else None)
+        return result
+
+    def _gathered(self, tensor: Tensor) -> Kind | None:
+        found = self._alive.get(tensor.untyped_storage()._cdata)
+        return "gathered" if found is None or found.kind is None else None
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What an operator gives that is not to be run; NotImplemented: run it."""
+        return NotImplemented
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Call the block's part of the run ``name``; "forward" and "backward" are known to :func:`sort_out`."""
+        before, self._phase = self._phase, name
+        first = len(self._modules)
+        try:
+            yield
+        finally:
+            self._phase = before
+            self.spans.append(Span(phase=name, first=first, end=len(self._modules)))
+
+    @contextmanager
+    def modules_of(self, model: nn.Module) -> Iterator[None]:
+        """Note, for what the block makes, which module of ``model`` was at work: in forward, and when it is recomputed.
+
+        torch's own tracker knows it in backward, too, with hooks on tensors that keep recomputed ones alive.
+        """
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._stack.append(names.get(id(module), self._module()))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        # Also when forward raises, as a recomputation does that has all it needs.
+        handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._stack.clear()
+
+    def timeline(self, head: str | None = None) -> Timeline:
+        """What was recorded, each storage with its kind; see :func:`sort_out`."""
+        sort_out(self.storages, self.spans, head)
+        return Timeline(self.storages, self.spans, self._modules)
+
+
+def tag_model(recorder: MemoryRecorder, model: nn.Module) -> None:
+    """Note a model's parameters and buffers: frozen ones are weights, the others values, buffers indices."""
+    for parameter in model.parameters():
+        recorder.add(parameter, "values" if parameter.requires_grad else "weights")
+    for buffer in model.buffers():
+        recorder.add(buffer, "indices")

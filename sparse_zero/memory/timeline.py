@@ -1,0 +1,161 @@
+"""Which bytes were alive at which moment of a run, of what kind, and made by which module?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+# weights: the frozen base, or this rank's shards of it. gathered: what a collective filled from other ranks' shards.
+# values: what is trained; gradients: theirs, and the buffers they are reduced in; optimizer: masters and moments.
+# indices: where the values lie, and other buffers. activations: kept from forward for backward. logits: those of the
+# output head and the loss. temporaries: everything that dies in the part of the step it was made in.
+Kind = Literal[
+    "weights", "gathered", "values", "gradients", "optimizer", "indices", "activations", "logits", "temporaries"
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(kw_only=True)
+class Storage:
+    """One allocation. Moments are numbers of events: allocations and releases, counted together."""
+
+    num_bytes: int
+    born: int
+    # None: it outlived the recording.
+    died: int | None = None
+    # Part of the run in which it was made.
+    phase: str
+    # The innermost module that was at work; "" for the model itself, and outside of it.
+    module: str
+    # Known from the start, or from an operation; None: follows from its life, see :func:`sort_out`.
+    kind: Kind | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The most that lived at once."""
+
+    num_bytes: int
+    # Of those, by kind; kinds without any are left out.
+    by_kind: dict[Kind, int]
+    # The innermost module at work at that moment; "" outside of all.
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One part of a run: the events from ``first`` to before ``end``."""
+
+    phase: str
+    first: int
+    end: int
+
+
+class Timeline:
+    """What lived when: the result of a recording.
+
+    Args:
+        storages: all of them, each with a kind.
+        spans: the parts of the run, in order.
+        modules: the innermost module at work, for each event.
+    """
+
+    def __init__(self, storages: Sequence[Storage], spans: Sequence[Span], modules: Sequence[str]) -> None:
+        self.spans = tuple(spans)
+        self.modules = tuple(modules)
+        # [events + 1, kinds] int64: bytes alive after each event, the first row before any.
+        changes = torch.zeros((len(modules) + 1, len(KINDS)), dtype=torch.int64)
+        for storage in storages:
+            assert storage.kind is not None
+            column = KINDS.index(storage.kind)
+            changes[storage.born + 1, column] += storage.num_bytes
+            if storage.died is not None:
+                changes[storage.died + 1, column] -= storage.num_bytes
+        self.live: Tensor = changes.cumsum(0)
+        self.total: Tensor = self.live.sum(1)
+
+    def phases(self) -> list[str]:
+        """The names of the parts, each once, in the order of their first time."""
+        return list(dict.fromkeys(span.phase for span in self.spans))
+
+    def _spans_of(self, phase: str) -> Iterator[Span]:
+        found = [span for span in self.spans if span.phase == phase]
+        if not found:
+            raise KeyError(phase)
+        yield from found
+
+    def _at(self, event: int) -> Peak:
+        found = {kind: int(self.live[event, column]) for column, kind in enumerate(KINDS)}
+        return Peak(
+            num_bytes=int(self.total[event]),
+            by_kind={kind: num_bytes for kind, num_bytes in found.items() if num_bytes},
+            module=self.modules[event - 1] if event else "",
+        )
+
+    def peak(self, phase: str | None = None) -> Peak:
+        """The largest sum in all parts of that name; default: in the whole recording.
+
+        Raises:
+            KeyError: no part has that name.
+        """
+        spans = self.spans if phase is None else tuple(self._spans_of(phase))
+        # The row before the first event counts: what lived when the part began.
+        best = [span.first + int(self.total[span.first : span.end + 1].argmax()) for span in spans]
+        return self._at(max(best, key=lambda event: int(self.total[event])))
+
+    def at_end(self, phase: str) -> Peak:
+        """What lived when the last part of that name ended.
+
+        Raises:
+            KeyError: no part has that name.
+        """
+        *_, last = self._spans_of(phase)
+        return self._at(last.end)
+
+    def by_module(self, event: int, storages: Sequence[Storage]) -> dict[str, int]:
+        """Bytes that lived after ``event``, by the module that made them."""
+        found: dict[str, int] = {}
+        for storage in storages:
+            if storage.born < event and (storage.died is None or storage.died >= event):
+                found[storage.module] = found.get(storage.module, 0) + storage.num_bytes
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Peaks by part, for files and tables."""
+        return {
+            phase: {
+                "peak_bytes": self.peak(phase).num_bytes,
+                "by_kind": self.peak(phase).by_kind,
+                "module": self.peak(phase).module,
+                "end_bytes": self.at_end(phase).num_bytes,
+            }
+            for phase in self.phases()
+        }
+
+
+def sort_out(storages: Sequence[Storage], spans: Sequence[Span], head: str | None) -> None:
+    """Give every storage without a kind the one that follows from its life.
+
+    What forward makes and leaves behind is activations, or logits, if the output head made it or the loss after it.
+    What backward leaves behind is gradients. What any other part leaves behind stays: it is the optimizer's. All else
+    is temporary.
+
+    Args:
+        storages: changed in place.
+        spans: the parts of the run: "forward" and "backward" among them.
+        head: the name of the output head's module, as storages have it; None if there is none.
+    """
+    for storage in storages:
+        if storage.kind is not None:
+            continue
+        span = next(span for span in reversed(spans) if span.first <= storage.born)
+        if storage.died is not None and storage.died < span.end:
+            storage.kind = "temporaries"
+        elif span.phase == "forward":
+            storage.kind = "logits" if storage.module in ("", head) else "activations"
+        else:
+            storage.kind = "gradients" if span.phase == "backward" else "optimizer"

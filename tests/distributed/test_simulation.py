@@ -1,0 +1,53 @@
+"""Does a step without data, in a world that is not there, hold what the same step holds on real ranks?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.spawn import preloaded_context, run_ranks
+
+
+def in_child(target: Any, tmp_path: Path, **arguments: Any) -> Any:
+    """What ``target(out, **arguments)`` writes, in a process of its own."""
+    out = tmp_path / "found.json"
+    process = preloaded_context().Process(target=target, args=(str(out),), kwargs=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return json.loads(out.read_text())
+
+
+def job(stage: int, placement: str = "inplace", **changes: Any) -> dict[str, Any]:
+    return {"stage": stage, "placement": placement, "checkpointing": False, "accumulation": 1, **changes}
+
+
+CASES = [
+    job(1, "delta"), job(2, checkpointing=True), job(3),
+]  # fmt: skip
+MORE_CASES = [
+    job(0), job(2, accumulation=2), job(2, low=True), job(3, "delta", checkpointing=True), job(3, low=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_a_simulated_step_holds_what_a_real_one_does(case: dict[str, Any], tmp_path: Path) -> None:
+    from tests.distributed import simulation_workers
+
+    real = run_ranks("tests.distributed.simulation_workers:real", 2, **case)
+    found = in_child(simulation_workers.simulated, tmp_path, world_size=2, **case)
+    for phase, expected in real.items():
+        assert found[phase]["peak"] == pytest.approx(expected["peak"], rel=0.02), (phase, found[phase], expected)
+        assert found[phase]["end"] == pytest.approx(expected["end"], rel=0.02), (phase, found[phase], expected)
+
+
+def test_fakes_answer_as_a_healthy_run_would(tmp_path: Path) -> None:
+    from tests.distributed import simulation_workers
+
+    found = in_child(simulation_workers.numbers_of_fakes, tmp_path)
+    assert found == [1.0, 0, True, False, [2, 1], 4, False]

@@ -1,0 +1,115 @@
+"""Does `sparse-zero plan` tell what a run will hold, from a config and shapes alone?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.commands.plan import _judge
+from launcher.config import RunConfig, parse_config
+from launcher.planning import check_can_simulate, without_scores
+from launcher.yaml_files import dump_yaml
+from sparse_zero.errors import InputError
+from tests.models.tiny import tiny_llama
+
+
+def mapping(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"name_or_path": str(folder)},
+        "data": {"train": "nowhere.json", "max_length": 32},
+        "selection": {
+            "regions": [{"kind": "block", "modules": ["*.q_proj", "*.v_proj"], "block_size": 16}],
+            "budget": {"fraction": 0.02},
+            "reselect": {"every": 5},
+        },
+        "training": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "zero": {"stage": 2},
+        "output": {"folder": "out"},
+        **changes,
+    }
+
+
+def make(**changes: Any) -> RunConfig:
+    return parse_config(mapping(Path("m"), **changes))
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """A model's folder without weights."""
+    folder = tmp_path / "shapes"
+    tiny_llama(layers=2).config.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_is_planned_without_weights_data_or_ranks(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "run.yaml", tmp_path / "plan.json"
+    file.write_text(dump_yaml(mapping(shapes)))
+    code = main(["plan", "--config", str(file), "--ranks", "4", "--gpu-memory", "8", "--json", str(out)])
+    assert code == 0
+    found = json.loads(out.read_text())
+    assert (found["world_size"], found["micro_batch"]) == (4, [2, 32])
+    assert found["trained"] <= 0.02 * found["parameters"] < 1.1 * found["trained"]
+    phases = found["phases"]
+    assert list(phases) == ["load", "engine", "forward", "backward", "step"]
+    kinds = phases["backward"]["by_kind"]
+    assert kinds["weights"] == 4 * found["parameters"]
+    assert kinds["values"] == 4 * found["trained"]
+    # The master and two moments of this rank's quarter, in fp32; the step counter, and DeepSpeed's padding and flags.
+    assert kinds["optimizer"] == pytest.approx(12 * found["trained"] / 4, rel=0.02)
+    # Logits of all positions but the last, and their softmax.
+    assert kinds["logits"] >= 2 * 31 * 384 * 4
+    assert found["peak_bytes"] == max(row["peak_bytes"] for row in phases.values())
+    said = capsys.readouterr()
+    assert "fits into 95% of 8 GiB" in said.out
+    assert "backward" in said.out
+    assert "DeepSpeed" not in said.out + said.err
+    assert not Path("out").exists()
+
+
+def test_regions_keep_their_sizes_without_scores() -> None:
+    config = make()
+    planned = without_scores(config)
+    assert planned.selection.score == "random"
+    assert planned.selection.reselect is None
+    assert planned.selection.budget == config.selection.budget
+    assert [region.block_size for region in planned.selection.regions] == [16]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero": {"stage": 3, "placement": "delta"}, "model": {"name_or_path": "m", "quantization": "nf4"}}, "model.quantization is 'nf4'"),
+        ({"zero": {"stage": 2, "offload_optimizer": "cpu"}}, "zero.offload_optimizer is 'cpu'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_simulated_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_can_simulate(make(**changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--ranks is missing"),
+        (["--ranks", "0"], "--ranks is 0"),
+        (["--ranks", "2", "--gpu-memory", "0"], "--gpu-memory is 0"),
+        (["--ranks", "2", "--model.name_or_path=gone/away/far"], "model.name_or_path"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(mapping(shapes)))
+    assert main(["plan", "--config", str(file), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpu_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _judge(23 * 2**30, 24.0) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert _judge(22 * 2**30, 24.0) == 0
