@@ -1,16 +1,17 @@
-"""What lies in a run folder, which run is it, and where does a start continue?"""
+"""What lies in a run folder, and which run is it?"""
 
+import fcntl
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from launcher.config import RunConfig, parse_config, resolved_yaml
 from launcher.yaml_files import parse_yaml, read_mapping
-from sparse_zero.checkpoint.folders import MANIFEST
+from sparse_zero.checkpoint.folders import MANIFEST, remove_folder
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text
 
@@ -37,6 +38,9 @@ FREE_KEYS = (
 
 
 SELECTION_NAME, SCORES_NAME = "selection.safetensors", "scores.safetensors"
+# Of the folders of checkpoints, and of the files that point to some of them: a regular expression.
+_STEP_NAME = r"step-\d+"
+CHECKPOINT_NAMES = rf"{_STEP_NAME}|latest|best"
 
 
 def scores_beside(selection: Path) -> Path:
@@ -63,30 +67,91 @@ class RunFolder:
         """Folder of the checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step-{step:06d}"
 
-    def complete_checkpoints(self) -> list[Path]:
-        """Folders that were committed whole, oldest first."""
+    def checkpoint_folders(self) -> list[Path]:
+        """Everything that is called like a checkpoint, oldest first."""
         if not self.checkpoints.is_dir():
             return []
-        found = [path for path in self.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-        return sorted((path for path in found if (path / MANIFEST).is_file()), key=_step)
+        found = [path for path in self.checkpoints.iterdir() if re.fullmatch(_STEP_NAME, path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: step_of(path.name))
 
-    def mark_latest(self, checkpoint: Path, keep: int) -> None:
+    def complete_checkpoints(self) -> list[Path]:
+        """Folders that were committed whole, oldest first."""
+        return [path for path in self.checkpoint_folders() if (path / MANIFEST).is_file()]
+
+    def mark_latest(self, checkpoint: Path, keep: int, best: Path | None = None) -> None:
         """Point ``checkpoints/latest`` to a committed checkpoint, and delete what came before its ``keep`` newest.
 
-        Counted are the checkpoints up to this one: neither it nor a later one is ever deleted.
+        Counted are the checkpoints up to this one: neither it nor a later one is ever deleted, nor the best one, to
+        which ``checkpoints/best`` points. Nobody reads the pointers but people.
         """
         atomic_write_text(self.checkpoints / "latest", checkpoint.name + "\n")
-        complete = self.complete_checkpoints()
-        for old in [path for path in complete if _step(path) <= _step(checkpoint)][:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        if best is not None:
+            atomic_write_text(self.checkpoints / "best", best.name + "\n")
+        complete = [path for path in self.complete_checkpoints() if step_of(path.name) <= step_of(checkpoint.name)]
+        for old in complete[:-keep]:
+            if best is None or old.name != best.name:
+                with suppress(OSError):  # The next one tries again.
+                    remove_folder(old)
 
     def size_of(self, folder: Path) -> int:
         """Bytes of all files below ``folder``; 0 if there is none."""
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+class RunLock:
+    """Keeps other starts out of a run folder until it is released, or its process ends in whatever way.
+
+    A network file system that knows no locks keeps nobody out.
+
+    Args:
+        folder: the run folder, which need not exist yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Of the folder itself: no file is left behind.
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Take the folder, if it is there and not taken by this lock already.
+
+        Raises:
+            InputError: another start has it.
+        """
+        if self._descriptor is not None or not self._folder.is_dir():
+            return
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(
+                f"output.folder {self._folder} is in use by another start of a run: wait until it has ended, or name "
+                "another folder"
+            ) from error
+        except OSError:
+            os.close(descriptor)
+            return
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def step_of(name: str) -> int:
+    """Optimizer steps that the checkpoint of this folder name comes after."""
+    return int(name.removeprefix("step-"))
 
 
 def kept_folder(config: RunConfig) -> Path | None:
@@ -185,41 +250,3 @@ def _remove(mapping: dict[str, Any], dotted: str) -> None:
         target = target.get(section) if isinstance(target, dict) else None
     if isinstance(target, dict):
         target.pop(last, None)
-
-
-def find_start(folder: RunFolder, config: RunConfig) -> Path | None:
-    """The checkpoint to continue from, or None for a start from the base.
-
-    A run that was started from another run's checkpoint, and has written some of its own since, continues from those.
-
-    Raises:
-        InputError: resume is never and the folder has checkpoints; or it names no complete checkpoint, or one of this
-            folder after which the run went on.
-    """
-    resume = config.checkpoint.resume
-    complete = folder.complete_checkpoints()
-    if resume == "never":
-        if complete:
-            raise InputError(
-                f"checkpoint.resume is 'never' and {folder.path} has checkpoints: name another output.folder, "
-                "delete this one, or set checkpoint.resume to auto"
-            )
-        return None
-    newest = complete[-1] if complete else None
-    if resume == "auto":
-        return newest
-    path = Path(resume)
-    is_own = path.resolve().parent == folder.checkpoints.resolve()
-    if newest is not None and not is_own:
-        return newest
-    if not (path / MANIFEST).is_file():
-        raise InputError(f"checkpoint.resume is {resume}: no complete checkpoint there; name a step-… folder, or auto")
-    if is_own:
-        later = folder.summary if folder.summary.is_file() else newest
-        if later is not None and later.resolve() != path.resolve():
-            # What came later would be mixed with what comes now, in the metrics and among the checkpoints.
-            raise InputError(
-                f"checkpoint.resume is {resume}, but the run in output.folder {folder.path} went on after it "
-                f"({later}): name another output.folder, or delete what is later"
-            )
-    return path

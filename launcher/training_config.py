@@ -96,14 +96,20 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which one a start continues from."""
+    """When checkpoints are written, which are kept, and which one a start continues from."""
 
     # Steps between two checkpoints; None: only when interrupted and at the end.
     every: int | None = None
     # Newest checkpoints kept; older ones are deleted after a new one is complete.
     keep: int = 2
-    # auto: continue from the newest complete checkpoint of the run folder if there is one; never: refuse to
-    # overwrite a run that has some; a path: continue from that checkpoint.
+    # validation_loss: also keep the checkpoint with the lowest one, which is written when it is found, whatever "every"
+    # says. none: the newest only.
+    keep_best: Literal["none", "validation_loss"] = "none"
+    # Write while training goes on, which waits for a copy to the host's memory only (12 bytes for each value, on the
+    # rank that writes). False: wait until it is on the disk.
+    background: bool = True
+    # auto: continue from the newest checkpoint of the run folder that is whole, if there are some; never: refuse to
+    # overwrite a run that has some; a path: continue from that checkpoint, and from no other.
     resume: str = "auto"
 
     def __post_init__(self) -> None:
@@ -116,6 +122,9 @@ class OutputConfig:
 
     # The run folder; created. Relative paths start at the current directory.
     folder: str
+    # Whether all nodes see the same run folder. true: refuse to start where they do not; false: they need not, and
+    # each then keeps a copy of the checkpoints; auto: as false, with a warning where they do not.
+    shared: Literal["auto", True, False] = "auto"
     # Save the adapter (values and selection) at the end.
     adapter: bool = True
     # Save the merged model, a plain Hugging Face folder, at the end.

@@ -1,14 +1,17 @@
 """How is a sparsified model trained step by step: batches, normalised loss, metrics, checkpoints, stops?"""
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from launcher.checkpointing import RunCheckpoints
 from launcher.config import RunConfig
 from launcher.metrics import MetricsLog
 from launcher.progress import TrainingProgress, training_progress
@@ -19,9 +22,9 @@ from launcher.stopping import stop_requests
 from launcher.world import World
 from models.collate import collate, micro_batch, response_tokens
 from models.data import TokenizedSample
+from models.gather import gather_json
 from models.loss import response_nll
 from models.sampler import BatchSampler, StepPlan
-from sparse_zero.checkpoint.checkpoint import save_checkpoint
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import collective_device
 from sparse_zero.memory.measure import PeakMemory
@@ -49,6 +52,8 @@ class TrainingResult:
     seconds: float
     # Peak over this start's steps, per rank.
     peak_memory_bytes: list[int]
+    # Seconds in which training waited for checkpoints, in this start.
+    checkpoint_stall_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -137,12 +142,11 @@ def validation_loss(state: LoopState) -> tuple[float, int]:
     return float(sums[0] / sums[1]), int(sums[1])
 
 
-def save_run_checkpoint(state: LoopState, result: TrainingResult) -> None:
-    """Write the checkpoint after the last step, and drop those beyond the number kept. Collective."""
-    checkpoint = state.folder.checkpoint(result.step)
-    save_checkpoint(state.engine, checkpoint, extra=result.to_json(), base=state.base)
-    if state.world.is_main:
-        state.folder.mark_latest(checkpoint, state.config.checkpoint.keep)
+def _seed_streams(seed: int) -> None:
+    """Seed every random stream of this process, so that a resumed run draws what it would have drawn."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _optimizer_step(
@@ -156,8 +160,8 @@ def _optimizer_step(
     scale = len(plan.micro_batches) * world.world_size / response
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
-    # Dropout depends on the step and the rank alone, so a resumed run draws what it would have drawn.
-    torch.manual_seed((config.training.seed * 1_000_003 + step) * world.world_size + world.rank)
+    # Dropout depends on the step and the rank alone, so that checkpoints need no state of it.
+    _seed_streams((config.training.seed * 1_000_003 + step) * world.world_size + world.rank)
     total, input_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for indices in plan.micro_batches:
         samples = micro_batch(state.train, indices)
@@ -216,7 +220,8 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     skipped_in_a_row = 0
     state.engine.train()
     progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
-    with stop_requests() as request, progress:
+    checkpoints = RunCheckpoints(config, state.folder, state.base, state.earlier, writes=world.keeps_folder)
+    with stop_requests() as request, progress, checkpoints:
         for step in range(state.first_step, num_steps):
             # Before the step, not after the last one: a checkpoint holds what came before the check, and a run that
             # continues from it makes the same check again.
@@ -227,8 +232,10 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             plan, rate = sampler.step(step), learning_rate(config.training, step, num_steps)
             num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)
             loss, input_tokens = _optimizer_step(state, plan, num_response_tokens, step, rate)
-            everyone = _gather([loss, input_tokens, request.signal, memory.peak_bytes()])
+            everyone = _gather([loss, input_tokens, request.signal, memory.peak_bytes(), checkpoints.has_failed])
             seconds = time.perf_counter() - started
+            if everyone[:, 4].any():
+                checkpoints.wait()  # Raises, on all ranks together.
             sums = everyone.sum(0)
             result.step, result.final_loss = step + 1, float(sums[0])
             result.peak_memory_bytes = [int(peak) for peak in everyone[:, 3]]
@@ -258,20 +265,22 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                     f"{skipped_in_a_row} steps in a row up to step {step + 1} had a non-finite loss or gradient: "
                     "lower training.learning_rate, or check the data"
                 )
-            every = config.training.validation_every
+            due, every = checkpoints.is_due(step + 1), config.training.validation_every
             if state.validation and (step + 1 == num_steps or (every and (step + 1) % every == 0)):
                 value, tokens = validation_loss(state)
+                due = checkpoints.is_best(step + 1, value) or due
                 progress.message(f"step {step + 1}: validation loss {value:.4f}")
                 if metrics is not None:
                     metrics.write({"kind": "validation", "step": step + 1, "loss": value, "response_tokens": tokens})
             result.stopped_by = int(everyone[:, 2].max())
-            due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
             if due or result.stopped_by or step + 1 == num_steps:
-                save_run_checkpoint(state, result)
+                checkpoints.save(state.engine, result.step, gather_json(result.to_json())[0])
             if result.stopped_by and step + 1 < num_steps:
+                checkpoints.wait()
                 if metrics is not None:
                     metrics.event(step + 1, f"stopped by signal {result.stopped_by}; checkpoint written")
                 break
             result.stopped_by = 0
     memory.close()
+    result.checkpoint_stall_seconds = checkpoints.stall_seconds
     return result

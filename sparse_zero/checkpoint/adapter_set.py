@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparse_zero.checkpoint.adapter import Adapter, read_adapter
+from sparse_zero.checkpoint.adapter import PEFT_LAYER, Adapter, check_not_wrapped, read_adapter
 from sparse_zero.checkpoint.conversion import RETIRED, check_base, convert_values, fingerprints, originals_by_name
+from sparse_zero.checkpoint.headers import check_names, names_on
 from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers, values_name
@@ -41,11 +42,12 @@ class _AdapterSet:
     active: str | None = None
 
 
-def _check_base_of(model: nn.Module, adapter: Adapter, placement: Placement) -> None:
+def check_base_of(model: nn.Module, adapter: Adapter, placement: Placement) -> None:
     """Raise unless the ``model``, without values, is the base that the adapter was trained on, and bears it."""
     module_map = default_module_map(model)
     check_fits(model, adapter.selection, module_map, adapter.retired, sharded=has_shards(model), placement=placement)
     matrices = module_map.by_parameter()
+    check_names(adapter.values, names_on(matrices, adapter.selection), adapter.source)
     grouped, retired = by_parameter(adapter.selection), adapter.retired.entries
     found: dict[str, dict[str, str]] = {}
     for name in {**grouped, **retired}:
@@ -95,11 +97,14 @@ def load_adapter(
         The adapter's selection.
 
     Raises:
-        InputError: not an adapter, damaged, of a newer version or of another base, the name is taken, or inplace on a
-            quantized base; the model is unchanged then.
+        InputError: not an adapter, damaged, of a newer version or of another base, the name is taken, inplace on a
+            quantized base, or a model with adapters of PEFT; the model is unchanged then.
     """
     if placement not in PLACEMENTS:
         raise InputError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
+    check_not_wrapped(model)
+    if hasattr(model, PEFT_LAYER):
+        raise InputError("PEFT has put adapters on this model: load them all with PEFT, or unload its own first")
     adapters: _AdapterSet = getattr(model, ADAPTERS, None) or _AdapterSet()
     if name in adapters.loaded:
         raise InputError(f"an adapter named {name!r} is loaded already: give another name, or set_adapter to use it")
@@ -110,7 +115,7 @@ def load_adapter(
     if before is not None:
         set_adapter(model, None)
     try:
-        _check_base_of(model, adapter, placement)
+        check_base_of(model, adapter, placement)
     except InputError:
         if before is not None:
             set_adapter(model, before)
@@ -121,6 +126,9 @@ def load_adapter(
         set_adapter(model, name)
     except BaseException:
         del adapters.loaded[name]
+        remove_values(model)  # What of it was on the model already.
+        if before is not None:
+            set_adapter(model, before)
         raise
     return adapter.selection
 

@@ -10,7 +10,6 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -520,12 +519,6 @@ def recorded_tensor_parallel_size() -> int:
     from deepspeed.runtime.tensor_parallel import init_utils
 
     return int((init_utils._TP_MODEL_INIT_ARGS or {}).get("tp_size", 1))
-
-
-def save_values_only(engine: Any) -> None:
-    """Leave the frozen base out of what ``engine`` writes in its own format, and of what it gathers for others."""
-    for name in ("save_checkpoint", "_zero3_consolidated_16bit_state_dict"):
-        vars(engine)[name] = partial(getattr(engine, name), exclude_frozen_parameters=True)
 
 
 @torch.no_grad()

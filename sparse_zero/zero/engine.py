@@ -153,7 +153,7 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
                 return None
         result = step(*args, **kwargs)
         if not getattr(optimizer, "overflow", False):
-            write_values(engine)
+            write_values(engine, in_step=True)
         return result
 
     # A method, as schedulers of torch expect.
@@ -163,11 +163,16 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
     write_back(engine.module)
 
 
-def write_values(engine: Any) -> None:
-    """Put the values into the weights as training does after a step. Collective where they are rounded or sharded."""
+def write_values(engine: Any, *, in_step: bool = False) -> None:
+    """Put the values into the weights as training does after a step. Collective where they are rounded or sharded.
+
+    Args:
+        engine: attached.
+        in_step: whether the engine is within its step, so that it has not counted it yet.
+    """
     rounding, seed = getattr(engine.optimizer, "_sparse_zero_rounding", ("nearest", 0))
     if rounding == "stochastic":
-        round_values(engine, seed, optimizer_step_count(engine))
+        round_values(engine, seed, optimizer_step_count(engine, in_step=in_step))
     write_back(engine.module)
 
 

@@ -1,5 +1,7 @@
 """What does the optimizer inside of DeepSpeed's keep for the values, and how is it read and replaced?"""
 
+import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_zero.collectives import rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.zero import compat, eight_bit
 
@@ -141,14 +144,27 @@ def wide_states(engine: Any, *, writes: bool = False) -> Iterator[dict[int, dict
             compat.link_optimizer_states(engine)
 
 
-def optimizer_step_count(engine: Any) -> int:
+def optimizer_step_count(engine: Any, *, in_step: bool = False) -> int:
     """Steps that the inner optimizer has taken; 0 before the first.
 
-    DeepSpeed's fused optimizers count on the last tensor of a group only. An optimizer without a counter has taken
-    one at least, if it has states.
+    DeepSpeed's fused optimizers count on the last tensor of a group only. Where an optimizer has no counter, the
+    engine's counts, which :func:`~sparse_zero.zero.state.write_training_state` sets.
+
+    Args:
+        engine: from :func:`sparse_zero.initialize`.
+        in_step: whether the engine is within its step, after that of the optimizer: it counts at its end.
     """
     states = [state for state in compat.inner_optimizer(engine).state.values() if state]
-    return max((int(state.get("step", 1)) for state in states), default=0)
+    counted = [int(state["step"]) for state in states if "step" in state]
+    if not counted and hasattr(engine, "global_steps"):
+        counted.append(engine.global_steps - engine.skipped_steps + in_step)
+    return max([min(len(states), 1), *counted])
+
+
+def set_step_count(engine: Any, step: int) -> None:
+    """Have the engine count on from ``step``, for optimizers that do not count themselves."""
+    if hasattr(engine, "global_steps"):
+        engine.global_steps, engine.skipped_steps = step, 0
 
 
 # What a dynamic loss scaler (fp16) knows after a step.
@@ -168,3 +184,78 @@ def write_loss_scale(engine: Any, stored: Mapping[str, float] | None) -> None:
     if stored is not None and read_loss_scale(engine) is not None:
         for name in LOSS_SCALE:
             setattr(engine.optimizer.loss_scaler, name, stored[name])
+
+
+class ScheduleWarning(UserWarning):
+    """The state of a learning rate scheduler cannot be kept in a checkpoint."""
+
+
+def read_schedule(engine: Any) -> dict[str, Any] | None:
+    """The state of the engine's learning rate scheduler, as JSON values; None where it has none.
+
+    A state that JSON cannot say is not kept, and a :class:`ScheduleWarning` says so.
+    """
+    scheduler = getattr(engine, "lr_scheduler", None)
+    if scheduler is None:
+        return None
+    state = scheduler.state_dict()
+    try:
+        found: dict[str, Any] | None = json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError):
+        found = None
+    if found != state:
+        warnings.warn(
+            f"the state of the scheduler {type(scheduler).__name__} is not kept in the checkpoint, for JSON cannot say "
+            "it: keep it apart",
+            ScheduleWarning,
+            stacklevel=3,
+        )
+        return None
+    # Until the scheduler's next step, after the optimizer's, these rates are in force.
+    return {"state": found, "learning_rates": [float(group["lr"]) for group in engine.optimizer.param_groups]}
+
+
+def check_schedule(engine: Any, stored: Mapping[str, Any] | None, source: object) -> None:
+    """Raise unless the engine's scheduler can go on with ``stored``, which may be anything that JSON can say.
+
+    Raises:
+        InputError: it is of another scheduler, or of other groups.
+    """
+    scheduler = getattr(engine, "lr_scheduler", None)
+    if stored is None or scheduler is None:
+        if (stored is None) != (scheduler is None) and rank_and_world_size()[0] == 0:
+            told = "no state of a scheduler, and the engine has one, which begins anew"
+            if scheduler is None:
+                told = "the state of a learning rate scheduler, and the engine has none"
+            warnings.warn(f"{source} has {told}", ScheduleWarning, stacklevel=3)
+        return
+    state, rates, own = stored.get("state"), stored.get("learning_rates"), scheduler.state_dict()
+    if not _is_alike(state, own):
+        raise InputError(
+            f"{source} has the state of another learning rate scheduler than the engine's {type(scheduler).__name__}: "
+            "use the scheduler that it was trained with"
+        )
+    num_groups = len(engine.optimizer.param_groups)
+    if not isinstance(rates, list) or len(rates) != num_groups or not all(_is_alike(rate, 0.0) for rate in rates):
+        raise InputError(f"{source} has no learning rate for each of the optimizer's {num_groups} groups: use another")
+
+
+def _is_alike(value: object, own: object) -> bool:
+    """Whether ``value`` may take the place of ``own`` in a scheduler."""
+    if isinstance(own, (int, float)) and not isinstance(own, bool):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(own, list):
+        return isinstance(value, list) and len(value) == len(own) and all(map(_is_alike, value, own))
+    if isinstance(own, dict):
+        return isinstance(value, dict) and value.keys() == own.keys() and all(_is_alike(value[k], own[k]) for k in own)
+    # A scheduler that has not begun may have None where a number comes.
+    return (own is None and isinstance(value, (int, float, list, type(None)))) or type(value) is type(own)
+
+
+def write_schedule(engine: Any, stored: Mapping[str, Any] | None) -> None:
+    """Go on with what :func:`read_schedule` gave; nothing to do where the engine has no scheduler."""
+    if stored is None or getattr(engine, "lr_scheduler", None) is None:
+        return
+    engine.lr_scheduler.load_state_dict(stored["state"])
+    for group, rate in zip(engine.optimizer.param_groups, stored["learning_rates"], strict=True):
+        group["lr"] = rate

@@ -24,19 +24,27 @@ class TrainingState:
     step: int
     # fp16: the dynamic loss scale and its counters.
     loss_scale: dict[str, float] | None = field(default=None)
+    # Of the engine's learning rate scheduler, see sparse_zero.zero.optimizer_state; None: it has none.
+    schedule: dict[str, Any] | None = field(default=None)
 
 
-def _host(tensor: Tensor, keep: bool) -> Tensor:
-    """A fp32 copy on the host; an empty one on ranks that only take part in the collective."""
+def _host(tensor: Tensor, keep: bool, *, is_copy: bool) -> Tensor:
+    """In fp32 on the host, apart from the engine; an empty one on ranks that only take part in the collective.
+
+    Args:
+        tensor: what the engine has.
+        keep: whether this rank wants it.
+        is_copy: whether ``tensor`` was gathered into memory of its own, so that no second copy is needed.
+    """
     if not keep:
         return torch.empty(0)
-    return tensor.detach().to("cpu", torch.float32, copy=True).reshape(-1)
+    return tensor.detach().to("cpu", torch.float32, copy=not is_copy).reshape(-1)
 
 
 def read_masters(engine: Any, *, keep: bool = True) -> dict[str, Tensor]:
     """The fp32 masters of all values, whole, on the host. Collective; ranks with ``keep`` False get empty tensors."""
     return {
-        name: _host(compat.full_master(engine, parameter), keep)
+        name: _host(compat.full_master(engine, parameter), keep, is_copy=compat.is_partitioned(parameter))
         for name, parameter in trainable_parameters(engine.module).items()
     }
 
@@ -55,16 +63,18 @@ def read_training_state(engine: Any, *, keep: bool = True) -> TrainingState:
         with optimizer_state.wide_states(engine) as keys:
             for name, parameter in trainable_parameters(engine.module).items():
                 for state, key in keys[id(parameter)].items():
-                    if compat.is_partitioned(parameter):
+                    gathered = compat.is_partitioned(parameter)
+                    if gathered:
                         found = safe_get_full_optimizer_state(parameter, key)
                     else:
                         found = compat.own_state(engine, parameter, key)
-                    moments.setdefault(state, {})[name] = _host(found, keep)
+                    moments.setdefault(state, {})[name] = _host(found, keep, is_copy=gathered)
     return TrainingState(
         masters=read_masters(engine, keep=keep),
         moments=moments,
         step=step,
         loss_scale=optimizer_state.read_loss_scale(engine),
+        schedule=optimizer_state.read_schedule(engine) if keep else None,
     )
 
 
@@ -93,6 +103,8 @@ def write_training_state(engine: Any, state: TrainingState) -> None:
     for name, parameter in parameters.items():
         compat.write_master(engine, parameter, state.masters[name])
     optimizer_state.write_loss_scale(engine, state.loss_scale)
+    optimizer_state.write_schedule(engine, state.schedule)
+    optimizer_state.set_step_count(engine, state.step)
     write_values(engine)
     if compat.has_shards(engine.module):
         compat.shards_are_written()

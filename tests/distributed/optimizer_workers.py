@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sparse_zero as sz
 from sparse_zero.checkpoint.folders import file_sha256
+from sparse_zero.collectives import PeerError
 from sparse_zero.layers.carriers import carriers, values_name
 from sparse_zero.layers.retired import find_positions
 from sparse_zero.reselection.migration import live_entries
@@ -603,7 +604,18 @@ def old_checkpoint(folder: str) -> dict[str, Any]:
     engine.destroy()
     if dist.get_rank() == 0:
         header = json.loads((path / "checkpoint.json").read_text())
-        del header["optimizer"], header["loss_scale"]
+        younger = (
+            "optimizer",
+            "loss_scale",
+            "schedule",
+            "rng",
+            "config",
+            "selection_digest",
+            "masters_sha256",
+            "state_id",
+        )
+        for name in younger:
+            del header[name]
         (path / "checkpoint.json").write_text(json.dumps({**header, "version": 2}))
         manifest = json.loads((path / "manifest.json").read_text())
         changed = {"bytes": (path / "checkpoint.json").stat().st_size, "sha256": file_sha256(path / "checkpoint.json")}
@@ -617,7 +629,7 @@ def old_checkpoint(folder: str) -> dict[str, Any]:
     engine, error = sparse_engine(2, "inplace", config_of("adafactor")), ""
     try:
         sz.load_checkpoint(engine, path)
-    except sz.InputError as refused:
+    except (sz.InputError, PeerError) as refused:
         error = str(refused)
     engine.destroy()
     return {"uninterrupted": uninterrupted, "resumed": resumed, "error": error}

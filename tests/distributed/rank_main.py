@@ -9,6 +9,15 @@ import warnings
 from pathlib import Path
 
 
+def become_rank(environment: dict[str, str], log: Path) -> None:
+    """Give this forked process the environment of a rank, and a file of its own for its output."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(log, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def run_rank(description: str, environment: dict[str, str]) -> None:
     """Run a job on this rank, with output to a file of its own; ends the process with exit code 0, or 1 on an error.
 
@@ -17,11 +26,7 @@ def run_rank(description: str, environment: dict[str, str]) -> None:
         environment: replaces that of the process it was forked from.
     """
     job = json.loads(description)
-    os.environ.clear()
-    os.environ.update(environment)
-    with open(Path(job["folder"]) / f"rank{environment['RANK']}.log", "wb", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    become_rank(environment, Path(job["folder"]) / f"rank{environment['RANK']}.log")
     code = 0
     try:
         _run(job)

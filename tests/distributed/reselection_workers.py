@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sparse_zero as sz
+from sparse_zero.collectives import PeerError
 from sparse_zero.layers.entries import gather_positions
 from sparse_zero.layers.sparsify import retired_of, selection_of
 from sparse_zero.zero.config import PLACEMENTS, Placement
@@ -313,7 +314,7 @@ def checkpoints(folder: str, decay: float) -> list[dict[str, Any]]:
         engine = sparse_engine(stage, placement, decay, sz.read_checkpoint(path).selection)
         try:
             sz.load_checkpoint(engine, path)
-        except sz.InputError as error:
+        except (sz.InputError, PeerError) as error:
             entry["forgotten"] = str(error)
         engine.destroy()
         for loaded in PLACEMENTS:

@@ -12,17 +12,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 from tests.distributed.rank_main import run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
-# The last one is imported by the first engine: it loads torch's compiler.
+# The last ones are imported by the first engine (torch's compiler), loaded model, progress bar and report.
 PRELOADED = [
     "tests.distributed.workers",
+    "launcher.train",
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.zero.muon.original_muon",
+    "transformers.models.auto.modeling_auto",
+    "rich.progress",
+    "matplotlib.backends.backend_agg",
 ]
 # Libraries read these when they are loaded, which happens once, before the ranks are forked.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -42,6 +47,15 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def preloaded_context() -> ForkServerContext:
+    """What starts processes that are forked from one which has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with _environment(ENVIRONMENT):
+        forkserver.ensure_running()
+    return context
+
+
 def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **arguments: Any) -> Any:
     """Call ``module:function(**arguments)`` on every rank of a new world; return what rank 0 returns.
 
@@ -51,10 +65,7 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
         timeout: seconds until all ranks are killed and the test fails.
         arguments: JSON values.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with _environment(ENVIRONMENT):
-        forkserver.ensure_running()
+    context = preloaded_context()
     with tempfile.TemporaryDirectory(prefix="sparse_zero_ranks_") as folder:
         result = Path(folder) / "result.json"
         job = {

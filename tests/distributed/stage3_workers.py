@@ -392,7 +392,7 @@ def there_and_back(folder: str) -> dict[str, Any]:
     sz.load_adapter(loaded, path / "adapter")
     with torch.no_grad():
         difference = float((loaded(batches[0]) - outputs).abs().max())
-    stored = [load_file(path / name / "values.safetensors") for name in ("adapter", "of_model")]
+    stored = [load_file(path / name / "adapter_model.safetensors") for name in ("adapter", "of_model")]
     equal = stored[0].keys() == stored[1].keys() and all(
         torch.equal(stored[0][name], stored[1][name]) for name in stored[0]
     )

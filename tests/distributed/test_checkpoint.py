@@ -50,3 +50,47 @@ def test_invariant_5_the_other_placement_continues_alike_without_decay(tmp_path)
     for entry in report:
         assert entry["error"] is None, entry
         assert entry["losses"] == pytest.approx(losses[entry["stored"][0]], rel=1e-5), entry
+
+
+def test_a_snapshot_is_apart_from_the_engine_and_random_streams_go_on(tmp_path):
+    report = run_ranks("tests.distributed.checkpoint_workers:snapshots", 2, folder=str(tmp_path))
+    assert [entry["stage"] for entry in report] == [0, 2, 3]
+    for entry in report:
+        assert entry["is_kept"] == [True, False]
+        assert entry["same"], entry
+        assert entry["resumed"] == entry["uninterrupted"], entry
+        assert entry["extra"] == {"step": 3}
+        assert entry["config"] == {"training": {"steps": 5}}
+        assert entry["rng"] == {"num_ranks": 2, "names": ["numpy", "python", "torch"]}
+
+
+def test_offloading_may_change_between_starts(tmp_path):
+    report = run_ranks("tests.distributed.checkpoint_workers:offloading", 2, folder=str(tmp_path))
+    assert len(report) == 4
+    for entry in report:
+        assert entry["same"] == entry["uninterrupted"], entry
+        assert entry["other"] == pytest.approx(entry["uninterrupted"], rel=1e-5), entry
+
+
+def test_what_the_optimizer_does_not_count_goes_on(tmp_path):
+    found = run_ranks("tests.distributed.checkpoint_workers:counters", 2, folder=str(tmp_path))
+    assert found["step"] == 3
+    assert found["same_values"]
+    assert found["resumed"] == found["uninterrupted"]
+    assert found["rates"][0] == found["rates"][1]
+
+
+def test_a_rank_that_cannot_read_fails_all_and_changes_nothing(tmp_path):
+    found = run_ranks("tests.distributed.checkpoint_workers:unreadable", 2, folder=str(tmp_path))
+    assert found["errors_of_rank_zero"] == {"folder": "PeerError: rank 1 failed", "whole": "PeerError: rank 1 failed"}
+    assert found["after"] == found["expected"]
+
+
+def test_ranks_continue_from_what_all_of_them_have_whole(tmp_path):
+    found = run_ranks("tests.distributed.checkpoint_workers:starts", 2, folder=str(tmp_path))
+    assert found["step"] == 2
+    (missing, damaged) = found["told"]
+    assert "step-000006: it is missing or another one where rank 1 see" in missing
+    assert "step-000004: " in damaged
+    assert "moments.safetensors has 0 bytes" in damaged
+    assert "put output.folder on a file system that all nodes share" in found["blind"]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import sparse_zero as sz
 import sparse_zero.zero.engine as engine_module
 from scripts.dense_reference import adamw_on_entries
+from sparse_zero.collectives import PeerError
 from sparse_zero.layers.sparsify import selection_of, write_back
 from sparse_zero.zero.compat import engine_of, inner_optimizer, is_partitioned, link_optimizer_states, whole
 from sparse_zero.zero.config import PLACEMENTS, Placement
@@ -225,7 +226,7 @@ def resume_elsewhere(folder: str, decay: float) -> list[dict[str, Any]]:
             try:
                 sz.load_checkpoint(engine, Path(folder) / f"stage{stored_stage}")
                 entry["losses"] = train_whole(engine, make_batches(5)[3:])
-            except sz.InputError as error:
+            except (sz.InputError, PeerError) as error:
                 entry["error"] = str(error)
             report.append(entry)
             engine.destroy()

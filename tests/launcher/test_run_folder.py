@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from launcher.config import RunConfig, apply_override, parse_config, resolved_yaml
-from launcher.run_folder import FREE_KEYS, RunFolder, check_out_file, check_same_run, check_writable, find_start
+from launcher.resuming import find_start
+from launcher.run_folder import FREE_KEYS, RunFolder, RunLock, check_out_file, check_same_run, check_writable
 from sparse_zero.checkpoint.folders import MANIFEST
 from sparse_zero.errors import InputError
 
@@ -256,3 +257,18 @@ def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytes
         check_writable(RunFolder(tmp_path / "new" / "run"))
     (tmp_path / "own").mkdir()
     check_writable(RunFolder(tmp_path / "own" / "run"))
+
+
+def test_a_run_folder_is_used_by_one_start_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunLock(folder) as first:
+        first.take()  # Not there yet, and not made.
+        assert not folder.exists()
+        folder.mkdir()
+        first.take()
+        first.take()
+        with RunLock(folder) as second, pytest.raises(InputError, match="is in use by another start of a run"):
+            second.take()
+    with RunLock(folder) as third:
+        third.take()
+    assert not list(folder.iterdir())

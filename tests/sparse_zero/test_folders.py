@@ -1,10 +1,12 @@
 """Folders appear whole or not at all, whatever interrupts their writer."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from sparse_zero.checkpoint.folders import check_folder, new_folder
+from sparse_zero.checkpoint.checkpoint import read_checkpoint
+from sparse_zero.checkpoint.folders import check_folder, moved_aside, new_folder, set_aside
 from sparse_zero.errors import InputError
 
 
@@ -89,3 +91,28 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / "adapter" / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json"):
         check_folder(tmp_path / "adapter", "adapter")
+
+
+def test_what_is_damaged_moves_aside_and_what_is_whole_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "step-1"
+    set_aside(folder)
+    for number in (1, 2):
+        folder.mkdir()
+        (folder / "masters").write_text("x")
+        set_aside(folder)
+        assert (tmp_path / f"damaged-step-1.{number}" / "masters").is_file()
+    with new_folder(folder) as temporary:
+        (temporary / "masters").write_text("y")
+    set_aside(folder)
+    assert (folder / "masters").read_text() == "y"
+
+
+def test_an_old_folder_that_a_killed_save_has_moved_aside_is_found(tmp_path: Path) -> None:
+    folder, old = tmp_path / "ckpt", tmp_path / ".ckpt.12.old"
+    assert moved_aside(folder) is None
+    old.mkdir()
+    assert moved_aside(folder) == old
+    with pytest.raises(InputError, match=r"a save was killed while it replaced it; rename .*\.ckpt\.12\.old to it"):
+        read_checkpoint(folder)
+    folder.mkdir()
+    assert moved_aside(folder) is None

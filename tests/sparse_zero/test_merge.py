@@ -187,7 +187,8 @@ def test_an_adapter_is_small_and_loads_on_its_base(adapter):
     frozen = copy.deepcopy(base)
     sz.load_adapter(frozen, folder)
     sz.save_adapter(frozen, folder.parent / "again")
-    assert (folder.parent / "again" / "values.safetensors").read_bytes() == (folder / "values.safetensors").read_bytes()
+    again = folder.parent / "again" / "adapter_model.safetensors"
+    assert again.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_several_adapters_are_exchanged_bit_for_bit(adapter, tmp_path):
@@ -224,13 +225,77 @@ def test_several_adapters_are_exchanged_bit_for_bit(adapter, tmp_path):
     assert any(isinstance(module, sz.SparseLinear) for module in model.modules())
 
 
+def test_adapters_of_tied_weights_are_exchanged_bit_for_bit(tmp_path):
+    """Rows of an embedding that the head has too, by both placements, and one that leaves it alone."""
+    torch.manual_seed(0)
+    base, tokens = TinyModel(tie=True), torch.arange(18).reshape(2, 9)
+    tied = sz.Selection({"embed_tokens.weight": sz.WeightSelection(shape=(32, 20), rows=[3, 5], columns=[1])})
+    expected: dict[str | None, torch.Tensor] = {None: base(tokens)}
+    model = copy.deepcopy(base)
+    for name, selection, placement in (
+        ("inplace", tied, "inplace"),
+        ("delta", tied, "delta"),
+        ("rows", llama_like_rows(base), "inplace"),
+    ):
+        trained = copy.deepcopy(base)
+        sz.sparsify(trained, selection, placement)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for values in sz.trainable_parameters(trained).values():
+                values.add_(torch.randn_like(values))
+        sz.write_back(trained)
+        sz.save_adapter(trained, tmp_path / name)
+        expected[name] = trained(tokens)
+        # Added while another is active.
+        sz.load_adapter(model, tmp_path / name, name=name, placement=placement)  # type: ignore[arg-type]
+    order: tuple[str | None, ...] = ("delta", "inplace", "rows", None, "inplace", "delta", None, "rows", None)
+    for active in order:
+        sz.set_adapter(model, active)
+        assert torch.equal(model(tokens), expected[active]), active
+        assert model.lm_head.weight is model.embed_tokens.weight or active in ("delta", "inplace")
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+class Scaled(nn.Sequential):
+    """Two linears and a scale; adding a submodule for values of the scale would add a step."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def test_a_load_that_fails_late_leaves_the_active_adapter(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.ModuleDict({"body": Scaled()}), torch.randn(3, 4)
+    rows = {"body.0.weight": sz.WeightSelection(shape=(4, 4), rows=[1])}
+    good = copy.deepcopy(base)
+    sz.sparsify(good, sz.Selection(rows))
+    with torch.no_grad():
+        next(iter(sz.trainable_parameters(good).values())).add_(1.0)
+    sz.write_back(good)
+    sz.save_adapter(good, tmp_path / "good")
+    # The same names in a model that has no objection.
+    other = nn.ModuleDict({"body": nn.Module()})
+    other["body"].add_module("0", copy.deepcopy(base["body"][0]))
+    other["body"].register_parameter("scale", nn.Parameter(torch.ones(4)))
+    sz.sparsify(other, sz.Selection({**rows, "body.scale": sz.WeightSelection(shape=(4, 1), whole=True)}))
+    sz.save_adapter(other, tmp_path / "late")
+
+    model = copy.deepcopy(base)
+    sz.load_adapter(model, tmp_path / "good")
+    with pytest.raises(InputError, match="which iterates over its submodules"):
+        sz.load_adapter(model, tmp_path / "late", name="late")
+    assert torch.equal(model["body"](x), good["body"](x))
+    sz.set_adapter(model, None)
+    assert torch.equal(model["body"](x), base["body"](x))
+
+
 def llama_like_rows(model: nn.Module) -> sz.Selection:
     region = sz.RegionConfig(kind="row", modules=("*.v_proj",), per_matrix=2)
     return sz.select(model, None, sz.SelectionConfig(regions=(region,), score="first"))
 
 
 def damage(folder, case):
-    values = folder / "values.safetensors"
+    values = folder / "adapter_model.safetensors"
     if case == "cut":
         values.write_bytes(values.read_bytes()[:-7])
     elif case == "flipped":
@@ -246,8 +311,8 @@ def damage(folder, case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("cut", "values.safetensors has .* bytes instead of"),
-        ("flipped", "values.safetensors does not have the content"),
+        ("cut", "adapter_model.safetensors has .* bytes instead of"),
+        ("flipped", "adapter_model.safetensors does not have the content"),
         ("missing", "selection.safetensors is missing"),
         ("no manifest", "is no adapter"),
     ],
@@ -279,9 +344,10 @@ def test_an_adapter_names_its_base_and_holds_no_pickle(adapter):
     assert header["placement"] == "inplace"
     assert {path.name for path in folder.iterdir()} == {
         "adapter.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "manifest.json",
         "selection.safetensors",
-        "values.safetensors",
     }
     # A wider load of the same numbers is the same base.
     wide = TinyModel().double()

@@ -91,8 +91,26 @@ def test_a_candidate_listed_twice_is_refused() -> None:
     [
         (lambda tensors, header: header.update(version=2), "scores in version 2, and this is for 1: score again"),
         (lambda tensors, header: header.pop("version"), "header that cannot be read .*version"),
-        (lambda tensors, header: header["candidates"][0].update(matrix=9), "header that cannot be read .*IndexError"),
+        (
+            lambda tensors, header: header["candidates"][0].update(matrix=9),
+            "header that cannot be read .*matrix 9 instead of a whole number from 0 to 2",
+        ),
         (lambda tensors, header: header["candidates"][0].update(colour="red"), "header that cannot be read .*colour"),
+        (
+            lambda tensors, header: header["matrices"][0].update(shape=[2**40, 2**40]),
+            "shape .* whole numbers from 1 to",
+        ),
+        (lambda tensors, header: header["matrices"][0].update(owners=["q_proj"]), "owners"),
+        (lambda tensors, header: header["matrices"][0].update(is_linear=1), "is_linear 1 instead of true or false"),
+        (lambda tensors, header: header["candidates"][0].update(slice_index=-1), "slice_index -1"),
+        (lambda tensors, header: header["candidates"][0].update(block_shape=[-1, 2**40]), "block_shape"),
+        (lambda tensors, header: header["candidates"][0].update(kind="diagonal"), "kind 'diagonal'"),
+        # No code of a file's choice is imported.
+        (lambda tensors, header: header["candidates"][0].update(score="os:getcwd"), "no rule of the score 'os:getcwd'"),
+        (lambda tensors, header: header["metadata"].update(config=[]), r"config \[\] instead of an object"),
+        (lambda tensors, header: header["metadata"]["rules"]["abs_of_mean"].update(size_neutral=0), "size_neutral 0"),
+        (lambda tensors, header: tensors["embed.weight/column"].add_(1), "does not match its own digest"),
+        (lambda tensors, header: header["metadata"].update(num_calibration_batches=8), "does not match its own digest"),
         (lambda tensors, header: tensors.pop("embed.weight/column"), "differ in embed.weight/column"),
         (lambda tensors, header: tensors.update(extra=torch.ones(1)), "differ in extra"),
         (

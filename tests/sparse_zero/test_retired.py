@@ -182,7 +182,7 @@ def test_an_adapter_brings_its_retired_entries_to_either_placement(placement, lo
         assert torch.equal(again(TOKENS), model(TOKENS))
         assert same_retired(retired_of(again), retired_of(model))
         sz.save_adapter(again, tmp_path / "again")
-        for name in ("retired.safetensors", "values.safetensors"):
+        for name in ("retired.safetensors", "adapter_model.safetensors"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
     torch.testing.assert_close(again(TOKENS), model(TOKENS), atol=1e-5, rtol=1e-5)
 
@@ -221,10 +221,10 @@ def test_an_adapter_of_a_base_that_differs_under_a_retired_entry_is_refused(tmp_
 
 
 def rewrite(folder: Path, name: str, content: Any) -> None:
-    """Put other content into a file of a folder, and into the manifest."""
+    """Put other content, or what lies there (None), into a file of a folder, and into the manifest."""
     if name.endswith(".json"):
         atomic_write_json(folder / name, content)
-    else:
+    elif content is not None:
         write_safetensors(folder / name, content, {"format": "sparse_zero.retired"})
     manifest = read_json(folder / MANIFEST)
     path = folder / name
@@ -232,28 +232,48 @@ def rewrite(folder: Path, name: str, content: Any) -> None:
     atomic_write_json(folder / MANIFEST, manifest)
 
 
-def test_an_adapter_of_format_1_is_still_read(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_adapter_of_an_older_format_is_still_read(version, tmp_path):
+    """Those had the values in a file of their own name, without a prefix, and nothing for PEFT."""
+    folder = tmp_path / "adapter"
     model = make_model()
     sz.sparsify(model, live(), "delta")
-    sz.save_adapter(model, tmp_path / "adapter")
-    header = read_json(tmp_path / "adapter/adapter.json")
-    del header["num_retired"]
-    rewrite(tmp_path / "adapter", "adapter.json", {**header, "version": 1})
+    with torch.no_grad():
+        for values in sz.trainable_parameters(model).values():
+            values.add_(torch.randn_like(values))
+    sz.save_adapter(model, folder)
+    tensors = {name: values.detach() for name, values in sz.trainable_parameters(model).items()}
+    write_safetensors(folder / "values.safetensors", tensors, {"format": "sparse_zero.values"})
+    header = read_json(folder / "adapter.json")
+    if version == 1:
+        del header["num_retired"]
+    files = read_json(folder / MANIFEST)["files"]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).unlink()
+        del files[name]
+    files["values.safetensors"] = {}
+    atomic_write_json(folder / MANIFEST, {"files": files})
+    rewrite(folder, "values.safetensors", None)
+    rewrite(folder, "adapter.json", {**header, "version": version})
     again = make_model()
-    sz.load_adapter(again, tmp_path / "adapter")
+    sz.load_adapter(again, folder, placement="delta")
     assert sz.num_retired(again) == 0
-    rewrite(tmp_path / "adapter", "adapter.json", {**header, "version": 3})
-    with pytest.raises(InputError, match=r"version 3, not 'sparse_zero.adapter' up to 2"):
-        sz.load_adapter(make_model(), tmp_path / "adapter")
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    # Saved again it has the present format, with the same values.
+    sz.save_adapter(again, tmp_path / "again")
+    assert read_json(tmp_path / "again" / "adapter.json")["version"] == 3
+    rewrite(folder, "adapter.json", {**header, "version": 4})
+    with pytest.raises(InputError, match=r"version 4, not 'sparse_zero.adapter' up to 3"):
+        sz.load_adapter(make_model(), folder)
 
 
 @pytest.mark.parametrize(
     ("positions", "numbers", "message"),
     [
-        ([5, 3], [1.0, 2.0], "do not ascend from 0 to 34"),
-        ([3, 3], [1.0, 2.0], "do not ascend from 0 to 34"),
-        ([3, 35], [1.0, 2.0], "do not ascend from 0 to 34"),
-        ([-1, 3], [1.0, 2.0], "do not ascend from 0 to 34"),
+        ([5, 3], [1.0, 2.0], "has no ascending positions of other.weight"),
+        ([3, 3], [1.0, 2.0], "has no ascending positions of other.weight"),
+        ([3, 4], [1.0, 2.0], "has 2 retired entries, and adapter.json names 17"),
+        ([-1, 3], [1.0, 2.0], "has no ascending positions of other.weight"),
         ([3], [1.0, 2.0], "has no number for each position of other.weight"),
     ],
 )
