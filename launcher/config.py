@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,6 +20,7 @@ from launcher.training_config import CheckpointConfig, OutputConfig, TrainingCon
 from launcher.yaml_files import dump_yaml, parse_yaml, read_mapping
 from models.data import DataConfig
 from models.loading import ModelConfig
+from sparse_zero.credentials import find_credential, without_credentials
 from sparse_zero.errors import InputError
 from sparse_zero.selection.config import SelectionConfig
 from sparse_zero.zero.config import ZeroConfig
@@ -70,6 +71,11 @@ class RunConfig:
                 f"training.validation_every is {self.training.validation_every} but data.validation is "
                 "missing: name the data, or leave validation_every out"
             )
+        if self.checkpoint.keep_best == "validation_loss" and self.data.validation is None:
+            raise InputError(
+                "checkpoint.keep_best is 'validation_loss' but data.validation is missing: name the data, or set it to "
+                "none"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -85,14 +91,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     mapping = read_mapping(path)
     for override in overrides:
+        if find_credential(override) is not None:  # Before it can stand in another error.
+            _refuse_credential(override.removeprefix("--").partition("=")[0], "the overrides")
         apply_override(mapping, override)
     return parse_config(mapping, source=str(path))
 
 
 def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunConfig:
     """The run that ``mapping`` describes, as read from YAML; errors say that it stands in ``source``."""
+    credential = find_credential(mapping)
+    if credential is not None:
+        _refuse_credential(credential, source)
     _check_keys(RunConfig, mapping, (), source)
     return _validate(_expand_home(mapping))
+
+
+def _refuse_credential(name: str, source: str) -> NoReturn:
+    """The value is not told: the message may end in a log."""
+    raise InputError(
+        f"{without_credentials(name)} holds a token, a password or a signed address in {source}, and the config is "
+        "saved with the run: remove it, and log in by the environment (HF_TOKEN) or the service's own command"
+    )
 
 
 def resolved_yaml(config: RunConfig) -> str:

@@ -1,6 +1,5 @@
 """Where do a run's numbers go while it trains, and how do they survive an interruption?"""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,13 @@ from types import TracebackType
 from typing import IO, Any
 
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_text, to_json
+from sparse_zero.files import atomic_write_text, parse_json, read_bytes, to_json
 from sparse_zero.optional import require
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+# Of the file: a million steps take some 400 MB.
+MAX_BYTES = 2**30
 KINDS = ("train", "validation", "reselection", "event")
 
 # Fields that place a row rather than measure something; TensorBoard gets the others.
@@ -27,20 +28,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file cannot be read, or a line is no row of metrics.
     """
-    try:
-        # The cut may lie within a character; what it leaves is passed over with its line.
-        text = path.read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): name the folder of a run that has trained"
-        ) from error
+    # The cut may lie within a character; what it leaves is passed over with its line.
+    text = read_bytes(path, MAX_BYTES).decode("utf-8", errors="replace")
     lines = text.split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, strict=True)
         except ValueError as error:
             if number == len(lines):  # Every complete line ends with a newline, so this one was cut off.
                 break

@@ -74,7 +74,7 @@ def _read_optional(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the run has not written it."""
     if not path.exists():
         return None
-    content = read_json(path)
+    content = read_json(path, strict=True)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not an object: restore or delete it")
     return content

@@ -185,7 +185,7 @@ def load_summary(run_folder: Path) -> dict[str, Any]:
     path = run_folder / FILE_NAME
     if not path.exists():
         raise InputError(f"{path} does not exist: the run has not ended; start it again to continue it")
-    summary = read_json(path)
+    summary = read_json(path, strict=True)
     if not isinstance(summary, dict):
         raise InputError(f"{path} holds a {type(summary).__name__}, not a summary: run again or delete it")
     return summary

@@ -13,6 +13,8 @@ import yaml
 
 from sparse_zero.errors import InputError
 
+# Values in a config, far more than any has.
+_MAX_SIZE = 100_000
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(
@@ -85,8 +87,22 @@ def parse_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split()) or "nested too deeply"
         raise InputError(f"{source} is not YAML: {problem}") from error
+    if _size(value, {}) > _MAX_SIZE:  # Aliases of aliases: a few lines can stand for billions.
+        raise InputError(f"{source} has more than {_MAX_SIZE:,} values, aliases written out: it is no config")
     _refuse_foreign(value, source, (), ())
     return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Number of values in ``value``, each as often as it is reached; what contains itself ends there."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0
+        known[id(value)] = 1 + sum(
+            _size(each, known) for each in (value.values() if isinstance(value, dict) else value)
+        )
+    return known[id(value)]
 
 
 def dump_yaml(value: Any) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from models.weight_files import weight_files
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
+from sparse_zero.files import atomic_write_json, read_json
 
 
 def default_hash_cache() -> Path:
@@ -60,8 +59,8 @@ def _file_hash(file: Path, known: dict[str, str]) -> str:
 
 def _read_cache(cache: Path) -> dict[str, str]:
     try:
-        content = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(cache)
+    except InputError:
         return {}
     if not isinstance(content, dict):
         return {}

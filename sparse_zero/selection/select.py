@@ -205,10 +205,12 @@ def score_regions(
 def _calibration_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What scores that read data depend on; budget, pick and per_matrix are not among it."""
     names = ["accumulate", "accumulator_dtype", "calibration_batches", "calibration_batch_size", "calibration_weights"]
-    found = {name: config[name] for name in [*names, "seed"]}
-    if config["calibration_weights"] == "full":
+    # A config from a file may lack what is younger, and have anything else in its place.
+    found = {name: config.get(name) for name in [*names, "seed"]}
+    if config.get("calibration_weights") == "full":
+        settings = config.get("full_calibration")
         for name in ("learning_rate", "batches_per_step"):
-            found[f"full_calibration.{name}"] = config["full_calibration"][name]
+            found[f"full_calibration.{name}"] = settings.get(name) if isinstance(settings, Mapping) else None
     return found
 
 
