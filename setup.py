@@ -34,6 +34,8 @@ REQUIRES = [
     "gguf>=0.17",
     "numpy>=1.26",
     "packaging>=23",
+    # The processes of a run on each node.
+    "psutil>=5.9",
     "pydantic>=2.6",
     "pyyaml>=6",
     "rich>=13",
@@ -44,18 +46,20 @@ TRACKING = ["tensorboard>=2.15"]
 QUANT = ["bitsandbytes>=0.46.1"]
 # Its trainers run on transformers' Trainer, see docs/integrations.md.
 TRL = ["trl>=1"]
+# Its private parts were read at this version, see sparse_zero/integrations/peft_compat.py.
+PEFT = ["peft>=0.21.2"]
 DEV = [
     "build>=1.2",
     "hypothesis>=6.100",
     "mypy>=1.13",
-    # Baselines that tests and benchmarks compare with.
-    "peft>=0.18",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "setuptools>=77",
     "types-PyYAML",
+    # Also the baselines that tests and benchmarks compare with.
+    *PEFT,
     *TRL,
     # An MPI without root rights, for the tests that start through mpirun.
     "openmpi>=5; sys_platform == 'linux'",
@@ -73,7 +77,7 @@ setup(
     packages=find_packages(include=["launcher", "launcher.*", "models", "models.*", "sparse_zero", "sparse_zero.*"]),
     package_data={"": ["py.typed"]},
     install_requires=REQUIRES,
-    extras_require={"dev": DEV, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING, "trl": TRL},
+    extras_require={"dev": DEV, "peft": PEFT, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING, "trl": TRL},
     entry_points={"console_scripts": ["sparse-zero = launcher.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

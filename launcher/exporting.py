@@ -1,9 +1,10 @@
-"""How does an adapter become a plain model folder that transformers loads without this package?"""
+"""How does an adapter become a plain model folder, which transformers loads without this package, or one to upload?"""
 
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from launcher.adapter_card import adapter_card, base_model_name, for_others
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.kept_base import model_of
@@ -11,11 +12,13 @@ from models.base_identity import base_identity
 from models.loading import ModelConfig, load_model, load_tokenizer, model_folder, validate_model_source
 from models.sharded_loading import load_sharded
 from models.sharded_saving import save_sharded
-from sparse_zero.checkpoint.adapter import read_adapter_base
+from models.source import is_hub_name, local_folder
+from sparse_zero.checkpoint.adapter import peft_config, read_adapter, read_adapter_base, write_adapter
 from sparse_zero.checkpoint.adapter_set import load_adapter
 from sparse_zero.checkpoint.folders import new_folder
 from sparse_zero.collectives import failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_text
 from sparse_zero.layers.merge import merge
 from sparse_zero.zero.compat import has_shards
 
@@ -112,4 +115,51 @@ def export(config: RunConfig, adapter: Path, folder: Path) -> int:
     model, tokenizer = load_merged(config, adapter)
     save_model_folder(model, tokenizer, folder)
     print(f"merged model written to {folder}")
+    return 0
+
+
+def _check_names(config: RunConfig, adapter: Path) -> None:
+    """Raise if the base of the run is none of its adapter: by content where it lies here, else by its name."""
+    if not is_hub_name(config.model.name_or_path):
+        _source(config, adapter)
+        return
+    stored = read_adapter_base(adapter)
+    if stored is not None and "/" in stored.name and stored.name != config.model.name_or_path:
+        raise InputError(
+            f"{adapter} was trained on {stored.name}, and model.name_or_path is {config.model.name_or_path}: name the "
+            "base it was trained on"
+        )
+
+
+def export_adapter(config: RunConfig, adapter: Path, folder: Path, base_model: str | None = None) -> int:
+    """Write ``adapter`` to ``folder`` as others shall have it, with a model card; returns 0.
+
+    The network is not needed, and the base only where ``model.name_or_path`` is a folder: it is compared then. Nothing
+    in the folder names a path of this machine.
+
+    Args:
+        config: the run that the adapter comes from.
+        adapter: of any format that is read.
+        folder: new or empty.
+        base_model: hub name of the base, if the run does not tell it.
+
+    Raises:
+        InputError: the adapter cannot be read, or is none of the run's.
+    """
+    _check_names(config, adapter)
+    found = read_adapter(adapter)
+    name = base_model_name(config.model, found.base, base_model)
+    source = model_of(config, found.base)
+    # A base that calibration has trained is on no hub, unless somebody says so.
+    is_kept = source is not config.model
+    name = base_model if is_kept else name
+    base_folder = local_folder(source.name_or_path, field="model.name_or_path")
+    shown = for_others(found, name)
+    card = adapter_card(config, shown, name, base_folder)
+    write_adapter(folder, shown, peft_config(base_model=name, task_type="CAUSAL_LM"))
+    # Not in the manifest: cards are edited.
+    atomic_write_text(folder / "README.md", card)
+    print(f"adapter to upload written to {folder}")
+    if name is None:
+        print("the base's name on the hub is not known: give --base-model owner/model")
     return 0

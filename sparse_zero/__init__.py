@@ -12,6 +12,7 @@ from sparse_zero.checkpoint.adapter_set import load_adapter, set_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
+from sparse_zero.integrations.peft import register_peft
 from sparse_zero.layers.merge import MergeUndo, merge, unmerge
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparsify import num_retired, parameter_groups, sparsify, trainable_parameters, write_back
@@ -73,6 +74,7 @@ __all__ = [
     "num_retired",
     "parameter_groups",
     "read_checkpoint",
+    "register_peft",
     "reselect",
     "resolve_score",
     "save_adapter",

@@ -8,45 +8,32 @@ trainer = Trainer(model, arguments, callbacks=[SparseZeroCallback()], ...)
 transformers is imported when a callback is made, and nowhere else in the library.
 """
 
-import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from torch import nn
 
 from sparse_zero.checkpoint.adapter import save_adapter
-from sparse_zero.checkpoint.conversion import model_fingerprints
+from sparse_zero.checkpoint.random_states import RandomStates, set_random_states
 from sparse_zero.errors import InputError
-from sparse_zero.files import to_json
-from sparse_zero.integrations.stored_values import store_values_only
+from sparse_zero.integrations import trainer_checkpoint, trainer_compat
+from sparse_zero.integrations.loop_state import ADAPTER_FOLDER, PlainEngine
+from sparse_zero.integrations.save_pretrained import refuse_save_pretrained
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.layers.sparsify import placement_of, selection_of, trainable_parameters, write_back
-from sparse_zero.optional import require
+from sparse_zero.layers.sparsify import trainable_parameters, write_back
 from sparse_zero.zero import compat
 from sparse_zero.zero.config import Rounding
 from sparse_zero.zero.engine import attach, write_values
 from sparse_zero.zero.unsupported import check_not_split
 
-ADAPTER_FOLDER = "adapter"
-
-
-def _library(module: str) -> ModuleType:
-    return require(module, extra="trl", purpose="train inside a Trainer")
-
 
 def _distribution() -> tuple[str, dict[str, Any] | None]:
     """How accelerate, which every Trainer runs on, spreads the model; and DeepSpeed's config, if it is in use."""
-    state = _library("accelerate.state").AcceleratorState()
+    state = trainer_compat.library("accelerate.state").AcceleratorState()
     plugin = state.deepspeed_plugin
     return state.distributed_type.value, None if plugin is None else plugin.deepspeed_config
-
-
-def _identity(model: nn.Module) -> dict[str, str]:
-    """What a checkpoint and a model must have in common for training to continue."""
-    base = hashlib.sha256(to_json(model_fingerprints(model)).encode()).hexdigest()
-    return {"selection": selection_of(model).digest(), "placement": placement_of(model), "base": base}
 
 
 def _head_is_bypassed(arguments: Any) -> str | None:
@@ -84,6 +71,16 @@ def check_trainer(arguments: Any, model: Any, optimizer: Any, rounding: Rounding
         )
     elif rounding != "nearest":
         raise InputError(f"rounding is {rounding!r} without DeepSpeed, whose fp32 masters it rounds: use 'nearest'")
+    if arguments.push_to_hub and arguments.hub_strategy != "end":
+        raise InputError(
+            f"hub_strategy is {arguments.hub_strategy.value!r}: the Trainer would upload its arguments as a pickle "
+            "with each checkpoint: use hub_strategy='end'"
+        )
+    if arguments.save_on_each_node:
+        raise InputError(
+            "save_on_each_node is set, and a checkpoint is written once, by rank 0: put output_dir on a file system "
+            "that all nodes share"
+        )
     if arguments.n_gpu > 1:
         raise InputError(
             f"the Trainer would copy the model to {arguments.n_gpu} GPUs in every step, and train copies of the "
@@ -118,28 +115,34 @@ def _check_sequence_parallel(engine: Any) -> None:
 @cache
 def _of_transformers(cls: type) -> type:
     """``cls`` with the classes that a Trainer asks for; importing them takes seconds and may print."""
-    callbacks = _library("transformers.trainer_callback")
+    callbacks = trainer_compat.library("transformers.trainer_callback")
     return type(cls.__name__, (cls, callbacks.TrainerCallback, callbacks.ExportableState), {"__doc__": cls.__doc__})
 
 
 class SparseZeroCallback:
-    """Writes the values back after each optimizer step, and saves them as an adapter with each checkpoint.
+    """Writes the values back after each optimizer step, and stores and loads in the place of the Trainer.
 
     With DeepSpeed it attaches to the Trainer's engine, see :func:`sparse_zero.attach`; without, it writes back
-    itself. Checkpoints hold values only; ``adapter/`` in them is written by :func:`sparse_zero.save_adapter`, and once
-    more in the output folder when training ends. A run that continues from a checkpoint is refused where selection,
-    placement or base are not those it was written with.
+    itself. ``checkpoint-<step>`` is a checkpoint of this library with the Trainer's state, see
+    :mod:`sparse_zero.integrations.trainer_checkpoint`; it continues at any number of ranks and ZeRO stage, with
+    DeepSpeed or without. No pickle is written or read. The adapter is in each checkpoint, and once more in the output
+    folder when training ends.
+
+    The first one that is made wraps some methods of transformers' Trainer, see
+    :mod:`sparse_zero.integrations.trainer_compat`; Trainers without a callback of this kind go on as they did.
 
     Args:
         rounding: see :func:`sparse_zero.attach`; with DeepSpeed only, which has the fp32 masters it needs.
         rounding_seed: see :func:`sparse_zero.attach`.
 
     Raises:
-        InputError: when the Trainer is made or begins to train, see :func:`check_trainer`.
+        InputError: this version of transformers is not known; or, when the Trainer is made or begins to train, see
+            :func:`check_trainer`.
     """
 
     def __new__(cls, **options: Any) -> Self:
         """An instance of transformers' callbacks too, which are imported only now."""
+        trainer_compat.wrap_methods(_callback_of, _METHODS)
         wanted: Any = cls
         made: Self = super().__new__(cls if hasattr(cls, "on_epoch_begin") else _of_transformers(wanted))
         return made
@@ -147,81 +150,141 @@ class SparseZeroCallback:
     def __init__(self, *, rounding: Rounding = "nearest", rounding_seed: int = 0) -> None:
         self.rounding: Rounding = rounding
         self.rounding_seed = rounding_seed
-        # The engine of the present run; None without DeepSpeed.
+        # Of the present run, or the last one: DeepSpeed's or a PlainEngine.
         self.engine: Any = None
-        # Of the model, once training has begun; it travels in the Trainer's own state file.
-        self.identity: dict[str, str] = {}
+        # This rank's of the checkpoint that the present run continues from.
+        self.random_states: RandomStates | None = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps of this callback in each checkpoint."""
-        options = {"rounding": self.rounding, "rounding_seed": self.rounding_seed}
-        return {"args": options, "attributes": {"identity": self.identity}}
+        return {"args": {"rounding": self.rounding, "rounding_seed": self.rounding_seed}, "attributes": {}}
 
-    def _check_continues(self, state: Any, identity: dict[str, str]) -> None:
-        """Raise unless the checkpoint that ``state`` was read from belongs to the model."""
-        if state.global_step == 0:
-            return
-        stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("identity")
-        if not stored:
-            raise InputError(
-                f"the checkpoint of step {state.global_step} was not written with {type(self).__name__}: start anew"
-            )
-        remedies = {
-            "selection": "sparsify with the selection in the checkpoint's adapter folder",
-            "placement": "sparsify with that placement",
-            "base": "load the base it was trained on, in a dtype as wide",
-        }
-        for what, remedy in remedies.items():
-            if stored[what] != identity[what]:
-                raise InputError(
-                    f"the checkpoint of step {state.global_step} has another {what} ({stored[what][:12]}) than the "
-                    f"model ({identity[what][:12]}): {remedy}"
-                )
+    def engine_over(self, model: nn.Module) -> Any:
+        """The engine of the last run, if that was of ``model``; else None."""
+        return self.engine if self.engine is not None and self.engine.module is model else None
 
-    def on_init_end(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        """The Trainer is made: refuse what cannot work, and keep the base out of what is stored."""
-        check_trainer(args, model, optimizer, self.rounding)
-        store_values_only(model)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Engine and optimizer are made, and a checkpoint is loaded: weights must stand as the values say."""
-        if state.is_hyper_param_search:
-            raise InputError("a Trainer's hyperparameter search is not supported: make one Trainer for each trial")
-        # Another model than at first, where the Trainer was given model_init.
-        check_trainer(args, model, None, self.rounding)
-        store_values_only(model)
-        self.identity = _identity(model)
-        self._check_continues(state, self.identity)
-        self.engine = None
-        if _distribution()[1] is not None:
+    def attach_to(self, trainer: Any) -> None:
+        """Engine and optimizer are made: write back after their steps. Collective at stage 3."""
+        model = trainer.model
+        if _distribution()[1] is None:
+            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            self.engine = PlainEngine(module=model, optimizer=optimizer)
+        else:
             self.engine = compat.engine_of(model)
             if self.engine is None:
                 raise RuntimeError("the Trainer's DeepSpeed engine was not found on its model: was the model wrapped?")
             _check_sequence_parallel(self.engine)
             attach(self.engine, rounding=self.rounding, rounding_seed=self.rounding_seed)
-            compat.save_values_only(self.engine)
-            # Also of an engine that has trained before, and has loaded a checkpoint since.
-            write_values(self.engine)
-        else:
-            write_back(model)
+        # Also of an engine that has trained before.
+        write_values(self.engine)
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """The Trainer is made: refuse what cannot work."""
+        check_trainer(args, model, optimizer, self.rounding)
+        refuse_save_pretrained(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """After a real step, not after the micro-batches before it."""
-        if self.engine is None:
+        if isinstance(self.engine, PlainEngine):
             write_back(model)
-
-    def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """The Trainer has written a checkpoint: add the adapter to it. Collective."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_adapter(model if self.engine is None else self.engine, checkpoint / ADAPTER_FOLDER)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Training has ended, perhaps with the values of its best checkpoint. Collective."""
-        if self.engine is None:
-            write_back(model)
-        else:
-            write_values(self.engine)
+        write_values(self.engine)
         if args.save_strategy != "no":
-            save_adapter(model if self.engine is None else self.engine, Path(args.output_dir) / ADAPTER_FOLDER)
+            save_adapter(self.engine, Path(args.output_dir) / ADAPTER_FOLDER)
+
+
+def _callback_of(trainer: Any) -> SparseZeroCallback | None:
+    return next((each for each in trainer_compat.callbacks_of(trainer) if isinstance(each, SparseZeroCallback)), None)
+
+
+# What follows takes the place of the Trainer's methods of these names.
+
+
+def _train(
+    callback: SparseZeroCallback,
+    own: Callable[..., Any],
+    trainer: Any,
+    resume_from_checkpoint: str | bool | None = None,
+    trial: Any = None,
+    ignore_keys_for_eval: list[str] | None = None,
+) -> Any:
+    if trial is not None:
+        raise InputError("a Trainer's hyperparameter search is not supported: make one Trainer for each trial")
+    if trainer.args.save_strategy != "no":
+        trainer_checkpoint.check_output_folder(Path(trainer.args.output_dir))
+    checkpoint = trainer_checkpoint.choose(trainer, resume_from_checkpoint) if resume_from_checkpoint else None
+    # On the Trainer: it may make its callbacks anew from their states.
+    trainer.sparse_zero_checkpoint = checkpoint
+    path = None if checkpoint is None else str(checkpoint.folder)
+    return own(resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+
+def _prepare_for_training(
+    callback: SparseZeroCallback,
+    own: Callable[..., Any],
+    trainer: Any,
+    max_steps: int,
+    train_dataloader: Any,
+    resume_from_checkpoint: str | None,
+) -> Any:
+    # Another model than at first, where the Trainer was given model_init.
+    check_trainer(trainer.args, trainer.model, None, callback.rounding)
+    refuse_save_pretrained(trainer.model)
+    # Told to continue from nothing, it loads nothing.
+    prepared = own(max_steps, train_dataloader, None)
+    callback.attach_to(trainer)
+    callback.random_states = None
+    if resume_from_checkpoint is not None:
+        callback.random_states = trainer_checkpoint.load(trainer, callback.engine, trainer.sparse_zero_checkpoint)
+    return prepared
+
+
+def _load_from_checkpoint(
+    callback: SparseZeroCallback, own: Callable[..., Any], trainer: Any, resume_from_checkpoint: str, model: Any = None
+) -> None:
+    """Nothing yet: values come with the rest, when there is an optimizer."""
+
+
+def _load_rng_state(
+    callback: SparseZeroCallback, own: Callable[..., Any], trainer: Any, checkpoint: str | None
+) -> None:
+    if callback.random_states is not None:
+        set_random_states(callback.random_states)
+
+
+def _load_best_model(callback: SparseZeroCallback, own: Callable[..., Any], trainer: Any) -> None:
+    trainer_checkpoint.load_best(trainer, callback.engine)
+
+
+def _save_checkpoint(
+    callback: SparseZeroCallback, own: Callable[..., Any], trainer: Any, model: Any, trial: Any
+) -> None:
+    trainer_checkpoint.save(trainer, callback.engine)
+
+
+def _save_model(
+    callback: SparseZeroCallback,
+    own: Callable[..., Any],
+    trainer: Any,
+    output_dir: str | None = None,
+    _internal_call: bool = False,
+) -> None:
+    folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+    trainer_checkpoint.save_model(trainer, callback.engine_over(trainer.model), folder)
+    if trainer.args.push_to_hub and not _internal_call:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "train": _train,
+    "save_model": _save_model,
+    "_prepare_for_training": _prepare_for_training,
+    "_load_from_checkpoint": _load_from_checkpoint,
+    "_load_rng_state": _load_rng_state,
+    "_load_best_model": _load_best_model,
+    "_save_checkpoint": _save_checkpoint,
+}

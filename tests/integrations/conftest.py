@@ -11,5 +11,5 @@ from tests.distributed.spawn import run_ranks
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What :func:`tests.integrations.workers.everything` reports."""
     folder = tmp_path_factory.mktemp("integrations")
-    report: dict[str, Any] = run_ranks("tests.integrations.workers:everything", 2, folder=str(folder))
+    report: dict[str, Any] = run_ranks("tests.integrations.workers:everything", 2, timeout=600.0, folder=str(folder))
     return report

@@ -31,7 +31,7 @@ def test_the_lines_of_the_page_run(tmp_path):
     }
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
     run_ranks("tests.integrations.workers:run_snippets", 1, folder=str(tmp_path), snippets=list(code.values()))
-    for adapter in ("out/adapter", "out/checkpoint-2/adapter", "sft/adapter", "adapter"):
+    for adapter in ("out/adapter", "out/checkpoint-2/adapter", "sft/adapter", "state/adapter", "adapter"):
         assert (tmp_path / adapter / "adapter.json").is_file(), adapter
-    assert (tmp_path / "checkpoint" / "checkpoint.json").is_file()
+    assert (tmp_path / "state" / "checkpoint.json").is_file()
     assert not (tmp_path / "out" / "checkpoint-2" / "config.json").exists()

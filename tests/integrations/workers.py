@@ -3,10 +3,14 @@
 import gc
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -25,7 +29,9 @@ from models.data import IGNORED, DataConfig, TokenizedSample
 from models.loading import ModelConfig
 from models.loss import response_nll
 from models.sampler import BatchSampler
+from sparse_zero.checkpoint.random_states import RandomStatesWarning
 from sparse_zero.collectives import rank_and_world_size
+from sparse_zero.integrations.accelerator import attach_accelerator
 from sparse_zero.integrations.trainer import SparseZeroCallback
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.selection.config import SelectionConfig
@@ -43,12 +49,14 @@ def make_selection() -> sz.Selection:
     return mixed_selection(tiny_llama(layers=2), block_size=24)
 
 
-def make_model(placement: Placement = "inplace", base: Path | None = None) -> Any:
+def make_model(placement: Placement = "inplace", base: Path | None = None, dropout: float = 0.0) -> Any:
     """The same sparse Llama on every rank and in every run; read from the folder ``base``, if one is given."""
     from transformers import AutoModelForCausalLM
 
     # Sharded from the start, where a config of stage 3 exists.
     model = tiny_llama(layers=2) if base is None else AutoModelForCausalLM.from_pretrained(base)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
     sz.sparsify(model, make_selection(), placement)
     return model.train()
 
@@ -89,8 +97,8 @@ def loop_state(folder: Path, placement: Placement, stage: int) -> LoopState:
     return LoopState(
         config=config,
         world=world,
-        engine=new_engine(model, config, world),
-        make_engine=lambda model: new_engine(model, config, world),
+        engine=new_engine(model, config, world.world_size),
+        make_engine=lambda model: new_engine(model, config, world.world_size),
         module_map=sz.default_module_map(tiny_llama(layers=2)),
         train=make_samples(),
         validation=(),
@@ -243,25 +251,47 @@ def make_trainer(
     )
 
 
+@contextmanager
+def no_pickles() -> Iterator[None]:
+    """Let every way into pickle, and torch's own ways to it, raise."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a pickle is written or read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in (
+            (pickle, ("dump", "dumps", "load", "loads", "Pickler", "Unpickler", "_Pickler", "_Unpickler")),
+            (torch, ("save", "load")),
+            (torch.serialization, ("save", "load", "_save", "_load", "_legacy_save", "_legacy_load")),
+            # Objects that travel between ranks.
+            (dist.distributed_c10d, ("_pickler", "_unpickler")),
+        ):
+            for name in names:
+                patch.setattr(module, name, refuse)
+        yield
+
+
 def trainer_run(folder: Path, placement: Placement, **changes: Any) -> dict[str, Any]:
     """Train, look at what was stored, train the second half once more from the checkpoint between."""
     trainer = make_trainer(folder, placement=placement, **changes)
     model = trainer.model
     report: dict[str, Any] = {"placement": placement, "sharded_at_first": has_shards(model)}
-    trainer.train()
+    with no_pickles():
+        trainer.train()
     report["losses"] = losses_of(trainer)
     report["written_back"] = weights_are_values(model)
+    report["stored"] = stored(folder / "checkpoint-6")
     model.eval()
     batch = collate_rows(as_rows(make_samples()[:2]))
     with torch.no_grad():
         # Through the engine, which fetches what stage 3 has sharded.
         trained = trainer.model_wrapped(**batch).logits.clone()
     resumed = make_trainer(folder, placement=placement, **changes)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    with no_pickles():
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     report["resumed_losses"] = losses_of(resumed)
     report["num_groups"] = len(resumed.optimizer.param_groups)
     # A config of stage 3 that is still alive would shard the plain model, too.
-    values = set(sz.trainable_parameters(model))
     del trainer, resumed, model
     gc.collect()
     plain = tiny_llama(layers=2)
@@ -269,25 +299,51 @@ def trainer_run(folder: Path, placement: Placement, **changes: Any) -> dict[str,
     with torch.no_grad():
         report["adapter_difference"] = float((plain(**batch).logits - trained).abs().max())
     report["final_adapter"] = (folder / "adapter" / "adapter.json").is_file()
-    report["stored"] = stored(folder / "checkpoint-6", values)
     return report
 
 
-def stored(checkpoint: Path, values: set[str]) -> dict[str, Any]:
-    """What is in a checkpoint beside the optimizer's state."""
-    engine_files = sorted(checkpoint.glob("global_step*/*model_states.pt"))
-    in_engine_files: set[str] = set()
-    for file in engine_files:
-        content = torch.load(file, weights_only=False)
-        in_engine_files |= set(content["module"]) | set(content.get("frozen_param_fragments") or {})
-    trainer_file = checkpoint / "model.safetensors"
-    in_trainer_file = set(load_file(trainer_file)) if trainer_file.is_file() else None
-    return {
-        "engine_files": len(engine_files),
-        "engine_files_hold_values": in_engine_files == values,
-        "trainer_file_holds_values": None if in_trainer_file is None else in_trainer_file == values,
-        "is_a_model": (checkpoint / "config.json").exists(),
+def stored(folder: Path) -> list[str]:
+    """Names of all files in a folder, without those in its adapter."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return sorted(name for name in files if not name.startswith("adapter/"))
+
+
+def random_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Shuffled data, dropout, rates that change: losses with and without an interruption, and without dropout."""
+    from transformers import set_seed
+
+    changes = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "train_sampling_strategy": "random",
+        # Else the order would follow from the seed that is set below.
+        "data_seed": 3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        **changes,
     }
+    report: dict[str, Any] = {}
+    for name, dropout in (("whole", 0.3), ("without dropout", 0.0)):
+        trainer = make_trainer(folder / name, make_model(dropout=dropout), **changes)
+        # The Trainer has given every rank the same seed.
+        set_seed(7 + rank_and_world_size()[0])
+        trainer.train()
+        report[name] = losses_of(trainer)
+    resumed = make_trainer(folder / "whole", make_model(dropout=0.3), **changes)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    report["resumed"] = losses_of(resumed)
+    report["rates"] = [row["learning_rate"] for row in resumed.state.log_history if "loss" in row]
+    return report
+
+
+def continued(folder: Path, checkpoint: Path, placement: Placement, **changes: Any) -> list[float]:
+    """Losses of the steps that another Trainer takes from a checkpoint on."""
+    trainer = make_trainer(folder, placement=placement, save_strategy="no", **changes)
+    with no_pickles(), warnings.catch_warnings():
+        # Another number of ranks, another stage: all that is random goes on in another way.
+        warnings.simplefilter("ignore", RandomStatesWarning)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    return losses_of(trainer)[3:]
 
 
 def best_run(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -308,9 +364,9 @@ def best_run(folder: Path, **changes: Any) -> dict[str, Any]:
         },
     )
     trainer.train()
-    values = load_file(folder / "checkpoint-1" / "adapter" / "values.safetensors")
-    last = load_file(folder / "checkpoint-3" / "adapter" / "values.safetensors")
-    at_end = load_file(folder / "adapter" / "values.safetensors")
+    values = load_file(folder / "checkpoint-1" / "adapter" / "adapter_model.safetensors")
+    last = load_file(folder / "checkpoint-3" / "adapter" / "adapter_model.safetensors")
+    at_end = load_file(folder / "adapter" / "adapter_model.safetensors")
     return {
         "best_is_first": str(trainer.state.best_model_checkpoint).endswith("checkpoint-1"),
         "values_are_best": all(torch.equal(values[name], at_end[name]) for name in values),
@@ -337,6 +393,22 @@ def trainers(folder: Path, own: dict[str, Any]) -> dict[str, Any]:
         ("data parallel", "inplace", {}),
     ):
         report[name] = trainer_run(folder / name, placement, **changes)  # type: ignore[arg-type]
+    for name, source, placement, zero_stage in (
+        ("stage 3", "stage 2", "inplace", 3),
+        ("stage 0", "stage 3 delta", "delta", 0),
+        ("data parallel", "stage 3 inplace", "inplace", None),
+        ("stage 1", "data parallel", "inplace", 1),
+    ):
+        spread: dict[str, Any] = (
+            {"groups_by_kind": True} if zero_stage is None else {"deepspeed": deepspeed_settings(zero_stage)}
+        )
+        checkpoint = folder / source / "checkpoint-3"
+        report[source]["continued"] = continued(folder / f"to {name}", checkpoint, placement, **spread)  # type: ignore[arg-type]
+    scheduler = {
+        "type": "WarmupDecayLR",
+        "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+    }
+    report["random"] = random_run(folder / "random", deepspeed=deepspeed_settings(2, scheduler=scheduler))
     report["stage 2"]["best"] = best_run(folder / "best", deepspeed=deepspeed_settings(2))
     return report
 
@@ -363,60 +435,95 @@ def refusals(folder: Path) -> dict[str, str]:
     return {"optimizers": dropped, "autotp": error_of(lambda: make_trainer(folder, deepspeed=split))}
 
 
-def sft_run(folder: Path, **changes: Any) -> list[float]:
-    """TRL's SFTTrainer on the same samples, tokenized already."""
+def sft_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same samples, tokenized already; the second half once more from its checkpoint."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from tests.models.tiny import tiny_tokenizer
 
-    trainer = SFTTrainer(
-        make_model(),
-        arguments(folder, SFTConfig, max_length=None, bf16=False, **changes),
-        train_dataset=Dataset.from_list(as_rows(dealt_samples())),
-        processing_class=tiny_tokenizer(),
-        callbacks=[SparseZeroCallback()],
-    )
-    trainer.train()
-    return losses_of(trainer)
+    report: dict[str, Any] = {}
+    for name, checkpoint in (("losses", None), ("resumed_losses", str(folder / "checkpoint-3"))):
+        trainer = SFTTrainer(
+            make_model(),
+            arguments(folder, SFTConfig, max_length=None, bf16=False, **changes),
+            train_dataset=Dataset.from_list(as_rows(dealt_samples())),
+            processing_class=tiny_tokenizer(),
+            callbacks=[SparseZeroCallback()],
+        )
+        with no_pickles():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        report[name] = losses_of(trainer)
+    return {**report, "stored": stored(folder / "checkpoint-6")}
 
 
-def accelerate_run(folder: Path) -> dict[str, Any]:
-    """A loop of one's own on accelerate, stopped after three steps and continued by another engine."""
+def accelerate_losses(
+    folder: Path, start: int, end: int, *, stage: int | None, check: Callable[[Any, Any], Any] | None = None
+) -> tuple[list[float], Any]:
+    """A loop of one's own on accelerate: its losses from one step to another, and the model.
+
+    Args:
+        folder: read where ``start`` is not 0, and written at the end.
+        start, end: steps.
+        stage: of ZeRO; None: without DeepSpeed.
+        check: called with the accelerator and the prepared model before the first step.
+    """
     from accelerate import Accelerator, DeepSpeedPlugin
     from torch.utils.data import DataLoader
 
     _, world_size = rank_and_world_size()
-    losses: list[float] = []
-    for start, end in ((0, 3), (3, STEPS)):
-        configure_accelerate(deepspeed=True)
-        plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=CLIP)
+    accumulation = GLOBAL_BATCH // (MICRO_BATCH * world_size)
+    configure_accelerate(deepspeed=stage is not None)
+    if stage is None:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    else:
+        plugin = DeepSpeedPlugin(
+            zero_stage=stage, gradient_accumulation_steps=accumulation, gradient_clipping=CLIP, zero3_init_flag=False
+        )
         accelerator = Accelerator(deepspeed_plugin=plugin)
-        model = make_model()
-        optimizer = torch.optim.AdamW(sz.parameter_groups(model), lr=LEARNING_RATE, weight_decay=DECAY)
-        todo = dealt_samples()[start * GLOBAL_BATCH : end * GLOBAL_BATCH]
-        loader: Any = DataLoader(as_rows(todo), batch_size=MICRO_BATCH, collate_fn=collate_rows)  # type: ignore[arg-type]
-        engine, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        sz.attach(engine)
-        if start:
-            sz.load_checkpoint(engine, folder)
-        total = torch.zeros(())
-        for number, batch in enumerate(loader):
-            step, micro_step = divmod(number, ACCUMULATION)
-            tokens = response_tokens(todo[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH])
-            with accelerator.accumulate(engine):
-                share = response_nll(engine, batch) / tokens
-                # accelerate divides by the steps, DeepSpeed averages over the ranks.
-                accelerator.backward(share * ACCUMULATION * world_size)
-                optimizer.step()
-                optimizer.zero_grad()
-            total += share.detach()
-            if micro_step == ACCUMULATION - 1:
+    model = make_model()
+    optimizer: Any = torch.optim.AdamW(sz.parameter_groups(model), lr=LEARNING_RATE, weight_decay=DECAY)
+    scheduler: Any = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    todo = dealt_samples()[start * GLOBAL_BATCH : end * GLOBAL_BATCH]
+    loader: Any = DataLoader(as_rows(todo), batch_size=MICRO_BATCH, collate_fn=collate_rows)  # type: ignore[arg-type]
+    prepared, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    attach_accelerator(accelerator)
+    if start:
+        with no_pickles():
+            accelerator.load_state(str(folder))
+    if check is not None:
+        check(accelerator, prepared)
+    losses: list[float] = []
+    total = torch.zeros(())
+    for number, batch in enumerate(loader):
+        step, micro_step = divmod(number, accumulation)
+        tokens = response_tokens(todo[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH])
+        with accelerator.accumulate(prepared):
+            share = response_nll(prepared, batch) / tokens
+            # accelerate divides by the steps, DeepSpeed averages over the ranks.
+            accelerator.backward(share * accumulation * world_size)
+            if stage is None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        total += share.detach()
+        if micro_step == accumulation - 1:
+            if dist.is_initialized():
                 dist.all_reduce(total)
-                losses.append(total.item())
-                total.zero_()
-        sz.save_checkpoint(engine, folder)
-    return {"losses": losses, "written_back": weights_are_values(model)}
+            losses.append(total.item())
+            total.zero_()
+    with no_pickles():
+        accelerator.save_state(str(folder))
+    return losses, model
+
+
+def accelerate_run(folder: Path) -> dict[str, Any]:
+    """Three steps at stage 2, and three of another engine at stage 3."""
+    first, _ = accelerate_losses(folder, 0, 3, stage=2)
+    found = stored(folder)
+    second, model = accelerate_losses(folder, 3, STEPS, stage=3)
+    return {"losses": first + second, "stored": found, "inplace_in_shards": has_shards(model)}
 
 
 def everything(folder: str) -> dict[str, Any]:
@@ -424,7 +531,7 @@ def everything(folder: str) -> dict[str, Any]:
     from tests.integrations.parallel_workers import splits
 
     root = Path(folder)
-    report: dict[str, Any] = {"own": {}}
+    report: dict[str, Any] = {"own": {}, "folder": folder}
     report["trainer"] = trainers(root, report["own"])
     report["accelerate"] = accelerate_run(root / "accelerate")
     if importlib.util.find_spec("trl") is not None:

@@ -1,0 +1,219 @@
+"""What does another program's training loop need besides the canonical checkpoint, and how do both share a folder?
+
+The folder is a checkpoint as :func:`sparse_zero.save_checkpoint` writes it, with ``adapter/`` and whatever files the
+program adds, under one manifest: all of it appears at once, or nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from sparse_zero.checkpoint.adapter import save_adapter
+from sparse_zero.checkpoint.checkpoint import save_checkpoint
+from sparse_zero.checkpoint.folders import MANIFEST, new_folder
+from sparse_zero.collectives import failing_together, rank_and_world_size
+from sparse_zero.errors import InputError
+from sparse_zero.integrations.plain_state import from_plain, to_plain
+from sparse_zero.layers.sparsify import trainable_parameters
+from sparse_zero.zero.compat import inner_optimizer, stepped
+
+ADAPTER_FOLDER = "adapter"
+# Options of a group of parameters that belong to the machine, not to the training.
+_OF_THE_MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")
+# What torch's schedulers have one of for each group.
+_BY_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs"}
+# Set on an optimizer that steps every value.
+_MARK = "_sparse_zero_steps_every_value"
+
+
+def _step_every_value(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: give the values that no batch has reached a gradient of zero, as DeepSpeed does.
+
+    torch's optimizers pass over what has no gradient: it would have no state, without which a checkpoint is not
+    loaded, and later a counter of its own, where a checkpoint has one for all.
+    """
+    for group in optimizer.param_groups:
+        for values in group["params"]:
+            if values.requires_grad and values.grad is None:
+                values.grad = torch.zeros_like(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainEngine:
+    """A model and its torch optimizer without DeepSpeed, as the functions that take an engine see them: stage 0.
+
+    From then on the optimizer steps every value, also those that no batch has reached.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.optimizer, _MARK):
+            self.optimizer.register_step_pre_hook(_step_every_value)
+            setattr(self.optimizer, _MARK, True)
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Have what a block finds wrong with the form of a stored state raise :class:`InputError`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{source} does not have the state of this loop ({what}): use another checkpoint") from error
+
+
+def _values_of_groups(engine: Any) -> list[list[str]]:
+    """Names of the values in each of the optimizer's groups; DeepSpeed leaves out groups without any."""
+    names = {id(parameter): name for name, parameter in trainable_parameters(engine.module).items()}
+    found: list[list[str]] = [[] for _ in inner_optimizer(engine).param_groups]
+    for each in stepped(engine):
+        found[each.group] += [names[id(values)] for values in each.values]
+    return found
+
+
+def group_options(engine: Any) -> list[dict[str, Any]]:
+    """For each of the optimizer's groups the ``values`` in it and its ``options``: learning rate, decay and others."""
+    optimizer = inner_optimizer(engine)
+    return [
+        {
+            "values": sorted(values),
+            "options": {
+                name: to_plain(value, f"the optimizer {type(optimizer).__name__}")
+                for name, value in group.items()
+                if name not in _OF_THE_MACHINE and isinstance(value, (bool, int, float, str, list, tuple, Tensor))
+            },
+        }
+        for values, group in zip(_values_of_groups(engine), optimizer.param_groups, strict=True)
+    ]
+
+
+def match_groups(engine: Any, stored: list[dict[str, Any]], source: Path) -> list[int]:
+    """For each of the optimizer's groups, which of those that :func:`group_options` gave it goes on with.
+
+    Raises:
+        InputError: values of one group were in several, with other options.
+    """
+    group_of = {name: number for number, group in enumerate(stored) for name in group["values"]}
+    sources = []
+    for number, values in enumerate(_values_of_groups(engine)):
+        found = sorted({group_of[name] for name in values})
+        if any(stored[each]["options"] != stored[found[0]]["options"] for each in found):
+            raise InputError(
+                f"{source} was trained with {len(stored)} groups of parameters, of which {len(found)} with different "
+                "options are one now: make the groups as they were"
+            )
+        # A group without values goes on with the one in its place, if there is one.
+        sources.append(found[0] if found else min(number, len(stored) - 1))
+    return sources
+
+
+def set_group_options(engine: Any, stored: list[dict[str, Any]], sources: list[int]) -> None:
+    """Go on with what :func:`group_options` gave, as :func:`match_groups` says."""
+    for group, number in zip(inner_optimizer(engine).param_groups, sources, strict=True):
+        for name, value in stored[number]["options"].items():
+            if name in group and isinstance(group[name], Tensor):
+                group[name].fill_(from_plain(value))
+            elif name in group:
+                group[name] = from_plain(value)
+
+
+def _scheduler_name(scheduler: Any) -> str:
+    """Of the class of a scheduler, without accelerate's around it."""
+    return "none" if scheduler is None else type(getattr(scheduler, "scheduler", scheduler)).__name__
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """What a learning rate scheduler knows, if there is one, and its class, in JSON's types.
+
+    Raises:
+        InputError: JSON cannot say it.
+    """
+    name = _scheduler_name(scheduler)
+    return {"name": name, "state": scheduler and to_plain(scheduler.state_dict(), f"the scheduler {name}")}
+
+
+def check_scheduler(scheduler: Any, stored: dict[str, Any], source: Path) -> None:
+    """Refuse a scheduler of another class than :func:`scheduler_state` has seen. Raises :class:`InputError`."""
+    name = _scheduler_name(scheduler)
+    if name != stored["name"]:
+        raise InputError(f"{source} was trained with the scheduler {stored['name']}, and here is {name}: use the same")
+
+
+def set_scheduler_state(scheduler: Any, stored: dict[str, Any], sources: list[int]) -> None:
+    """Go on with what :func:`scheduler_state` gave.
+
+    Args:
+        scheduler: of the same class, see :func:`check_scheduler`; or None, where there was none.
+        stored: what it gave.
+        sources: of :func:`match_groups`.
+    """
+    if scheduler is None:
+        return
+    state = from_plain(stored["state"])
+    for key in _BY_GROUP & state.keys():
+        state[key] = [state[key][number] for number in sources]
+    scheduler.load_state_dict(state)
+
+
+@contextmanager
+def _filled_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder``, on rank 0; a path that nothing is written to on others. Collective.
+
+    The block may be collective: an error in it must be one on all ranks.
+    """
+    is_writer = rank_and_world_size()[0] == 0
+    with ExitStack() as stack:
+        temporary = folder
+        with failing_together():
+            if is_writer:
+                temporary = stack.enter_context(new_folder(folder))
+        yield temporary
+        with failing_together():
+            # It appears now.
+            stack.pop_all().close()
+
+
+@contextmanager
+def loop_folder(folder: Path, engine: Any, *, extra: Mapping[str, Any] | None) -> Iterator[Path | None]:
+    """Write checkpoint and adapter to ``folder``, with what the block adds. Collective.
+
+    Args:
+        folder: replaced atomically by rank 0, if it exists and was written by this program.
+        engine: DeepSpeed's, or a :class:`PlainEngine`.
+        extra: JSON values for :attr:`Checkpoint.extra`; None writes the adapter alone, from which nothing continues.
+
+    Yields:
+        The folder to put more files into, on rank 0; None on others. The block must not communicate.
+
+    Raises:
+        InputError: see :func:`sparse_zero.save_checkpoint`; or ``folder`` is somebody else's.
+    """
+    is_writer = rank_and_world_size()[0] == 0
+    try:
+        with _filled_folder(folder) as temporary:
+            if extra is not None:
+                save_checkpoint(engine, temporary / "checkpoint", extra=dict(extra))
+            save_adapter(engine, temporary / ADAPTER_FOLDER)
+            with failing_together():
+                if is_writer and extra is not None:
+                    # One manifest for all of it takes the place of the checkpoint's own.
+                    (temporary / "checkpoint" / MANIFEST).unlink()
+                    for path in sorted((temporary / "checkpoint").iterdir()):
+                        path.rename(temporary / path.name)
+                    (temporary / "checkpoint").rmdir()
+                yield temporary if is_writer else None
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} cannot be written ({getattr(error, 'strerror', None) or error}): make room, or see to its "
+            "permissions; checkpoints before it are as they were"
+        ) from error
