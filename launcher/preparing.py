@@ -21,7 +21,10 @@ from launcher.deepspeed_config import (
 )
 from launcher.exporting import save_model_folder
 from launcher.kept_base import check_is_base_of, check_kept, earlier_selection, kept_model
-from launcher.run_folder import RunFolder, check_same_run, check_writable, find_start, kept_folder
+from launcher.resuming import choose_start, clear_interrupted, find_start
+from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
+from launcher.same_input import check_same_input
+from launcher.shared_folder import share_newest
 from launcher.world import World
 from models.base_identity import base_identity
 from models.collate import collate
@@ -40,7 +43,7 @@ from models.loading import (
 from models.loss import response_nll
 from models.sampler import BatchSampler
 from models.sharded_loading import ShardedLoadingWarning, load_sharded
-from sparse_zero.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sparse_zero.checkpoint.checkpoint import Checkpoint
 from sparse_zero.checkpoint.folders import MANIFEST, file_sha256
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import failing_together
@@ -259,8 +262,12 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
     with failing_together():
         check_run(config, continues=continues)
         validate_with_deepspeed(deepspeed_config(config, world.world_size), world.world_size)
-        checkpoint_path = find_start(folder, config) if continues else None
-        checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
+        if continues and world.keeps_folder:
+            clear_interrupted(folder)
+    if continues and config.checkpoint.resume != "never":
+        share_newest(folder, world)
+    checkpoint = choose_start(folder, config) if continues else None
+    with failing_together():
         if checkpoint is not None:
             check_can_continue(config)
             _check_same_selection(config, checkpoint)
@@ -278,6 +285,9 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         train = load_samples(config.data, tokenizer, "train")
         validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
+    if world.world_size > 1:
+        check_same_input(config, source, {"data.train": train, "data.validation": validation})
+    with failing_together():
         model = None if sharded else load_model(source)
     if sharded:
         model = load_sharded(source, deepspeed_config(config, world.world_size))
@@ -407,7 +417,7 @@ def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
         retired=None if prepared.checkpoint is None else prepared.checkpoint.retired,
         module_map=prepared.module_map,
     )
-    return new_engine(prepared.model, prepared.config, world)
+    return new_engine(prepared.model, prepared.config, world.world_size)
 
 
 def _kinds(config: RunConfig) -> list[Kind] | None:
@@ -415,15 +425,22 @@ def _kinds(config: RunConfig) -> list[Kind] | None:
     return None if config.selection.file is not None else [region.kind for region in config.selection.regions]
 
 
-def new_engine(model: Any, config: RunConfig, world: World) -> Any:
-    """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective."""
-    settings = deepspeed_config(config, world.world_size)
+def new_engine(model: Any, config: RunConfig, world_size: int, *, broadcast_weights: bool = False) -> Any:
+    """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective.
+
+    Args:
+        model: sparsified.
+        config: of the run.
+        world_size: ranks.
+        broadcast_weights: False: every rank has read the same files, and the ranks compare their weights.
+    """
+    settings = deepspeed_config(config, world_size)
     offloaded = offload_device(settings, "offload_optimizer") is not None
     optimizer = config.training.optimizer_config()
     engine, *_ = initialize(
         model=model,
         config=settings,
-        broadcast_weights=False,  # Every rank has read the same files; its weights are compared.
+        broadcast_weights=broadcast_weights,
         optimizer=lambda groups: build_optimizer(
             groups, optimizer, model=model, offloaded=offloaded, kinds=_kinds(config)
         ),

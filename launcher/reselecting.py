@@ -37,7 +37,7 @@ def check_selection_now(
         step: optimizer steps done.
         samples: the training data, of which others are drawn at every check.
         pad_token_id: for batches of different lengths.
-        folder: where rank 0 writes the new selection.
+        folder: where the new selection is written.
         module_map: of the base.
         make_engine: from the sparsified model to an engine.
 
@@ -57,7 +57,7 @@ def check_selection_now(
         step=step,
     )
     engine.train()
-    if found.changed and world.is_main:
+    if found.changed and world.keeps_folder:
         assert found.scores is not None
         found.scores.save(folder.scores)
         selection_of(engine.module).save(folder.selection)

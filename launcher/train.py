@@ -9,14 +9,18 @@ python launcher/train.py --config run.yaml
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.evaluating import evaluate_model
 from launcher.exporting import save_model_folder
+from launcher.faults import describe_disk_error, lost_a_rank
 from launcher.metrics import MetricsLog
+from launcher.node_guard import write_exit_record
 from launcher.preparing import (
     Phases,
     Prepared,
@@ -27,10 +31,11 @@ from launcher.preparing import (
     prepare,
 )
 from launcher.process_ranks import find_ranks, reports_errors
-from launcher.report import write_report
-from launcher.run_folder import RunFolder
+from launcher.report import FOLDER_NAME, PAGE_NAME, write_report
+from launcher.run_folder import RunFolder, RunLock
 from launcher.selection_terminal import save_choice
-from launcher.stopping import Stopped, stoppable
+from launcher.shared_folder import find_folders
+from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL, Stopped, StopRequest, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
@@ -38,7 +43,8 @@ from models.gather import gather_json
 from models.loading import pad_token_id
 from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint
-from sparse_zero.collectives import PeerError, leave_process_group
+from sparse_zero.checkpoint.folders import clear_leftovers
+from sparse_zero.collectives import PeerError, failing_together, leave_process_group
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
 from sparse_zero.layers.merge import merge
@@ -49,8 +55,9 @@ from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.communication import engine_communication
 from sparse_zero.zero.compat import detach_engine, has_shards, make_plain
 
-# Exit codes besides 0: wrong input, an error while running, and 128 + signal after a clean stop.
-EXIT_INPUT, EXIT_ERROR, EXIT_SIGNAL = 2, 1, 128
+# A rank that has lost another one ends this much later: the launcher then sees first the one that ended first, whose
+# exit code tells more.
+_AFTER_THE_FIRST_SECONDS = 3.0
 
 
 def _say(world: World, text: str) -> None:
@@ -63,8 +70,11 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
     out = prepared.folder.evaluation / f"{name}.json"
     reuse = name == "base" and prepared.resumes and out.is_file()
     if all(gather_json(reuse)):
-        earlier = read_json(out)
-        return float(earlier["accuracy"]), int(earlier["num_problems"])
+        earlier = read_json(out, strict=True)
+        try:
+            return float(earlier["accuracy"]), int(earlier["num_problems"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{out} is no evaluation ({error!r}): delete it, and it is made again") from error
     result = evaluate_model(
         prepared.config, world, model, prepared.tokenizer, prepared.test, out, f"evaluating the {name} model"
     )
@@ -78,7 +88,7 @@ def _select(prepared: Prepared, world: World) -> Selection:
         selection, scores = choose_selection(prepared, world)
     else:
         selection, scores = prepared.checkpoint.selection, None
-    if world.is_main:
+    if world.keeps_folder:
         if scores is not None:
             scores.save(prepared.folder.scores)
         selection.save(prepared.folder.selection)
@@ -89,14 +99,14 @@ def _train(prepared: Prepared, engine: Any, world: World) -> tuple[TrainingResul
     """Continue from the checkpoint if there is one, and train to the end or to a signal; the engine it ended with."""
     earlier: dict[str, Any] = {}
     if prepared.checkpoint is not None:
-        earlier = load_checkpoint(engine, prepared.checkpoint.folder).extra
+        earlier = load_checkpoint(engine, prepared.checkpoint).extra
         _say(world, f"continuing from {prepared.checkpoint.folder} after step {earlier['step']}")
     first_step = int(earlier.get("step", 0))
     state = LoopState(
         config=prepared.config,
         world=world,
         engine=engine,
-        make_engine=lambda model: new_engine(model, prepared.config, world),
+        make_engine=lambda model: new_engine(model, prepared.config, world.world_size),
         module_map=prepared.module_map,
         train=prepared.train.samples,
         validation=prepared.validation.samples if prepared.validation else (),
@@ -106,10 +116,10 @@ def _train(prepared: Prepared, engine: Any, world: World) -> tuple[TrainingResul
         first_step=first_step,
         earlier=earlier,
     )
-    if not world.is_main:
+    if not world.keeps_folder:
         return train(state, None), state.engine
-    resumed = first_step if first_step else None
-    with MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=prepared.config.output.tensorboard) as log:
+    resumed, tensorboard = first_step if first_step else None, world.is_main and prepared.config.output.tensorboard
+    with MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=tensorboard) as log:
         return train(state, log), state.engine
 
 
@@ -125,6 +135,19 @@ def _tuned_model(prepared: Prepared, engine: Any) -> Any:
         model = detach_engine(engine)
     merge(model)
     return model
+
+
+def _save_merged(prepared: Prepared, world: World, model: Any) -> None:
+    """Write the plain model. Collective."""
+    if has_shards(model):
+        save_model_folder(model, prepared.tokenizer, prepared.folder.merged)
+        return
+    with failing_together():
+        if not world.is_main:
+            return
+        if prepared.config.model.quantization != "none":
+            merge(model.to("cpu"))  # Made dense on the host, when the device is needed no more.
+        save_model_folder(model, prepared.tokenizer, prepared.folder.merged)
 
 
 def _write_summary(
@@ -153,6 +176,7 @@ def _write_summary(
             "merged_bytes": folder.size_of(folder.merged),
             "world_size": world.world_size,
             "steps": result.step,
+            "checkpoint_stall_seconds": result.checkpoint_stall_seconds,
             "resumed_after_step": 0 if prepared.checkpoint is None else prepared.checkpoint.extra["step"],
             "final_loss": result.final_loss,
             "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},
@@ -160,19 +184,47 @@ def _write_summary(
     )
 
 
-def _run_in_world(config: RunConfig, world: World) -> int:
+def _end_again(config: RunConfig, world: World) -> int:
+    """What a start of a complete run does: it tells so, and draws the report if none was drawn of the end."""
+    folder = RunFolder(config.output.folder)
+    _say(world, f"the run in {folder.path} is complete already; for another merged model or report: export, report")
+    if world.is_main:
+        print_summary(folder.path)
+        page = folder.path / FOLDER_NAME / PAGE_NAME
+        if config.output.report and not (page.is_file() and page.stat().st_mtime >= folder.summary.stat().st_mtime):
+            print(f"report: {write_report(folder.path)}")
+    return 0
+
+
+def _take_over(config: RunConfig, folder: RunFolder, lock: RunLock) -> None:
+    """Remove what killed starts have left half written in the run folder, and say there which run it is."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    for place in (folder.path, folder.checkpoints, folder.evaluation, folder.path / FOLDER_NAME):
+        if place.is_dir():
+            clear_leftovers(place, ".+")
+    atomic_write_text(folder.config, resolved_yaml(config))
+
+
+def _run_in_world(config: RunConfig, world: World, request: StopRequest) -> int:
+    with RunLock(Path(config.output.folder)) as lock:
+        return _run_alone(config, world, request, lock)
+
+
+def _run_alone(config: RunConfig, world: World, request: StopRequest, lock: RunLock) -> int:
     folder = RunFolder(config.output.folder)
     phases = Phases()
     with phases.measure("load"):
+        world = find_folders(config, world)
+        with failing_together():
+            if world.keeps_folder:
+                lock.take()
         prepared = prepare(config, world)
     if all(gather_json(folder.summary.is_file())) and config.checkpoint.resume == "auto":
-        _say(world, f"the run in {folder.path} is complete already; for another merged model or report: export, report")
-        if world.is_main:
-            print_summary(folder.path)
-        return 0
-    if world.is_main:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder.config, resolved_yaml(config))
+        return _end_again(config, world)
+    with failing_together():
+        if world.keeps_folder:
+            _take_over(config, folder, lock)
     _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
     accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": 0}
     memory = PeakMemory(world.device)
@@ -186,9 +238,11 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
     with phases.measure("train"):
         result, engine = _train(prepared, make_engine(prepared, selection, world), world)
-    if result.stopped_by:
-        _say(world, f"stopped by signal {result.stopped_by} after step {result.step}; start again to continue")
-        return EXIT_SIGNAL + result.stopped_by
+    # A signal that came with the last step, or after the ranks had spoken about it, has only been noted.
+    stopped_by = result.stopped_by or max(gather_json(request.signal))
+    if stopped_by:
+        _say(world, f"stopped by signal {stopped_by} after step {result.step}; start again to continue")
+        return EXIT_SIGNAL + stopped_by
     # Of the selection that training ended with.
     trained, retired = selection_of(engine.module).num_parameters, num_retired(engine.module)
     communication = engine_communication(engine)
@@ -198,15 +252,14 @@ def _run_in_world(config: RunConfig, world: World) -> int:
             save_adapter(engine, folder.adapter, base=prepared.base)
         # Not where nobody asks for it: what is offloaded to a disk could not be read.
         model: Any = _tuned_model(prepared, engine) if config.output.merged or prepared.test else None
-        if config.output.merged and not is_quantized and (world.is_main or has_shards(model)):
-            save_model_folder(model, prepared.tokenizer, folder.merged)
+        if config.output.merged and not is_quantized:
+            _save_merged(prepared, world, model)
     if prepared.test:
         with phases.measure("evaluate_tuned"):
             accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
-    if config.output.merged and is_quantized and world.is_main:
-        with phases.measure("save"):  # Made dense on the host, when the device is needed no more.
-            merge(model.to("cpu"))
-            save_model_folder(model, prepared.tokenizer, folder.merged)
+    if config.output.merged and is_quantized:
+        with phases.measure("save"):
+            _save_merged(prepared, world, model)
     counts = {"total": total, "trained": trained, "retired": retired, "peak_memory_bytes": memory.peak_bytes()}
     _write_summary(prepared, world, phases, result, accuracy, counts, communication)
     if world.is_main:
@@ -216,30 +269,90 @@ def _run_in_world(config: RunConfig, world: World) -> int:
     return 0
 
 
-def _in_world(work: Callable[[World], int], check: Callable[[], None]) -> int:
+def _said_by_one(code: int) -> int:
+    """The exit code of the rank that reports for all, on every rank; the others give 0. Collective."""
+    return int(max(gather_json(code)))
+
+
+def _tell_notes(error: BaseException) -> None:
+    """Say what came on top of an error: a checkpoint that could not be written."""
+    for note in getattr(error, "__notes__", ()):
+        print(f"sparse-zero: error: {note}", file=sys.stderr, flush=True)
+
+
+def _code_of(error: Exception, folder: Path, rank: int) -> int | None:
+    """Explain an error in one line and return its exit code; None for one that needs its traceback."""
+    explained = describe_disk_error(error, folder)
+    if explained is not None:
+        print(f"sparse-zero: error: {explained}", file=sys.stderr, flush=True)
+        return EXIT_ERROR
+    if lost_a_rank(error):
+        print(
+            f"sparse-zero: error: rank {rank} has lost the connection to another rank, which told why or was killed; "
+            f"start again to continue from the last checkpoint ({' '.join(str(error).split())[:300]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        with suppress(Stopped):  # The launcher ends the others of a rank that has ended.
+            time.sleep(_AFTER_THE_FIRST_SECONDS)
+        return EXIT_LOST
+    return None
+
+
+def _in_world(work: Callable[[World, StopRequest], int], check: Callable[[], None], folder: Path) -> int:
     """Join the ranks, do ``work``, leave; the exit code. Signals outside the training loop end it at once.
 
     An unexpected error leaves the process group as it is: leaving might wait for ranks that wait for this one, and the
     launcher ends them when this process ends.
+
+    Args:
+        work: gets this process's place, and what tells of signals that have not raised.
+        check: what can be found wrong before anything is started.
+        folder: what is written into, for errors of the disk.
     """
-    if find_ranks(os.environ).world_size == 1:
+    ranks = find_ranks(os.environ)
+    rank = ranks.rank
+    if ranks.world_size == 1:
         check()  # Alone, what is wrong is said before anything is started.
-    with stoppable():
+    with stoppable() as request:
         try:
             world = join_world()
             speak_once(world)
-            code = work(world)
-        except PeerError:
-            code = EXIT_INPUT
+            code = work(world, request)
+            request.raises = False  # From here on there is nothing to cut short.
+        except Stopped as stop:
+            _tell_notes(stop)
+            print(
+                f"sparse-zero: rank {rank} was {stop} at once; start again to continue from what is complete",
+                file=sys.stderr,
+            )
+            return EXIT_SIGNAL + stop.signal
+        except PeerError as error:
+            request.raises = False
+            _tell_notes(error)
+            code = _said_by_one(0)
         except NonFiniteError as error:
+            request.raises = False
+            _tell_notes(error)
             _say(world, f"sparse-zero: error: {error}")
             code = EXIT_ERROR
-        except Stopped as stop:
-            print(f"sparse-zero: {stop} before there was anything to save", file=sys.stderr)
-            return EXIT_SIGNAL + stop.signal
-        except InputError:
-            leave_process_group()
-            raise
+        except Exception as error:
+            request.raises = False
+            _tell_notes(error)
+            agrees = getattr(error, "speaks_for_all", False)  # The others have met a PeerError.
+            if isinstance(error, InputError):
+                if agrees:
+                    _said_by_one(EXIT_INPUT)
+                leave_process_group()
+                raise
+            explained = _code_of(error, folder, rank)
+            if agrees:
+                _said_by_one(explained or EXIT_ERROR)
+            if explained is None:
+                raise
+            if not agrees:
+                return explained
+            code = explained
         leave_process_group()
         return code
 
@@ -250,7 +363,11 @@ def run(config: RunConfig) -> int:
     Raises:
         InputError: the config cannot be used; nothing has been written then.
     """
-    return _in_world(lambda world: _run_in_world(config, world), lambda: check_run(config))
+    return _in_world(
+        lambda world, request: _run_in_world(config, world, request),
+        lambda: check_run(config),
+        Path(config.output.folder),
+    )
 
 
 def select_only(config: RunConfig, out: Path, scores_out: Path | None) -> int:
@@ -262,14 +379,14 @@ def select_only(config: RunConfig, out: Path, scores_out: Path | None) -> int:
         scores_out: the file of the scores; None: they are not kept.
     """
 
-    def work(world: World) -> int:
+    def work(world: World, request: StopRequest) -> int:
         prepared = prepare(config, world, continues=False)
         selection, scores = choose_selection(prepared, world)
         if world.is_main:
             save_choice(selection, scores, out, scores_out)
         return 0
 
-    return _in_world(work, lambda: check_run(config, continues=False))
+    return _in_world(work, lambda: check_run(config, continues=False), out.parent)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,13 +395,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the YAML file of the run")
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    # Where `sparse-zero launch` reads how each rank ended; see launcher.node_guard.
+    parser.add_argument("--exit_record", default=None, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(argv)
     try:
-        return run(load_config(args.config, overrides))
+        code = run(load_config(args.config, overrides))
     except InputError as error:
         if reports_errors(error, os.environ):
             print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_INPUT
+        code = EXIT_INPUT
+    write_exit_record(args.exit_record, code)
+    return code
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ class World:
     device: torch.device
     # What named the ranks (torchrun, openmpi, …), for the log.
     launcher: str
+    # Ranks that keep a copy of the run folder: rank 0, and where nodes have disks of their own one on each of them.
+    keepers: tuple[int, ...] = (0,)
+
+    @property
+    def keeps_folder(self) -> bool:
+        """Whether this rank writes what a start needs to the run folder as it sees it."""
+        return self.rank in self.keepers
 
     @property
     def is_main(self) -> bool:

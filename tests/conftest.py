@@ -1,6 +1,7 @@
 """What holds for every test: no network, no tokenizer threads, one cache for the operators that are built."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module is imported: some libraries read it only then."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        # Under nohup what is tested would rightly ignore it, too.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

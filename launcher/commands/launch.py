@@ -1,30 +1,29 @@
 """`sparse-zero launch`: start the worker on every rank of the cluster."""
 
 import argparse
+import dataclasses
 import os
 import shlex
-import signal
-import subprocess
+import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
+from launcher.cluster_config import ClusterConfig
 from launcher.command_line import worker_command
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.process_ranks import free_port
+from launcher.run_folder import RunFolder
+from launcher.supervising import Limits, Node, Start, Supervisor, limits_of, master_of, read_hostfile
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
 _CPU_RANKS = 2
 # What nodes agree on without a word: the default of torch and of DeepSpeed.
 _PORT_ACROSS_NODES = 29500
-# Time for the workers to write a checkpoint and end, after the launcher itself has ended.
-_GRACE_SECONDS = 120.0
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
@@ -46,65 +45,92 @@ sparse-zero launch --config configs/runs/llama-2-7b-smt-2x8.yaml --cluster.hostf
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
     config = read_run(args)
-    hostfile = config.cluster.hostfile
-    if config.cluster.launcher == "pdsh" and hostfile is not None and not Path(hostfile).is_file():
-        raise InputError(f"cluster.hostfile is {hostfile}, which is no file: it needs a line 'name slots=8' a node")
     num_gpus, devices = _ranks(config)
-    if num_gpus is not None:
+    nodes = _nodes(config.cluster, num_gpus)
+    limits = limits_of(config.cluster, nodes) if nodes else Limits(least=1, most=1)
+    ranks = sum(node.slots for node in nodes[: config.cluster.num_nodes]) or (num_gpus or 0) * config.cluster.num_nodes
+    if ranks:
         # Found here, a contradiction is one line; found by the workers, it is one for every rank.
-        deepspeed_config(config, num_gpus * config.cluster.num_nodes)
-    command = worker_command(
-        config,
-        args.config,
-        args.overrides,
-        python=sys.executable,
-        num_gpus=num_gpus,
-        master_port=_master_port(config),
-        devices=devices,
-    )
+        deepspeed_config(config, ranks)
+
+    def command(config: RunConfig, extra: Sequence[str]) -> list[str]:
+        return worker_command(
+            config,
+            args.config,
+            [*args.overrides, *extra],
+            python=sys.executable,
+            num_gpus=num_gpus,
+            master_port=_master_port(config),
+            devices=devices,
+        )
+
     if args.dry_run:
-        print(shlex.join(command))
+        print(shlex.join(command(config, [])))
         return 0
-    return _run_to_the_end(command)
+    with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder:
+        supervisor = Supervisor(
+            nodes or [Node("this machine", 1)],
+            limits,
+            config.cluster,
+            lambda start: command(config_of_start(config, nodes, start, Path(folder)), worker_arguments(config, start)),
+            RunFolder(config.output.folder).checkpoints,
+            _remote(config.cluster),
+        )
+        return supervisor.run()
 
 
-def _group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
+    """All nodes that this command may start something on, and their ranks; none where every node has its command."""
+    if cluster.launcher == "pdsh":
+        assert cluster.hostfile is not None
+        nodes = read_hostfile(Path(cluster.hostfile))
+        return [Node(node.name, ranks_per_node or node.slots) for node in nodes]
+    if cluster.num_nodes > 1:
+        return []
+    import torch
+
+    return [Node("this machine", ranks_per_node or torch.cuda.device_count())]
 
 
-def _run_to_the_end(command: Sequence[str]) -> int:
-    """Run the launcher in a process group of its own, and let a signal end all of it cleanly.
+def _remote(cluster: ClusterConfig) -> list[str]:
+    """What runs a command on another node, in the way in which pdsh reaches it; empty where there is no other."""
+    if cluster.launcher != "pdsh":
+        return []
+    if shutil.which("ssh") is None:
+        raise InputError("cluster.launcher is pdsh, and this machine has no ssh: install the OpenSSH client")
+    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(cluster.node_timeout))}", *given]
 
-    DeepSpeed's runner dies of a signal without ending its workers. So the whole group is told, the workers write
-    their checkpoint, and this process waits until the group is empty. A second signal kills it.
 
-    Returns:
-        The launcher's exit code; 128 + signal when one ended the run.
-    """
-    received: list[int] = []
+def config_of_start(config: RunConfig, nodes: Sequence[Node], start: Start, folder: Path) -> RunConfig:
+    """The config of one start: on other nodes, perhaps with another first one."""
+    if config.cluster.launcher != "pdsh":
+        return config
+    hostfile = folder / f"hostfile-{start.restarts}"
+    hostfile.write_text("".join(f"{node.name} slots={node.slots}\n" for node in start.nodes), encoding="utf-8")
+    cluster = dataclasses.replace(
+        config.cluster,
+        hostfile=str(hostfile),
+        num_nodes=len(start.nodes),
+        master_address=master_of(config.cluster, nodes[0], start.nodes[0]),
+        # Limits are those of the whole run, and of no interest to the ranks of this one start.
+        min_world_size=None,
+        max_world_size=None,
+    )
+    changed = dataclasses.replace(config, cluster=cluster)
+    deepspeed_config(changed, sum(node.slots for node in start.nodes))
+    return changed
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
-    process = subprocess.Popen(command, start_new_session=True)
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while _group_is_alive(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 128 + received[0] if received else code
+def worker_arguments(config: RunConfig, start: Start) -> list[str]:
+    """What the worker is told besides: where to record its end, and from where a restart goes on."""
+    extra = [f"--exit_record={start.record}"]
+    checkpoints, resume = RunFolder(config.output.folder).checkpoints, config.checkpoint.resume
+    named_here = resume not in ("auto", "never") and Path(resume).resolve().parent == checkpoints.resolve()
+    if start.restarts and (resume == "never" or named_here):
+        # By now the run folder has what this very run wrote, which is what the setting was to keep apart.
+        extra.append("--checkpoint.resume=auto")
+    return extra
 
 
 def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:

@@ -106,7 +106,7 @@ def test_a_run_interrupted_after_a_reselection_continues_bit_for_bit(step, whole
     output = run(worker(write_run(base, tmp_path)), tmp_path)
     assert f"after step {step}" in output
     assert told(tmp_path) == told(folder)
-    for name in ("adapter/values.safetensors", "adapter/retired.safetensors", "merged/model.safetensors"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/retired.safetensors", "merged/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / "run" / name).read_bytes(), name
     assert sz.Selection.load(tmp_path / "run/selection.safetensors") == sz.Selection.load(
         folder / "run/selection.safetensors"

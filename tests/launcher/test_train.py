@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -320,8 +321,8 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base
     output = run(worker(config), tmp_path)
     assert "continuing from" in output
     assert losses(tmp_path) == losses(single[0])
-    assert (tmp_path / "run" / "adapter" / "values.safetensors").read_bytes() == (
-        single[0] / "run" / "adapter" / "values.safetensors"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        single[0] / "run" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
 
 
@@ -346,6 +347,31 @@ def test_interrupting_the_launcher_stops_all_ranks_cleanly(single, base, tmp_pat
     assert "stopped by signal" in output
     assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
     run(cli("launch", "--config", str(config)), tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(single[0]), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_rank_is_replaced_by_a_restart_from_the_last_checkpoint(single, base, tmp_path):
+    cluster = {"ranks_per_node": 3, "max_restarts": 1, "node_timeout": 20.0}
+    # Two micro-batches for three ranks: one of them is padding.
+    config = write_config(base, tmp_path, output__evaluate=False, training__micro_batch_size=4, cluster=cluster)
+    process = subprocess.Popen(
+        cli("launch", "--config", str(config)),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while not (tmp_path / "run" / "checkpoints" / "latest").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    ranks = [each for each in psutil.Process(process.pid).children(recursive=True) if each.environ().get("RANK") == "1"]
+    ranks[0].kill()
+    output = process.communicate(timeout=400)[0].decode()
+    assert process.returncode == 0, output[-6000:]
+    assert "ended unexpectedly; restart 1 of 1" in output
+    assert "starting again with 3 ranks, from the checkpoint of step" in output
+    assert "continuing from" in output
     assert losses(tmp_path) == pytest.approx(losses(single[0]), rel=1e-5)
 
 

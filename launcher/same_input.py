@@ -1,0 +1,63 @@
+"""Do all ranks read the same base, data and selection, where every node may have files of its own?
+
+What differs is said before the model is loaded. Of the base, its config and the names and sizes of its weight files are
+compared here; the weights themselves are when the engine is made (:mod:`sparse_zero.zero.same_weights`).
+"""
+
+import hashlib
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.config import RunConfig
+from models.data import SampleSet
+from models.gather import gather_json
+from models.loading import ModelConfig, model_folder
+from models.weight_files import weight_files
+from sparse_zero.collectives import failing_together
+from sparse_zero.errors import InputError
+from sparse_zero.selection.selection import Selection
+
+
+def base_outline(source: ModelConfig) -> str:
+    """Hash of a base's config, and of the names and sizes of its weight files."""
+    folder = model_folder(source)
+    settings = folder / "config.json"
+    content = settings.read_bytes() if settings.is_file() else b""
+    files = sorted(f"{path.name} {path.stat().st_size}" for path in map(Path, weight_files(folder, source.gguf_file)))
+    return hashlib.sha256(content + "\n".join(files).encode()).hexdigest()
+
+
+def samples_digest(samples: SampleSet) -> str:
+    """Hash of all token ids and labels: of the records, the template and the tokenizer at once."""
+    digest = hashlib.sha256()
+    for sample in samples.samples:
+        digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
+    return digest.hexdigest()
+
+
+def check_same_input(config: RunConfig, source: ModelConfig, samples: Mapping[str, SampleSet | None]) -> None:
+    """Raise on all ranks unless all read the same. Collective.
+
+    Args:
+        config: of the run.
+        source: what is loaded as the base.
+        samples: by name of the field, such as ``data.train``; None where there are none.
+
+    Raises:
+        InputError: names the field and the ranks, or a file that cannot be read.
+    """
+    mine: dict[str, str | None] = {}
+    with failing_together():
+        mine["model.name_or_path"] = base_outline(source)
+        for field, found in samples.items():
+            mine[field] = None if found is None else samples_digest(found)
+        mine["selection.file"] = config.selection.file and Selection.load(config.selection.file).digest()
+    everyone = gather_json(mine)
+    for field, value in everyone[0].items():
+        others = [str(rank) for rank, each in enumerate(everyone) if each[field] != value]
+        if others:
+            raise InputError(
+                f"{field} is not the same for ranks {', '.join(others)} as for rank 0, though it has the same name: "
+                "copy the same files (and the same tokenizer) to every node, or share them"
+            )
