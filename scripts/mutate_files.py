@@ -86,7 +86,7 @@ def digest(value: Any) -> str:
     def add(each: Any) -> None:
         if isinstance(each, Tensor):
             sha.update(f"{each.dtype} {tuple(each.shape)}".encode())
-            sha.update(each.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            sha.update(each.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         elif isinstance(each, dict):
             for key in sorted(each):
                 sha.update(repr(key).encode())
@@ -185,7 +185,8 @@ def checkpoint_target(folder: Path, engine: Engine) -> Target:
 
 def adapter_target(folder: Path) -> Target:
     """An adapter, loaded into a plain model."""
-    base, used = random_llama(SIZES), {}
+    base = random_llama(SIZES)
+    used: dict[str, Any] = {}
 
     def read(path: Path) -> str:
         selection = sz.load_adapter(used["model"], path)

@@ -198,7 +198,7 @@ def link(context: Context) -> Done:
     copy = context.outside / "copy"
     copy.write_bytes(path.read_bytes())
     path.unlink()
-    targets = {
+    targets: dict[str, str | Path] = {
         "outside": copy,
         "zero": "/dev/zero",
         "itself": path,

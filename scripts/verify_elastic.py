@@ -105,7 +105,7 @@ def _engine(configuration: Configuration, folder: Path | None) -> tuple[Any, boo
     )
 
 
-def _train(engine: Any, batches: Sequence[torch.Tensor]) -> list[float]:
+def _train(engine: Any, batches: torch.Tensor) -> list[float]:
     """Losses of the steps, over all ranks. Collective."""
     import torch.distributed as dist
 
