@@ -97,6 +97,7 @@ def fake_world(world_size: int, rank: int = 0) -> Iterator[FakeRecorder]:
     if not 0 <= rank < world_size:
         raise InputError(f"rank is {rank} in a world of {world_size}: it must lie in 0 to {world_size - 1}")
     _entered = True
+    import deepspeed
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -110,6 +111,8 @@ def fake_world(world_size: int, rank: int = 0) -> Iterator[FakeRecorder]:
     with patch.dict(os.environ, variables), agreed[0], agreed[1], agreed[2]:
         dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
+            # What DeepSpeed takes the number of ranks from, where it shards before there is an engine.
+            deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
             with FakeTensorMode(allow_non_fake_inputs=True), recorder, _real_selections():
                 yield recorder
         finally:

@@ -9,7 +9,7 @@ import pytest
 from launcher.__main__ import main
 from launcher.commands.plan import _judge
 from launcher.config import RunConfig, parse_config
-from launcher.planning import check_can_simulate, without_scores
+from launcher.planning import check_can_simulate, simulate_run, without_scores
 from launcher.yaml_files import dump_yaml
 from sparse_zero.errors import InputError
 from tests.models.tiny import tiny_llama
@@ -68,6 +68,15 @@ def test_a_run_is_planned_without_weights_data_or_ranks(
     assert "backward" in said.out
     assert "DeepSpeed" not in said.out + said.err
     assert not Path("out").exists()
+
+
+def test_stage_3_is_planned_with_its_shards(shapes: Path) -> None:
+    found = simulate_run(parse_config(mapping(shapes, zero={"stage": 3})), 4)
+    kinds = found["phases"]["forward"]["by_kind"]
+    # A quarter of them, of 4 bytes each.
+    assert kinds["weights"] == pytest.approx(found["parameters"], rel=0.05)
+    assert kinds["gathered"] > 0
+    assert found["phases"]["load"]["end_bytes"] < 2 * found["parameters"]
 
 
 def test_regions_keep_their_sizes_without_scores() -> None:
