@@ -5,6 +5,7 @@ starts from that one and writes another, which everything later belongs to: sele
 """
 
 import dataclasses
+from pathlib import Path
 
 from launcher.config import RunConfig
 from launcher.run_folder import RunFolder, check_can_write_in, is_filled, kept_folder
@@ -12,6 +13,7 @@ from models.base_identity import base_identity
 from models.loading import ModelConfig
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_json, read_json
 from sparse_zero.selection.selection import Selection
 
 _FIELD = "selection.full_calibration.keep_weights_in"
@@ -51,6 +53,25 @@ def earlier_selection(config: RunConfig, folder: RunFolder) -> Selection | None:
     return Selection.load(folder.selection)
 
 
+def begin_kept(config: RunConfig, folder: RunFolder) -> None:
+    """Note in the run folder, if it is there, that the kept base is being written.
+
+    A start that is killed before it has saved the selection, too, leaves a base that nobody can use; the next one may
+    then replace it.
+    """
+    kept = kept_folder(config)
+    if kept is not None and folder.config.is_file():
+        atomic_write_json(folder.kept_base, {"folder": str(kept.absolute())})
+
+
+def _is_left_over(kept: Path, folder: RunFolder) -> bool:
+    """Whether what lies in ``kept`` is of a start of this run that was killed before its selection was saved."""
+    if folder.selection.is_file() or not folder.kept_base.is_file():
+        return False
+    noted = read_json(folder.kept_base, strict=True)
+    return isinstance(noted, dict) and noted.get("folder") == str(kept.absolute())
+
+
 def check_kept(config: RunConfig, folder: RunFolder | None, *, resumes: bool) -> None:
     """Raise unless the kept base can be written, or, where the run has it already, be read.
 
@@ -73,7 +94,7 @@ def check_kept(config: RunConfig, folder: RunFolder | None, *, resumes: bool) ->
             )
     elif not is_filled(kept):
         check_can_write_in(kept, f"{_FIELD} is {kept}")
-    elif folder is None or earlier_selection(config, folder) is None:
+    elif folder is None or (earlier_selection(config, folder) is None and not _is_left_over(kept, folder)):
         raise InputError(
             f"{_FIELD} is {kept}, which is not empty: name a new folder, or delete this one; to train from weights "
             "that it holds, name it as model.name_or_path, and their selection as selection.file"

@@ -20,7 +20,7 @@ from launcher.deepspeed_config import (
     validate_with_deepspeed,
 )
 from launcher.exporting import save_model_folder
-from launcher.kept_base import check_is_base_of, check_kept, earlier_selection, kept_model
+from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
 from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
 from launcher.same_input import check_same_input
@@ -389,7 +389,8 @@ def _write_kept(prepared: Prepared, world: World) -> BaseIdentity:
     assert kept is not None
     with failing_together():
         if world.is_main:
-            check_kept(prepared.config, None, resumes=False)
+            check_kept(prepared.config, prepared.folder, resumes=False)
+            begin_kept(prepared.config, prepared.folder)
             save_model_folder(prepared.model, prepared.tokenizer, kept)
             base = base_identity(kept)
     return _agree_on_base(base)

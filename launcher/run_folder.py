@@ -57,6 +57,8 @@ class RunFolder:
         self.selection = self.path / SELECTION_NAME
         # Of all candidates, which the selection was chosen by.
         self.scores = self.path / SCORES_NAME
+        # Where this run has begun to write a base of its own.
+        self.kept_base = self.path / "kept_base.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"

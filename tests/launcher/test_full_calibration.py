@@ -155,6 +155,21 @@ def test_a_run_that_ended_before_its_first_checkpoint_reuses_base_and_selection(
     assert "made for another" in output
 
 
+def test_a_start_that_was_killed_between_base_and_selection_is_made_again(kept_run, tmp_path):
+    folder, config, _ = kept_run
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(folder / "run" / "config.yaml", copy)
+    # Without the note the base may be anybody's.
+    refused = worker(config, f"--output.folder={copy}")
+    assert "which is not empty" in run(refused, tmp_path, code=2)
+    shutil.copy(folder / "run" / "kept_base.json", copy)
+    identity = base_identity(folder / "new-base").sha256
+    run(worker(config, f"--output.folder={copy}", "--output.evaluate=false", "--output.report=false"), tmp_path)
+    assert base_identity(folder / "new-base").sha256 == identity
+    assert Selection.load(copy / "selection.safetensors").metadata["base"]["sha256"] == identity
+
+
 def test_kept_weights_do_not_depend_on_the_number_of_ranks(kept_run, base, tmp_path):
     folder, _, _ = kept_run
     config = write(base, tmp_path, **keeping(tmp_path / "two", stage=3))
