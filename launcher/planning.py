@@ -110,7 +110,7 @@ def _simulate(config: RunConfig, world_size: int) -> dict[str, Any]:
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     with masks_of_fake_tensors():
-        simulation = simulate_training(
+        timeline = simulate_training(
             model,
             settings=deepspeed_config(config, world_size),
             make_engine=lambda each: new_engine(each, config, world_size, broadcast_weights=True),
@@ -127,8 +127,8 @@ def _simulate(config: RunConfig, world_size: int) -> dict[str, Any]:
         "micro_batch": list(shape),
         "parameters": total,
         "trained": selection.num_parameters,
-        "peak_bytes": simulation.peak_bytes,
-        "phases": simulation.timeline.to_json(),
+        "peak_bytes": timeline.peak().num_bytes,
+        "phases": timeline.to_json(),
     }
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_zero.memory.timeline import Kind, Span, Storage, Timeline, sort_out
+from sparse_zero.zero import compat
 
 # Operators of torch.distributed that fill a tensor with what other ranks hold.
 _GATHERS = ("allgather", "all_gather", "_allgather_base", "broadcast")
@@ -25,18 +26,19 @@ _GATHERS = ("allgather", "all_gather", "_allgather_base", "broadcast")
 class MemoryRecorder(TorchDispatchMode):
     """Notes the life of every storage that an operation inside the mode makes, or that :meth:`add` is told of.
 
-    ``live_bytes`` is what lives now. A storage that several tensors share counts once.
+    ``live_bytes`` is what lives now, ``peak_bytes`` the most that did. A storage that several tensors share counts
+    once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
+        self.peak_bytes = 0
         self.storages: list[Storage] = []
         self.spans: list[Span] = []
         self._modules: list[str] = []
         # By address of the storage object, while it lives.
         self._alive: dict[int, Storage] = {}
-        self._phase = ""
         # Names of the modules that are at work, the innermost last.
         self._stack: list[str] = []
 
@@ -48,13 +50,12 @@ class MemoryRecorder(TorchDispatchMode):
         key = storage._cdata
         found = self._alive.get(key)
         if found is None:
-            found = Storage(
-                num_bytes=storage.nbytes(), born=len(self._modules), phase=self._phase, module=self._module()
-            )
+            found = Storage(num_bytes=storage.nbytes(), born=len(self._modules), module=self._module())
             self._alive[key] = found
             self.storages.append(found)
             self._modules.append(found.module)
             self.live_bytes += found.num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
             weakref.finalize(storage, self._forget, key)
         if kind is not None:
             found.kind = kind
@@ -91,12 +92,10 @@ class MemoryRecorder(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Call the block's part of the run ``name``; "forward" and "backward" are known to :func:`sort_out`."""
-        before, self._phase = self._phase, name
         first = len(self._modules)
         try:
             yield
         finally:
-            self._phase = before
             self.spans.append(Span(phase=name, first=first, end=len(self._modules)))
 
     @contextmanager
@@ -129,8 +128,12 @@ class MemoryRecorder(TorchDispatchMode):
 
 
 def tag_model(recorder: MemoryRecorder, model: nn.Module) -> None:
-    """Note a model's parameters and buffers: frozen ones are weights, the others values, buffers indices."""
+    """Note a model's parameters and buffers: frozen ones are weights, the others values, buffers indices.
+
+    Of what ZeRO-3 has sharded, this rank's shards. Once more where an engine has laid them out anew.
+    """
     for parameter in model.parameters():
-        recorder.add(parameter, "values" if parameter.requires_grad else "weights")
+        held = compat.padded_shard(parameter) if compat.is_sharded(parameter) else parameter
+        recorder.add(held, "values" if parameter.requires_grad else "weights")
     for buffer in model.buffers():
         recorder.add(buffer, "indices")

@@ -7,7 +7,6 @@ The model, its sparse layers and DeepSpeed's engine at any stage and world size 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,10 @@ from sparse_zero.memory.fake_world import fake_world
 from sparse_zero.memory.recorder import MemoryRecorder, tag_model
 from sparse_zero.memory.timeline import Timeline
 from sparse_zero.zero import compat
+from sparse_zero.zero.config import zero_stage
 
 # The first step makes the optimizer's states, and stage 3 learns the order of the modules in it.
 NUM_STEPS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Simulation:
-    """What one rank held."""
-
-    # Parts: load, engine, and forward, backward and step of each optimizer step.
-    timeline: Timeline
-    world_size: int
-    stage: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that lived at once."""
-        return self.timeline.peak().num_bytes
 
 
 def _nothing(out: Tensor, start: int) -> None:
@@ -43,7 +28,7 @@ def _nothing(out: Tensor, start: int) -> None:
 
 def _make_fake(model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> None:
     """Give a model on the meta device fake parameters and buffers; at stage 3 the frozen ones as this rank's shards."""
-    init = compat.start_sharding(settings) if _stage(settings) == 3 else None
+    init = compat.start_sharding(settings) if zero_stage(settings) == 3 else None
     # From each parameter on the meta device, which is kept, to the one in its place: tied ones stay one.
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module in model.modules():
@@ -62,19 +47,6 @@ def _make_fake(model: nn.Module, settings: Mapping[str, Any], device: torch.devi
                 module._buffers[name] = torch.empty_like(buffer, device=device)
     # DeepSpeed moves a model to its device; fake tensors cannot be exchanged under a module, and are there already.
     vars(model)["to"] = lambda *args, **kwargs: model
-
-
-def _stage(settings: Mapping[str, Any]) -> int:
-    return int((settings.get("zero_optimization") or {}).get("stage", 0))
-
-
-def tag_engine(recorder: MemoryRecorder, engine: Any) -> None:
-    """Say which storages hold the base and the values, now that the engine has laid them out anew."""
-    for parameter in engine.module.parameters():
-        held = compat.padded_shard(parameter) if compat.is_sharded(parameter) else parameter
-        recorder.add(held, "values" if parameter.requires_grad else "weights")
-    for buffer in engine.module.buffers():
-        recorder.add(buffer, "indices")
 
 
 def record_step(
@@ -111,7 +83,7 @@ def simulate_training(
     loss_fn: Callable[[Any, Mapping[str, Any]], Tensor],
     world_size: int,
     head: str | None = None,
-) -> Simulation:
+) -> Timeline:
     """Load, and take :data:`NUM_STEPS` optimizer steps. In a process of its own.
 
     Args:
@@ -123,6 +95,9 @@ def simulate_training(
         world_size: ranks of the job.
         head: name of the output head's module.
 
+    Returns:
+        What one rank held; parts are load, engine, and forward, backward and step of each optimizer step.
+
     Raises:
         InputError: this process has, or had, a process group.
     """
@@ -133,8 +108,8 @@ def simulate_training(
             tag_model(recorder, model)
         with recorder.phase("engine"):
             engine = make_engine(model)
-            tag_engine(recorder, engine)
+            tag_model(recorder, engine.module)
         for _ in range(NUM_STEPS):
             record_step(recorder, engine, make_batch, loss_fn)
     # Outside of the fake world: its own tensors have numbers.
-    return Simulation(timeline=recorder.timeline(head), world_size=world_size, stage=_stage(settings))
+    return recorder.timeline(head)

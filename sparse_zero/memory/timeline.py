@@ -27,8 +27,6 @@ class Storage:
     born: int
     # None: it outlived the recording.
     died: int | None = None
-    # Part of the run in which it was made.
-    phase: str
     # The innermost module that was at work; "" for the model itself, and outside of it.
     module: str
     # Known from the start, or from an operation; None: follows from its life, see :func:`sort_out`.
@@ -116,24 +114,17 @@ class Timeline:
         *_, last = self._spans_of(phase)
         return self._at(last.end)
 
-    def by_module(self, event: int, storages: Sequence[Storage]) -> dict[str, int]:
-        """Bytes that lived after ``event``, by the module that made them."""
-        found: dict[str, int] = {}
-        for storage in storages:
-            if storage.born < event and (storage.died is None or storage.died >= event):
-                found[storage.module] = found.get(storage.module, 0) + storage.num_bytes
-        return found
-
     def to_json(self) -> dict[str, Any]:
         """Peaks by part, for files and tables."""
         return {
             phase: {
-                "peak_bytes": self.peak(phase).num_bytes,
-                "by_kind": self.peak(phase).by_kind,
-                "module": self.peak(phase).module,
+                "peak_bytes": peak.num_bytes,
+                "by_kind": peak.by_kind,
+                "module": peak.module,
                 "end_bytes": self.at_end(phase).num_bytes,
             }
             for phase in self.phases()
+            for peak in [self.peak(phase)]
         }
 
 

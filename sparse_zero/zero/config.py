@@ -1,5 +1,6 @@
 """Where do the values act, and how is DeepSpeed configured?"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,11 @@ Offload = Literal["none", "cpu", "nvme"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
+
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0 where it says nothing."""
+    return int((settings.get("zero_optimization") or {}).get("stage", 0))
 
 
 @dataclass(frozen=True, kw_only=True)

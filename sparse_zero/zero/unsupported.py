@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
-from sparse_zero.zero.config import Placement
+from sparse_zero.zero.config import Placement, zero_stage
 
 
 def _refuse_autotp(size: int) -> None:
@@ -95,8 +95,7 @@ def check_settings(settings: Mapping[str, Any], placement: Placement) -> None:
     Raises:
         InputError: names the setting and what to use instead.
     """
-    section = settings.get("zero_optimization") or {}
-    stage = int(section.get("stage", 0))
+    section, stage = settings.get("zero_optimization") or {}, zero_stage(settings)
     check_settings_not_split(settings)
     if (settings.get("fp16") or {}).get("enabled") and stage == 0:
         raise InputError(

@@ -12,7 +12,7 @@ import sparse_zero as sz
 from models.compat import masks_of_fake_tensors
 from sparse_zero.memory.fake_world import fake_world
 from sparse_zero.memory.recorder import MemoryRecorder, tag_model
-from sparse_zero.memory.simulate_training import record_step, simulate_training, tag_engine
+from sparse_zero.memory.simulate_training import record_step, simulate_training
 from sparse_zero.memory.timeline import Timeline
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.defaults import with_defaults
@@ -79,7 +79,7 @@ def real(low: bool = False, **job: Any) -> dict[str, Any]:
             tag_model(recorder, model)
         with recorder.phase("engine"):
             engine = found["make_engine"](model)
-            tag_engine(recorder, engine)
+            tag_model(recorder, engine.module)
         for _ in range(2):
             record_step(recorder, engine, found["make_batch"], _loss)
         dist.barrier()
@@ -93,7 +93,7 @@ def simulated(out: str, world_size: int, low: bool = False, **job: Any) -> None:
         model = _model(low)
     found["sparse"](model)
     with masks_of_fake_tensors():
-        simulation = simulate_training(
+        timeline = simulate_training(
             model,
             settings=found["settings"],
             make_engine=found["make_engine"],
@@ -103,7 +103,7 @@ def simulated(out: str, world_size: int, low: bool = False, **job: Any) -> None:
             head="lm_head",
         )
 
-    Path(out).write_text(json.dumps(_report(simulation.timeline)))
+    Path(out).write_text(json.dumps(_report(timeline)))
 
 
 def numbers_of_fakes(out: str) -> None:

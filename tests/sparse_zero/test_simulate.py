@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import sparse_zero as sz
-from sparse_zero.memory.simulate import LiveStorages, simulated
+from sparse_zero.memory.recorder import MemoryRecorder
+from sparse_zero.memory.simulate import simulated
 from tests.sparse_zero.helpers import TinyModel, mixed_selection, tiny_loss
 
 
@@ -15,7 +16,7 @@ def build(method: str) -> nn.Module:
     return model
 
 
-def step_peak(model: nn.Module, memory: LiveStorages) -> tuple[int, int]:
+def step_peak(model: nn.Module, memory: MemoryRecorder) -> tuple[int, int]:
     """Bytes held before a forward and backward, and at most during it."""
     before = memory.live_bytes
     tiny_loss(model, torch.zeros(4, 16, dtype=torch.int64)).backward()
@@ -30,7 +31,7 @@ def test_simulated_peak_is_that_of_the_real_step(method: str) -> None:
             sz.sparsify(model, mixed_selection(model))
     with simulated(meta) as memory:
         expected = step_peak(meta, memory)
-    memory = LiveStorages()
+    memory = MemoryRecorder()
     for tensor in (*real.parameters(), *real.buffers()):
         memory.add(tensor)
     memory.peak_bytes = memory.live_bytes
@@ -42,7 +43,7 @@ def test_simulated_peak_is_that_of_the_real_step(method: str) -> None:
 
 
 def test_storages_count_once_and_until_they_die() -> None:
-    with LiveStorages() as memory:
+    with MemoryRecorder() as memory:
         tensor = torch.zeros(256)
         view = tensor[:10].view(2, 5)
         assert memory.live_bytes == memory.peak_bytes == 1024
