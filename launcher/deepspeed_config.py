@@ -38,6 +38,8 @@ _SOURCES = {
     "zero_optimization.offload_param.device": "zero.offload_base",
     "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
 }
+# Sections of what is offloaded, and the fields that say where to.
+OFFLOADS = {"offload_optimizer": "zero.offload_optimizer", "offload_param": "zero.offload_base"}
 # Sections in which DeepSpeed has a default for every key, so that an "auto" there can simply be left out.
 _SECTIONS_WITH_DEFAULTS = ("zero_optimization", "bf16", "fp16")
 # What follows from the run only when the world size is known.
@@ -120,21 +122,18 @@ def _check_can_be_read(settings: Mapping[str, Any], config: RunConfig) -> None:
     Raises:
         InputError: names the field and the remedy.
     """
-    wants = {
-        "selection.reselect": config.selection.reselect is not None,
-        "output.merged": config.output.merged,
-        "output.evaluate": config.output.evaluate,
-    }
-    for section, field, wanted in (
-        ("offload_optimizer", "zero.offload_optimizer", ("selection.reselect",)),
-        ("offload_param", "zero.offload_base", tuple(wants)),
+    reselects = {"selection.reselect": config.selection.reselect is not None}
+    ends = {"output.merged": config.output.merged, "output.evaluate": config.output.evaluate}
+    for section, what, wanted in (
+        ("offload_optimizer", "states", reselects),
+        ("offload_param", "values", {**reselects, **ends}),
     ):
-        for name in wanted:
-            if wants[name] and offload_device(settings, section) == "nvme":
-                remedy = f"leave {name} out" if name == "selection.reselect" else f"set {name} to false"
+        for name, is_wanted in wanted.items():
+            if is_wanted and offload_device(settings, section) == "nvme":
+                remedy = f"set {name} to false" if name in ends else f"leave {name} out"
                 raise InputError(
-                    f"{field} (zero_optimization.{section}.device) is 'nvme', where {name} cannot reach the "
-                    f"{'states' if section == 'offload_optimizer' else 'values'}: use cpu, or {remedy}"
+                    f"{OFFLOADS[section]} (zero_optimization.{section}.device) is 'nvme', where {name} cannot reach "
+                    f"the {what}: use cpu, or {remedy}"
                 )
 
 
@@ -145,7 +144,7 @@ def check_can_continue(config: RunConfig) -> None:
         InputError: names the field and the remedy.
     """
     settings = deepspeed_config(config, None)
-    for section, field in (("offload_optimizer", "zero.offload_optimizer"), ("offload_param", "zero.offload_base")):
+    for section, field in OFFLOADS.items():
         if offload_device(settings, section) == "nvme":
             raise InputError(
                 f"{field} (zero_optimization.{section}.device) is 'nvme', where a checkpoint cannot be put: continue "
@@ -156,7 +155,7 @@ def check_can_continue(config: RunConfig) -> None:
 def _check_disk(section: Mapping[str, Any]) -> None:
     """Refuse offloading to a disk that is not there, or that this machine cannot read asynchronously."""
     settings = {"zero_optimization": section}
-    to_disk = [each for each in ("offload_optimizer", "offload_param") if offload_device(settings, each) == "nvme"]
+    to_disk = [each for each in OFFLOADS if offload_device(settings, each) == "nvme"]
     for each in to_disk:
         path = section[each].get("nvme_path")
         if not path or not Path(path).is_dir():
@@ -166,7 +165,7 @@ def _check_disk(section: Mapping[str, Any]) -> None:
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise InputError(
-                f"zero.{'offload_base' if to_disk[0] == 'offload_param' else to_disk[0]} is 'nvme', and DeepSpeed's "
+                f"{OFFLOADS[to_disk[0]]} is 'nvme', and DeepSpeed's "
                 "asynchronous I/O cannot be built here: install libaio (libaio-dev), or use cpu"
             )
 

@@ -17,8 +17,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from launcher.config import RunConfig, parse_config, resolved_yaml
+from launcher.deepspeed_config import OFFLOADS, deepspeed_config
 from launcher.yaml_files import parse_yaml
 from sparse_zero.errors import InputError
+from sparse_zero.zero.unsupported import offload_device
 
 
 def without_scores(config: RunConfig) -> RunConfig:
@@ -47,11 +49,12 @@ def check_can_simulate(config: RunConfig) -> None:
             f"model.quantization is {config.model.quantization!r}: a quantized base is not simulated yet; plan the "
             "run with none"
         )
-    zero = config.zero
-    for name, value in (("offload_optimizer", zero.offload_optimizer), ("offload_base", zero.offload_base)):
-        if value != "none":
+    settings = deepspeed_config(config, None)
+    for section, field in OFFLOADS.items():
+        device = offload_device(settings, section)
+        if device is not None:
             raise InputError(
-                f"zero.{name} is {value!r}: what lies in which memory is not simulated yet; plan the run with none"
+                f"{field} is {device!r}: what lies in which memory is not simulated yet; plan the run with none"
             )
 
 
@@ -67,7 +70,6 @@ def _simulate_here(mapping: dict[str, Any], world_size: int) -> dict[str, Any]:
 def _simulate(config: RunConfig, world_size: int) -> dict[str, Any]:
     import torch
 
-    from launcher.deepspeed_config import deepspeed_config
     from launcher.preparing import new_engine
     from models.compat import masks_of_fake_tensors
     from models.families import module_map
