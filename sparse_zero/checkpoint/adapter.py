@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zero.checkpoint.conversion import model_fingerprints
-from sparse_zero.checkpoint.folders import MANIFEST, check_folder, file_sha256, new_folder
+from sparse_zero.checkpoint.folders import check_folder, new_folder, write_manifest
 from sparse_zero.checkpoint.headers import (
     ADAPTER_FORMAT,
     ADAPTER_VERSION,
@@ -144,11 +144,10 @@ def write_selection_files(folder: Path, adapter: Adapter) -> None:
     atomic_write_json(folder / HEADER, header)
 
 
-def write_manifest(folder: Path) -> None:
+def write_adapter_manifest(folder: Path) -> None:
     """Write the manifest of an adapter that others have written a part of; other files there are not listed."""
-    names = [name for name in (HEADER, PEFT_CONFIG, RETIRED_FILE, SELECTION, VALUES) if (folder / name).is_file()]
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
-    atomic_write_json(folder / MANIFEST, {"files": files})
+    files = [folder / name for name in (HEADER, PEFT_CONFIG, RETIRED_FILE, SELECTION, VALUES)]
+    write_manifest(folder, [path for path in files if path.is_file()])
 
 
 def write_adapter(folder: Path, adapter: Adapter, config: Mapping[str, Any]) -> None:
@@ -179,6 +178,39 @@ def check_not_wrapped(model_or_engine: Any) -> None:
         )
 
 
+def take_adapter(
+    model_or_engine: Any, *, base: BaseIdentity | None = None, masters: dict[str, Tensor] | None = None
+) -> tuple[Adapter, dict[str, Any]] | None:
+    """What :func:`write_adapter` writes of a model, on the host of rank 0; None on others. Collective.
+
+    Args:
+        model_or_engine: see :func:`save_adapter`.
+        base: identity of the base's files.
+        masters: the engine's, by name, where rank 0 has them already; given on all ranks or on none.
+    """
+    check_not_wrapped(model_or_engine)
+    is_engine = not isinstance(model_or_engine, nn.Module) or hasattr(model_or_engine, "optimizer")
+    model: nn.Module = model_or_engine.module if is_engine else model_or_engine
+    is_writer = rank_and_world_size()[0] == 0
+    if masters is not None:
+        values = masters
+    else:
+        values = read_masters(model_or_engine, keep=is_writer) if is_engine else _host_values(model, keep=is_writer)
+    with failing_together():
+        if not is_writer:
+            return None
+        adapter = Adapter(
+            selection=selection_of(model),
+            placement=placement_of(model),
+            values=values,
+            retired=retired_of(model),
+            base_fingerprints=model_fingerprints(model),
+            source=Path("the adapter of a model"),
+            base=base,
+        )
+        return adapter, peft_config(base_model=None if base is None else base.name, task_type=peft_task_type(model))
+
+
 def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity | None = None) -> None:
     """Write values, selection and retired entries to ``folder``; a few bytes for each of them. Collective.
 
@@ -187,27 +219,10 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
         folder: replaced atomically by rank 0, if it exists.
         base: identity of the base's files, recorded beside the fingerprints of its entries.
     """
-    folder = Path(folder)
-    check_not_wrapped(model_or_engine)
-    is_engine = not isinstance(model_or_engine, nn.Module) or hasattr(model_or_engine, "optimizer")
-    model: nn.Module = model_or_engine.module if is_engine else model_or_engine
-    is_writer = rank_and_world_size()[0] == 0
-    values = read_masters(model_or_engine, keep=is_writer) if is_engine else _host_values(model, keep=is_writer)
-    selection, retired = selection_of(model), retired_of(model)
+    taken = take_adapter(model_or_engine, base=base)
     with failing_together():
-        if not is_writer:
-            return
-        adapter = Adapter(
-            selection=selection,
-            placement=placement_of(model),
-            values=values,
-            retired=retired,
-            base_fingerprints=model_fingerprints(model),
-            source=folder,
-            base=base,
-        )
-        config = peft_config(base_model=None if base is None else base.name, task_type=peft_task_type(model))
-        write_adapter(folder, adapter, config)
+        if taken is not None:
+            write_adapter(Path(folder), *taken)
 
 
 def _host_values(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -230,6 +230,20 @@ def _header(snapshot: Snapshot) -> dict[str, Any]:
     )
 
 
+def write_snapshot_files(snapshot: Snapshot, folder: Path) -> None:
+    """Write the files of a checkpoint, but its manifest, into an empty ``folder``; see :func:`write_snapshot`."""
+    header = _header(snapshot)
+    metadata = {"format": CHECKPOINT_FORMAT, "state_id": header["state_id"]}
+    moments = {f"{key}/{name}": m for key, group in snapshot.state.moments.items() for name, m in group.items()}
+    snapshot.selection.save(folder / SELECTION)
+    write_safetensors(folder / MASTERS, snapshot.state.masters, metadata)
+    write_safetensors(folder / MOMENTS, moments, metadata)
+    write_retired(folder, snapshot.retired, metadata)
+    if snapshot.random_states:
+        write_safetensors(folder / RANDOM, snapshot.random_states, metadata)
+    atomic_write_json(folder / HEADER, header)
+
+
 def write_snapshot(snapshot: Snapshot, folder: str | Path) -> None:
     """Write a checkpoint: whole, or not at all. No collective, and in any thread.
 
@@ -238,21 +252,11 @@ def write_snapshot(snapshot: Snapshot, folder: str | Path) -> None:
         folder: of this one checkpoint; replaced, if it exists.
 
     Raises:
-        InputError: the folder is not a checkpoint's.
+        InputError: the folder is not a checkpoint's, or the header could not be read again.
         OSError: it cannot be written, for the disk is full, say; from safetensors as SafetensorError.
     """
-    folder = Path(folder)
-    header = _header(snapshot)
-    metadata = {"format": CHECKPOINT_FORMAT, "state_id": header["state_id"]}
-    moments = {f"{key}/{name}": m for key, group in snapshot.state.moments.items() for name, m in group.items()}
-    with new_folder(folder) as temporary:
-        snapshot.selection.save(temporary / SELECTION)
-        write_safetensors(temporary / MASTERS, snapshot.state.masters, metadata)
-        write_safetensors(temporary / MOMENTS, moments, metadata)
-        write_retired(temporary, snapshot.retired, metadata)
-        if snapshot.random_states:
-            write_safetensors(temporary / RANDOM, snapshot.random_states, metadata)
-        atomic_write_json(temporary / HEADER, header)
+    with new_folder(Path(folder)) as temporary:
+        write_snapshot_files(snapshot, temporary)
 
 
 def save_checkpoint(

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,6 +62,15 @@ def clear_leftovers(parent: Path, names: str) -> list[str]:
     return put_back
 
 
+def write_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """Write sizes and hashes of ``files``, which lie in ``folder``."""
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
+    atomic_write_json(folder / MANIFEST, {"files": entries})
+
+
 @contextmanager
 def new_folder(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder``; when the block ends well, it takes the place of ``folder``.
@@ -85,11 +94,7 @@ def new_folder(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
         yield temporary
         follow_umask(temporary)
         if manifest:
-            entries = {
-                path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                for path in _files_in(temporary)
-            }
-            atomic_write_json(temporary / MANIFEST, {"files": entries})
+            write_manifest(temporary, _files_in(temporary))
         for path in _files_in(temporary):
             sync(path)
         sync_names(temporary)

@@ -26,13 +26,11 @@ from sparse_zero.errors import InputError
 from sparse_zero.integrations.loop_state import (
     PlainEngine,
     check_scheduler,
-    group_options,
     loop_folder,
-    match_groups,
+    loop_state,
     reading,
     scheduler_state,
-    set_group_options,
-    set_scheduler_state,
+    set_loop_state,
 )
 from sparse_zero.integrations.plain_state import from_plain, to_plain
 from sparse_zero.layers.sparsify import trainable_parameters, write_back
@@ -135,12 +133,10 @@ def _automatic_folder(accelerator: Any) -> Path | None:
 
 
 def _extra(accelerator: Any, engine: Any) -> dict[str, Any]:
-    scaler = accelerator.scaler
     return {
         _SECTION: {
             "schedulers": [scheduler_state(each) for each in accelerator._schedulers],
-            "groups": group_options(engine),
-            "scaler": None if scaler is None else to_plain(scaler.state_dict(), "the gradient scaler"),
+            **loop_state(engine, accelerator.scaler),
             "step": accelerator.step,
             "objects": [
                 to_plain(each.state_dict(), f"the registered {type(each).__name__}")
@@ -227,13 +223,8 @@ def _load_state(
             for scheduler, state in zip(accelerator._schedulers, stored["schedulers"], strict=True):
                 check_scheduler(scheduler, state, folder)
     load_checkpoint(engine, checkpoint)
-    with reading(folder):
-        sources = match_groups(engine, stored["groups"], folder)
-        for scheduler, state in zip(accelerator._schedulers, stored["schedulers"], strict=True):
-            set_scheduler_state(scheduler, state, sources)
-        set_group_options(engine, stored["groups"], sources)
-        if accelerator.scaler is not None and stored["scaler"] is not None:
-            accelerator.scaler.load_state_dict(from_plain(stored["scaler"]))
+    schedulers = zip(accelerator._schedulers, stored["schedulers"], strict=True)
+    set_loop_state(engine, accelerator.scaler, stored, schedulers, folder)
     for each, state in zip(accelerator._custom_objects, stored["objects"], strict=True):
         each.load_state_dict(from_plain(state))
     accelerator.step = step

@@ -4,8 +4,8 @@ The folder is a checkpoint as :func:`sparse_zero.save_checkpoint` writes it, wit
 program adds, under one manifest: all of it appears at once, or nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sparse_zero.checkpoint.adapter import save_adapter
-from sparse_zero.checkpoint.checkpoint import save_checkpoint
-from sparse_zero.checkpoint.folders import MANIFEST, new_folder
-from sparse_zero.collectives import failing_together, rank_and_world_size
+from sparse_zero.checkpoint.adapter import take_adapter, write_adapter
+from sparse_zero.checkpoint.checkpoint import take_snapshot, write_snapshot_files
+from sparse_zero.checkpoint.folders import new_folder
+from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
 from sparse_zero.integrations.plain_state import from_plain, to_plain
 from sparse_zero.layers.sparsify import trainable_parameters
@@ -165,22 +165,44 @@ def set_scheduler_state(scheduler: Any, stored: dict[str, Any], sources: list[in
     scheduler.load_state_dict(state)
 
 
-@contextmanager
-def _filled_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder``, on rank 0; a path that nothing is written to on others. Collective.
+def loop_state(engine: Any, scaler: Any) -> dict[str, Any]:
+    """What the options of the optimizer's groups and the gradient scaler are, in JSON's types.
 
-    The block may be collective: an error in it must be one on all ranks.
+    Args:
+        engine: DeepSpeed's, or a :class:`PlainEngine`.
+        scaler: torch's for fp16, or None.
+
+    Raises:
+        InputError: JSON cannot say it.
     """
-    is_writer = rank_and_world_size()[0] == 0
-    with ExitStack() as stack:
-        temporary = folder
-        with failing_together():
-            if is_writer:
-                temporary = stack.enter_context(new_folder(folder))
-        yield temporary
-        with failing_together():
-            # It appears now.
-            stack.pop_all().close()
+    return {
+        "groups": group_options(engine),
+        "scaler": None if scaler is None else to_plain(scaler.state_dict(), "the gradient scaler"),
+    }
+
+
+def set_loop_state(
+    engine: Any, scaler: Any, stored: Mapping[str, Any], schedulers: Iterable[tuple[Any, dict[str, Any]]], source: Path
+) -> None:
+    """Go on with what :func:`loop_state` and :func:`scheduler_state` gave, after the checkpoint was loaded.
+
+    Args:
+        engine: as then.
+        scaler: as then.
+        stored: by :func:`loop_state`.
+        schedulers: each with what was stored of it, see :func:`set_scheduler_state`.
+        source: of all, for errors.
+
+    Raises:
+        InputError: values of one group were in several, with other options; or it has another form.
+    """
+    with reading(source):
+        sources = match_groups(engine, stored["groups"], source)
+        for scheduler, state in schedulers:
+            set_scheduler_state(scheduler, state, sources)
+        set_group_options(engine, stored["groups"], sources)
+        if scaler is not None and stored["scaler"] is not None:
+            scaler.load_state_dict(from_plain(stored["scaler"]))
 
 
 @contextmanager
@@ -198,20 +220,19 @@ def loop_folder(folder: Path, engine: Any, *, extra: Mapping[str, Any] | None) -
     Raises:
         InputError: see :func:`sparse_zero.save_checkpoint`; or ``folder`` is somebody else's.
     """
-    is_writer = rank_and_world_size()[0] == 0
     try:
-        with _filled_folder(folder) as temporary:
-            if extra is not None:
-                save_checkpoint(engine, temporary / "checkpoint", extra=dict(extra))
-            save_adapter(engine, temporary / ADAPTER_FOLDER)
-            with failing_together():
-                if is_writer and extra is not None:
-                    # One manifest for all of it takes the place of the checkpoint's own.
-                    (temporary / "checkpoint" / MANIFEST).unlink()
-                    for path in sorted((temporary / "checkpoint").iterdir()):
-                        path.rename(temporary / path.name)
-                    (temporary / "checkpoint").rmdir()
-                yield temporary if is_writer else None
+        snapshot = None if extra is None else take_snapshot(engine, extra=dict(extra))
+        masters = {} if snapshot is None else snapshot.state.masters
+        taken = take_adapter(engine, masters=None if extra is None else masters)
+        with failing_together():
+            if taken is None:
+                yield None
+                return
+            with new_folder(folder) as temporary:
+                if snapshot is not None:
+                    write_snapshot_files(snapshot, temporary)
+                write_adapter(temporary / ADAPTER_FOLDER, *taken)
+                yield temporary
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be written ({getattr(error, 'strerror', None) or error}): make room, or see to its "

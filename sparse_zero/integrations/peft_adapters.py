@@ -27,7 +27,7 @@ from sparse_zero.layers.quantized import dtype_of
 from sparse_zero.layers.quantized_linear import adopt
 from sparse_zero.layers.retired import Retired
 from sparse_zero.layers.sparse_linear import SparseLinear
-from sparse_zero.layers.sparsify import _METADATA, ADAPTERS, replace_module, sparsify
+from sparse_zero.layers.sparsify import ADAPTERS, METADATA, replace_module, sparsify
 from sparse_zero.module_map import default_module_map
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero import compat
@@ -242,7 +242,7 @@ class ReadyAdapters:
                 replace_module(self.model, name, carrier)
             _stand(carrier)
         # As sparsify does, for whoever asks the model for its selection.
-        setattr(self.model, _METADATA, dict(ready.adapter.selection.metadata))
+        setattr(self.model, METADATA, dict(ready.adapter.selection.metadata))
 
     # -- which ones there are
 

@@ -32,7 +32,7 @@ from sparse_zero.checkpoint.adapter import (
     VALUES,
     read_adapter,
     stored_values,
-    write_manifest,
+    write_adapter_manifest,
     write_selection_files,
 )
 from sparse_zero.checkpoint.folders import MANIFEST
@@ -189,7 +189,7 @@ class SparseZeroConfig:
                 "select what shall be trained"
             )
         write_selection_files(folder, self.ready.described())
-        write_manifest(folder)
+        write_adapter_manifest(folder)
 
 
 def _local_folder(name: str, subfolder: str | None, options: Mapping[str, Any]) -> Path:

@@ -27,15 +27,12 @@ from sparse_zero.integrations import trainer_compat
 from sparse_zero.integrations.loop_state import (
     ADAPTER_FOLDER,
     check_scheduler,
-    group_options,
     loop_folder,
-    match_groups,
+    loop_state,
     reading,
     scheduler_state,
-    set_group_options,
-    set_scheduler_state,
+    set_loop_state,
 )
-from sparse_zero.integrations.plain_state import from_plain, to_plain
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.layers.sparsify import placement_of, selection_of, trainable_parameters
 from sparse_zero.zero.compat import full_numel, has_shards
@@ -94,12 +91,10 @@ def _samples_per_step(trainer: Any) -> int:
 
 def _extra(trainer: Any, engine: Any) -> dict[str, Any]:
     """What the Trainer's loop needs besides the checkpoint."""
-    scaler = trainer_compat.scaler_of(trainer)
     return {
         _SECTION: {
             "scheduler": scheduler_state(trainer.lr_scheduler),
-            "groups": group_options(engine),
-            "scaler": None if scaler is None else to_plain(scaler.state_dict(), "the gradient scaler"),
+            **loop_state(engine, trainer_compat.scaler_of(trainer)),
             "samples_per_step": _samples_per_step(trainer),
         }
     }
@@ -261,13 +256,8 @@ def load(trainer: Any, engine: Any, checkpoint: Checkpoint) -> RandomStates | No
         check_scheduler(trainer.lr_scheduler, stored["scheduler"], folder)
         then, now = int(stored["samples_per_step"]), _samples_per_step(trainer)
     load_checkpoint(engine, checkpoint)
-    with reading(folder):
-        sources = match_groups(engine, stored["groups"], folder)
-        set_scheduler_state(trainer.lr_scheduler, stored["scheduler"], sources)
-        set_group_options(engine, stored["groups"], sources)
-        scaler = trainer_compat.scaler_of(trainer)
-        if scaler is not None and stored["scaler"] is not None:
-            scaler.load_state_dict(from_plain(stored["scaler"]))
+    schedulers = [(trainer.lr_scheduler, stored["scheduler"])]
+    set_loop_state(engine, trainer_compat.scaler_of(trainer), stored, schedulers, folder)
     if now != then:
         warnings.warn(
             f"a step of {folder} has {then} samples, and now {now}: the data are skipped by "

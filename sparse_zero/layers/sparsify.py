@@ -25,7 +25,7 @@ from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.shards import whole_values
 
 # Attributes of a model: the metadata of its selection, and the adapters loaded on it.
-_METADATA = "_sparse_zero_selection_metadata"
+METADATA = "_sparse_zero_selection_metadata"
 ADAPTERS = "_sparse_zero_adapters"
 
 
@@ -42,7 +42,7 @@ def selection_of(model: nn.Module) -> Selection:
     }
     if not weights:
         raise InputError("the model has no values: call sparsify or load_adapter first")
-    return Selection(weights, getattr(model, _METADATA, None))
+    return Selection(weights, getattr(model, METADATA, None))
 
 
 def placement_of(model: nn.Module) -> Placement:
@@ -256,7 +256,7 @@ def sparsify(
     keeps_input = _keeps_input(linears, module_map)
     model.requires_grad_(False)
     # How the selection came about travels with the model into checkpoints and adapters.
-    setattr(model, _METADATA, dict(selection.metadata))
+    setattr(model, METADATA, dict(selection.metadata))
     # Linears first: a hooked bias belongs to the module that stands there afterwards.
     parameters = dict(model.named_parameters())
     names = sorted({*grouped, *entries})
