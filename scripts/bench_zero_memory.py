@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, peak_of, read_settings
+from scripts.benchmarking import exit_code, machine, make_parser, peak_of, read_settings
 from scripts.zero_variants import (
     SMALL,
     Settings,
@@ -28,9 +28,8 @@ from scripts.zero_variants import (
     add_rank_flags,
     as_rank,
     make_engine,
-    on_ranks,
+    on_fresh_ranks,
     train,
-    written_base,
 )
 from sparse_zero.files import atomic_write_json
 from sparse_zero.memory.measure import PeakMemory
@@ -97,12 +96,7 @@ def run(options: argparse.Namespace) -> None:
     if options.measure is not None:
         as_rank(lambda: measure_here(options.measure, settings, options.base), settings, options.out)
         return
-    names = chosen_names(options.variants, list(VARIANTS), "--variants")
-    found = {}
-    with written_base(settings) as base:
-        for name in names:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            found[name] = on_ranks(__file__, name, settings, base)
+    found = on_fresh_ranks(__file__, options, list(VARIANTS), settings)
     summary = summarize(found)
     print_summary(summary, settings)
     if options.json is not None:

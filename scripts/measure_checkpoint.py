@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.summary import format_bytes, format_percent
-from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
+from scripts.benchmarking import exit_code, machine, make_parser, read_settings
 from scripts.zero_variants import (
     SMALL,
     Settings,
@@ -36,9 +36,8 @@ from scripts.zero_variants import (
     add_rank_flags,
     as_rank,
     make_engine,
-    on_ranks,
+    on_fresh_ranks,
     train,
-    written_base,
 )
 from sparse_zero.checkpoint.checkpoint import read_checkpoint, save_checkpoint, take_snapshot
 from sparse_zero.checkpoint.writer import CheckpointWriter
@@ -230,12 +229,8 @@ def run(options: argparse.Namespace) -> None:
         work: Callable[[], Any] = partial(measure_here, options.measure, settings, options.base)
         as_rank(work, settings, options.out)
         return
-    names = chosen_names(options.variants, list(VARIANTS), "--variants")
-    rows = {}
-    with written_base(settings) as base:
-        for name in names:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            rows[name] = summarize(on_ranks(__file__, name, settings, base), settings)
+    found = on_fresh_ranks(__file__, options, list(VARIANTS), settings)
+    rows = {name: summarize(blocks, settings) for name, blocks in found.items()}
     print_table(rows, settings)
     if options.json is not None:
         atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "variants": rows})

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.summary import format_bytes
-from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
+from scripts.benchmarking import exit_code, machine, make_parser, read_settings
 from scripts.zero_variants import (
     SMALL,
     Settings,
@@ -27,9 +27,8 @@ from scripts.zero_variants import (
     add_rank_flags,
     as_rank,
     make_engine,
-    on_ranks,
+    on_fresh_ranks,
     train,
-    written_base,
 )
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
@@ -111,12 +110,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if settings.world_size < 2:
         raise InputError(f"--world-size is {settings.world_size}: between so few ranks nothing travels; use 2 or more")
-    names = chosen_names(options.variants, list(VARIANTS), "--variants")
-    found = {}
-    with written_base(settings) as base:
-        for name in names:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            found[name] = on_ranks(__file__, name, settings, base)
+    found = on_fresh_ranks(__file__, options, list(VARIANTS), settings)
     print_table(found, settings)
     if options.json is not None:
         atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "variants": found})

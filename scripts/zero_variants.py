@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
-from scripts.benchmarking import among_ranks, as_flags, random_llama, start_ranks
+from scripts.benchmarking import among_ranks, as_flags, chosen_names, random_llama, start_ranks
 from sparse_zero.errors import InputError
 from sparse_zero.memory.allocator import return_freed_blocks
 from sparse_zero.optional import require
@@ -210,6 +211,23 @@ def on_ranks(script: str, variant: str, settings: Settings, base: Path) -> Any:
             what=variant,
         )
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def on_fresh_ranks(
+    script: str, options: argparse.Namespace, known: Sequence[str], settings: Settings
+) -> dict[str, Any]:
+    """What :func:`on_ranks` gives for each variant that the command line asks for, over one base.
+
+    Raises:
+        InputError: a variant is not among the ``known``.
+    """
+    names = chosen_names(options.variants, list(known), "--variants")
+    found = {}
+    with written_base(settings) as base:
+        for name in names:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            found[name] = on_ranks(script, name, settings, base)
+    return found
 
 
 def as_rank(work: Callable[[], Any], settings: Settings, out: Path) -> None:
