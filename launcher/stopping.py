@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # be over at the next try), and 128 + signal after a clean stop.
 EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL = 1, 2, 75, 128
 # A terminal and a launcher may both pass on the one Ctrl-C; a person who presses it again takes longer than this.
-_SECOND_INTERRUPT_SECONDS = 1.0
+SECOND_INTERRUPT_SECONDS = 1.0
 # Python handles signals between its own instructions: not while a library waits for a rank that never comes.
 _DEAF_SECONDS = 5.0
 
@@ -57,7 +57,7 @@ class StopRequest:
             self.signal, self._since = number, now
             if self.raises:
                 raise Stopped(number)
-        elif number == signal.SIGINT and now - self._since >= _SECOND_INTERRUPT_SECONDS:
+        elif number == signal.SIGINT and now - self._since >= SECOND_INTERRUPT_SECONDS:
             raise Stopped(number)
 
 

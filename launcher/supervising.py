@@ -31,14 +31,12 @@ from typing import Any
 
 from launcher import node_guard
 from launcher.cluster_config import ClusterConfig
-from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL, SIGNALS
+from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL, SECOND_INTERRUPT_SECONDS, SIGNALS
 from sparse_zero.credentials import is_secret
 from sparse_zero.errors import InputError
 
 # Time for the workers to write a checkpoint and end, after a signal.
 _GRACE_SECONDS = 120.0
-# A person who interrupts a second time takes longer than a terminal and a launcher that both pass on the first.
-_SECOND_INTERRUPT_SECONDS = 1.0
 # A guard is sent a line a second; kills take up to ten.
 _BEAT_SECONDS, _END_SECONDS, _LOOK_SECONDS = 1.0, 15.0, 0.05
 # What a surrounding launcher has told this process is not for the ranks that it starts.
@@ -499,7 +497,7 @@ class Supervisor:
             now = time.monotonic()
             if not self._signal:
                 self._signal, self._since = number, now
-            elif number == signal.SIGINT and now - self._since >= _SECOND_INTERRUPT_SECONDS:
+            elif number == signal.SIGINT and now - self._since >= SECOND_INTERRUPT_SECONDS:
                 self._hurry = True
 
         before = {number: signal.getsignal(number) for number in SIGNALS}
