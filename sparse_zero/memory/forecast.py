@@ -1,0 +1,97 @@
+"""How much memory will each rank of a training job hold at most, as a sum of named terms?
+
+The closed form: instant, and from shapes alone. :mod:`sparse_zero.memory.simulate_training` finds the same by running
+the real code without data; ``scripts/verify_memory.py`` holds the two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sparse_zero.errors import InputError
+from sparse_zero.memory.activations import activation_moments
+from sparse_zero.memory.decoder_shape import DecoderShape
+from sparse_zero.memory.job import MemoryJob
+from sparse_zero.memory.moments import PHASES, Moment, Phase, Place
+from sparse_zero.memory.states import held_states
+from sparse_zero.memory.trained import trained_of
+from sparse_zero.selection.selection import Selection
+
+
+class Forecast:
+    """What one rank will hold: moments of each phase, tensors only.
+
+    Args:
+        moments: at least one.
+    """
+
+    def __init__(self, moments: Sequence[Moment]) -> None:
+        self.moments = tuple(moments)
+
+    def phases(self) -> list[Phase]:
+        """Those that have moments, in the order of a run."""
+        present = {moment.phase for moment in self.moments}
+        return [phase for phase in PHASES if phase in present]
+
+    def peak(self, phase: Phase | None = None, place: Place = "device") -> Moment:
+        """The moment with the largest sum, of one phase or of all.
+
+        Raises:
+            KeyError: the phase has no moment.
+        """
+        found = [moment for moment in self.moments if phase is None or moment.phase == phase]
+        if not found:
+            raise KeyError(phase)
+        return max(found, key=lambda moment: moment.num_bytes(place))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most on the device, over all phases."""
+        return self.peak().num_bytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """The peak of each phase with its terms, for files and tables."""
+        return {
+            phase: {
+                "moment": peak.name,
+                "peak_bytes": peak.num_bytes(),
+                "host_bytes": self.peak(phase, "host").num_bytes("host"),
+                "by_kind": peak.by_kind(),
+                "terms": {f"{term.name} ({term.place})": term.num_bytes for term in peak.terms if term.num_bytes},
+            }
+            for phase in self.phases()
+            for peak in [self.peak(phase)]
+        }
+
+
+def forecast_memory(
+    shape: DecoderShape,
+    job: MemoryJob,
+    selection: Selection | None = None,
+    *,
+    shared_inputs: Sequence[Sequence[str]] = (),
+) -> Forecast:
+    """Bytes of tensors that one rank holds, by phase, as sums of named terms.
+
+    Not counted: the interpreter, the CUDA context, what kernels use inside of an operation, and what the allocator
+    loses to fragments; see :mod:`sparse_zero.memory.device`.
+
+    Args:
+        shape: of the model.
+        job: what trains it.
+        selection: what is trained, for the method "selection"; regions chosen at random serve as well.
+        shared_inputs: the groups of :class:`sparse_zero.module_map.ModuleMap`.
+
+    Raises:
+        InputError: the method needs a selection.
+    """
+    if job.method == "selection" and selection is None:
+        raise InputError("the method 'selection' is forecast for a selection: give one, chosen at random if need be")
+    trained = trained_of(shape, job, selection, shared_inputs)
+    held = held_states(shape, job, trained)
+    moments = [*held.moments]
+    for moment in activation_moments(shape, job, trained):
+        moments.append(replace(moment, terms=(*held.during_training(moment), *moment.terms)))
+    return Forecast(moments)
