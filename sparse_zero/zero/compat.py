@@ -285,6 +285,7 @@ def detach_engine(engine: Any) -> nn.Module:
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
     for each in module.modules():
+        each.__class__ = getattr(type(each), "UNTIL_DETACHED", type(each))
         for name in MODULE_ATTRIBUTES:
             each.__dict__.pop(name, None)
         if type(each._parameters) is not dict:
@@ -368,7 +369,7 @@ def _own_ranges(init: Any, parameter: Any) -> list[tuple[int, int]]:
 def _reserved(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An empty tensor that costs a host only what is written to, and nothing any more when it is gone."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not num_bytes:
+    if device != torch.device("cpu") or not num_bytes:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
 

@@ -14,6 +14,7 @@ from torch import nn
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_json
 from sparse_zero.layers.carriers import carriers, parameter_name
+from sparse_zero.layers.frozen_linear import freeze_linears
 from sparse_zero.layers.quantized_linear import check_same_constants
 from sparse_zero.layers.sparse_parameter import SparseParameter
 from sparse_zero.layers.sparsify import parameter_groups, placement_of, trainable_parameters, write_back
@@ -135,6 +136,7 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
             )
         if compat.is_sharded(parameter) and isinstance(carrier, SparseParameter):
             _fetch_values_with(carrier)
+    freeze_linears(engine.module)
     optimizer._sparse_zero_rounding = (rounding, rounding_seed)
     compat.undo_first_step(engine)
     compat.check_version()

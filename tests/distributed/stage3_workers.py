@@ -294,6 +294,48 @@ def kept_between_forward_and_backward() -> list[dict[str, Any]]:
     return report
 
 
+class _Frozen(nn.Module):
+    """A linear that is trained in part, one that is frozen, and one of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.frozen, self.own = nn.Linear(20, 24), nn.Linear(24, 28), _Own(28, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.own(self.frozen(self.q_proj(x)))
+        return y
+
+
+class _Own(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def kept_by_frozen_linears() -> dict[str, Any]:
+    """Widths of the activations that backward keeps, what was computed, and of which class the modules are."""
+    torch.manual_seed(3)
+    model = _Frozen()
+    x = torch.randn(5, 20)
+    expected = model(x)
+    sz.sparsify(model, sz.Selection({"q_proj.weight": sz.WeightSelection(shape=(24, 20), rows=[1, 4])}))
+    engine = make_engine(model, 1, 1)
+    kept: list[int] = []
+
+    def note(saved: Tensor) -> Tensor:
+        if saved.dim() == 2 and len(saved) == 5:
+            kept.append(saved.shape[1])
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        found = engine(x)
+    engine.backward(found.sum())
+    while_training = type(engine.module.frozen).__name__
+    same = bool(torch.allclose(found, expected, atol=1e-6))
+    plain = compat.detach_engine(engine)
+    names = [while_training, type(plain.frozen).__name__, type(plain.own).__name__]
+    return {"kept": kept, "same": same, "names": names}
+
+
 def written_into_shards() -> dict[str, Any]:
     """What a write-back by hand moves, changes and gathers."""
     size = global_batch() // dist.get_world_size()

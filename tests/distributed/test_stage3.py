@@ -73,6 +73,14 @@ def test_no_gathered_parameter_is_kept_between_forward_and_backward():
         assert entry["alive"] == (0 if with_notes else 2), entry
 
 
+def test_frozen_linears_keep_nothing_of_their_input():
+    found = run_ranks(f"{WORKERS}:kept_by_frozen_linears", 2)
+    # The first needs all of its input; the last one, which DeepSpeed's function computes, keeps what nobody needs.
+    assert found["kept"] == [20, 28]
+    assert found["same"]
+    assert found["names"] == ["FrozenLinear", "Linear", "_Own"]
+
+
 def test_a_write_back_gathers_the_values_and_no_weight():
     found = run_ranks(f"{WORKERS}:written_into_shards", 2)
     assert found["spoiled"] == 13
