@@ -303,3 +303,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Reentrant checkpoints need it; here it would only let backward run down to the embedding, through layers below
+    # the lowest trained one.
+    model.disable_input_require_grads()

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sparse_zero as sz
 from models import source as model_source
 from models.loading import (
     ModelConfig,
     check_tokenizer_fits,
+    checkpoint_activations,
     load_model,
     load_tokenizer,
     validate_model_source,
@@ -481,3 +483,18 @@ def test_damaged_sentencepiece_is_refused(bare: Path) -> None:
     (bare / "tokenizer.model").write_bytes(b"\x00\x01 nothing")
     with pytest.raises(InputError, match="cannot be read"):
         load_tokenizer(ModelConfig(name_or_path=str(bare)))
+
+
+def test_nothing_is_recomputed_below_the_lowest_trained_layer() -> None:
+    model = tiny_llama(layers=3).train()
+    checkpoint_activations(model)
+    weight = "model.layers.1.self_attn.q_proj.weight"
+    shape = tuple(model.get_parameter(weight).shape)
+    sz.sparsify(model, sz.Selection({weight: sz.WeightSelection(shape=shape, rows=[1, 2])}))
+    calls = [0, 0, 0]
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, at=number: calls.__setitem__(at, calls[at] + 1))
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    assert calls == [1, 2, 2]
+    assert all(values.grad is not None for values in sz.trainable_parameters(model).values())
