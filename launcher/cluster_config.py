@@ -1,5 +1,6 @@
 """On which machines does a run start, and through which launcher?"""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,14 +11,34 @@ from sparse_zero.errors import InputError
 class ClusterConfig:
     """How ``sparse-zero launch`` starts the worker on every rank."""
 
-    # local and pdsh go through DeepSpeed's launcher, torchrun through torch's.
-    launcher: Literal["local", "pdsh", "torchrun"] = "local"
-    # Nodes; above 1 the hostfile names them (pdsh) or every node runs the command (torchrun).
+    # local, pdsh, openmpi and mpich go through DeepSpeed's launcher, which starts pdsh or mpirun for other nodes;
+    # torchrun through torch's.
+    launcher: Literal["local", "pdsh", "openmpi", "mpich", "torchrun"] = "local"
+    # Nodes that the run is to have: the first of those that are named, or (torchrun) as many as run the command.
     num_nodes: int = 1
-    # Ranks on each node; None: every GPU of the node, or 2 ranks on a machine without GPUs.
+    # Ranks on each node; None: as many as the node has slots, or every GPU of it; 2 on a machine without GPUs.
     ranks_per_node: int | None = None
-    # DeepSpeed hostfile ("name slots=8" a line); needed by pdsh.
+    # DeepSpeed hostfile ("name slots=8" a line); pdsh, openmpi and mpich need it, or hosts.
     hostfile: str | None = None
+    # The same lines here, instead of a file.
+    hosts: tuple[str, ...] = ()
+    # Nodes to take only, or to leave out, by their names in the hostfile.
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    # Port and user of ssh on all nodes; None: what ssh's own configuration says.
+    ssh_port: int | None = None
+    ssh_user: str | None = None
+    # Network interface between nodes, for NCCL, gloo and MPI; None: they choose.
+    network_interface: str | None = None
+    # Variables for every rank: NAME, as it is set here, or NAME=value. Those of NCCL, gloo, UCX, OpenMP, Hugging Face
+    # and DeepSpeed are passed on without being named.
+    export: tuple[str, ...] = ()
+    # A file of such lines.
+    export_file: str | None = None
+    # Arguments more for pdsh or mpirun.
+    launcher_arguments: tuple[str, ...] = ()
+    # Bind each rank to cores of its own.
+    bind_to_core: bool = False
     # Address of rank 0's rendezvous; needed by torchrun on several nodes.
     master_address: str | None = None
     # Its port. None: a free one when there is one node, so that two runs on it do not meet; 29500 across nodes, each
@@ -59,12 +80,42 @@ class ClusterConfig:
             )
         if not 1.0 <= self.node_timeout < float("inf"):
             raise InputError(f"cluster.node_timeout is {self.node_timeout}: it must be at least 1 second")
-        if self.launcher == "pdsh" and self.hostfile is None:
-            raise InputError("cluster.hostfile is missing: the pdsh launcher reads the nodes from it")
+        if self.names_nodes and self.hostfile is None and not self.hosts:
+            raise InputError(f"cluster.hostfile is missing: the {self.launcher} launcher reads the nodes from it")
+        if self.hostfile is not None and self.hosts:
+            raise InputError(f"cluster.hostfile is {self.hostfile} and cluster.hosts names nodes, too: leave out one")
         if self.launcher == "local" and self.num_nodes > 1:
             raise InputError(
                 f"cluster.num_nodes is {self.num_nodes} with cluster.launcher local: "
-                "use pdsh or torchrun for several nodes"
+                "use pdsh, openmpi, mpich or torchrun for several nodes"
             )
+        self._check_reaching()
         if self.launcher == "torchrun" and self.num_nodes > 1 and self.master_address is None:
             raise InputError("cluster.master_address is missing: torchrun on several nodes needs rank 0's address")
+
+    def _check_reaching(self) -> None:
+        """Refuse what belongs to another launcher, or is no name of a user or an interface."""
+        if not self.names_nodes:
+            for name in ("hosts", "include", "exclude", "ssh_port", "ssh_user", "launcher_arguments"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"cluster.{name} is set, and cluster.launcher {self.launcher} does not reach other nodes: "
+                        "leave it out, or use pdsh, openmpi or mpich"
+                    )
+        if self.bind_to_core and self.launcher in ("pdsh", "torchrun"):
+            raise InputError(
+                f"cluster.bind_to_core is true, which the {self.launcher} launcher cannot do: use local, openmpi or "
+                "mpich, or leave it out"
+            )
+        if self.ssh_port is not None and not 1 <= self.ssh_port <= 65535:
+            raise InputError(f"cluster.ssh_port is {self.ssh_port}: it must lie in 1 to 65535")
+        for name, remedy in (("ssh_user", "the name of a user"), ("network_interface", "a name such as eth0")):
+            value = getattr(self, name)
+            # They become part of command lines of ssh and mpirun.
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", value):
+                raise InputError(f"cluster.{name} is {value!r}: give {remedy}")
+
+    @property
+    def names_nodes(self) -> bool:
+        """Whether one command starts ranks on nodes that the config names."""
+        return self.launcher in ("pdsh", "openmpi", "mpich")

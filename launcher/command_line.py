@@ -1,71 +1,90 @@
 """Which command starts the worker on every rank?"""
 
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from os import devnull
 from pathlib import Path
 
-from launcher.config import RunConfig
+from launcher.cluster_config import ClusterConfig
 from sparse_zero.errors import InputError
 
-# DeepSpeed's pdsh backend puts arguments with spaces into double quotes, in which these still act, and pdsh
-# itself replaces %h, %n and the like.
-_UNSAFE_QUOTED = frozenset("$`\\%!")
+# DeepSpeed's pdsh backend puts the current folder, the interpreter and PYTHONPATH into a remote command line as they
+# are, or in double quotes, and pdsh replaces %h, %n and the like.
+_SAFE_IN_SHELL = re.compile(r"[\w@+=:,./-]*")
 
 
-def worker_script() -> str:
-    """The path of the installed ``launcher/train.py``, found without importing it."""
-    spec = find_spec("launcher.train")
+def script_file(module: str) -> str:
+    """The path of an installed module of this package, found without importing it.
+
+    Raises:
+        InputError: it is not installed as a file.
+    """
+    spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise InputError("launcher/train.py is not installed as a file: install the package with pip")
+        raise InputError(f"{module.replace('.', '/')}.py is not installed as a file: install the package with pip")
     return spec.origin
 
 
+def worker_by_hand(config_path: str | Path, overrides: Sequence[str], *, python: str) -> list[str]:
+    """What every rank runs where a launcher is started by hand."""
+    return [python, script_file("launcher.train"), "--config", str(Path(config_path).absolute()), *overrides]
+
+
 def worker_command(
-    config: RunConfig,
-    config_path: str | Path,
+    cluster: ClusterConfig,
+    record: str,
     overrides: Sequence[str],
     *,
     python: str,
     num_gpus: int | None,
     master_port: int,
+    hostfile: str | None = None,
     devices: Sequence[str] | None = None,
     script: str | None = None,
 ) -> list[str]:
-    """The command that starts ``launcher/train.py`` on every rank of ``config.cluster``, as an argument list.
+    """The command that starts ``launcher/start_rank.py`` on every rank of ``cluster``, as an argument list.
 
     Args:
-        config: the run.
-        config_path: its YAML file, handed on to the worker as an absolute path.
-        overrides: ``--section.key=value`` as given, handed on too.
+        cluster: the run's section.
+        record: folder on every node from which the worker reads its config and environment.
+        overrides: ``--section.key=value`` of this start; none holds text of a user's.
         python: the interpreter; on several nodes it has the same path on each.
         num_gpus: ranks on each node; None leaves them to the launcher (every GPU, or the hostfile's slots).
         master_port: port of the ranks' rendezvous, in place of ``cluster.master_port``, which may leave it open.
+        hostfile: the nodes and slots of this start, no more and no fewer; of launchers that name nodes.
         devices: ids of the GPUs that local ranks may use; the first ``num_gpus`` are taken. None: all.
         script: the worker; None is the installed one.
-
-    Raises:
-        InputError: for an argument that pdsh would not pass on as it is.
     """
-    cluster = config.cluster
-    worker = [script or worker_script(), "--config", str(Path(config_path).absolute()), *overrides]
+    worker = [script or script_file("launcher.start_rank"), record, *overrides]
     # The launchers say the local rank in the environment; the worker needs no argument for it.
     deepspeed = [python, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     port = ["--master_port", str(master_port)]
     if cluster.launcher == "local":
         # Without a hostfile named, DeepSpeed would follow /job/hostfile where there is one.
         command = [*deepspeed, "--hostfile", devnull, *port]
+        if cluster.bind_to_core:
+            command.append("--bind_cores_to_rank")
         if devices is not None and num_gpus is not None:
             return [*command, "--include", f"localhost:{','.join(devices[:num_gpus])}", *worker]
         return [*command, *_count("--num_gpus", num_gpus), *worker]
-    if cluster.launcher == "pdsh":
+    if cluster.names_nodes:
+        assert hostfile is not None
         # --force_multi: a hostfile of one node would otherwise start here, whatever node it names.
-        command = [*deepspeed, "--launcher", "pdsh", "--force_multi", "--hostfile", str(cluster.hostfile)]
-        command += ["--num_nodes", str(cluster.num_nodes), *_count("--num_gpus", num_gpus), *port]
+        command = [*deepspeed, "--launcher", cluster.launcher, "--force_multi", "--hostfile", hostfile, *port]
+        command.append("--no_ssh_check")  # Every node has answered already.
         if cluster.master_address is not None:
             command += ["--master_addr", cluster.master_address]
-        return [*command, *(_for_remote_shell(argument) for argument in worker)]
+        if cluster.ssh_port is not None:
+            command += ["--ssh_port", str(cluster.ssh_port)]
+        # DeepSpeed takes them apart again.
+        arguments = shlex.join([*_of_launcher(cluster), *cluster.launcher_arguments])
+        command += [f"--launcher_args={arguments}"] if arguments else []
+        if cluster.launcher != "pdsh":  # DeepSpeed's own worker tells it the ranks; mpirun does not.
+            worker.insert(2, f"--meet={cluster.master_address}:{master_port}")
+        return [*command, *worker]
     command = [python, "-m", "torch.distributed.run", "--nnodes", str(cluster.num_nodes)]
     command += ["--nproc_per_node", "gpu" if num_gpus is None else str(num_gpus)]
     if cluster.num_nodes == 1:
@@ -84,17 +103,44 @@ def worker_command(
     ]
 
 
+def _of_launcher(cluster: ClusterConfig) -> list[str]:
+    """Arguments that pdsh or mpirun needs to do what the section says."""
+    if cluster.launcher == "openmpi":
+        # Else DeepSpeed names eth0, which not every node has.
+        interface = cluster.network_interface or "0.0.0.0/0"
+        found = ["--mca", "btl_tcp_if_include", interface, "--mca", "oob_tcp_if_include", interface]
+        found += ["--map-by", "slot", "--bind-to", "core" if cluster.bind_to_core else "none"]
+        ssh = ssh_options(cluster)
+        if ssh:
+            found += ["--mca", "plm_rsh_args", " ".join(ssh)]
+        if os.geteuid() == 0:  # mpirun refuses the superuser otherwise, also in a container.
+            found.append("--allow-run-as-root")
+        return found
+    if cluster.launcher == "mpich":
+        found = ["-launcher", "ssh", "-bind-to", "core" if cluster.bind_to_core else "none"]
+        return [*found, *(["-iface", cluster.network_interface] if cluster.network_interface else [])]
+    return []
+
+
+def ssh_options(cluster: ClusterConfig) -> list[str]:
+    """What ssh is told besides its own configuration."""
+    port = [] if cluster.ssh_port is None else ["-p", str(cluster.ssh_port)]
+    return [*port, *([] if cluster.ssh_user is None else ["-l", cluster.ssh_user])]
+
+
+def check_remote_shell(*, python: str, folder: str, python_path: str) -> None:
+    """Refuse paths that DeepSpeed's pdsh backend would let a remote shell take apart or run.
+
+    Raises:
+        InputError: names what has to be moved.
+    """
+    for name, value in (("the current folder", folder), ("the interpreter", python), ("PYTHONPATH", python_path)):
+        if not _SAFE_IN_SHELL.fullmatch(value):
+            raise InputError(
+                f"{name} is {value!r}, which the pdsh launcher cannot pass to other nodes as it is: use a path of "
+                "letters, digits and -_./ without spaces"
+            )
+
+
 def _count(flag: str, number: int | None) -> list[str]:
     return [] if number is None else [flag, str(number)]
-
-
-def _for_remote_shell(argument: str) -> str:
-    """What DeepSpeed's pdsh backend must be given for the remote worker to get ``argument``."""
-    if " " not in argument and "%" not in argument:
-        return shlex.quote(argument)
-    if _UNSAFE_QUOTED & set(argument):
-        raise InputError(
-            f"{argument} cannot be passed on through pdsh (it has a space or % besides a special sign): "
-            "put the setting into the config file"
-        )
-    return argument

@@ -2,11 +2,14 @@
 
 `sparse-zero launch` starts this script once on every node, here or over ssh, and speaks with it in lines:
 
-    in   {"record": FOLDER, "before": [FOLDERS of earlier starts], "checkpoints": FOLDER, "silence": SECONDS or null}
+    in   {"record": FOLDER, "before": [FOLDERS of earlier starts], "checkpoints": FOLDER, "silence": SECONDS or null,
+          "files": {NAME: TEXT to be written into the record folder}}
          beat    a sign of life
          stop N  signal N to the ranks, which then write a checkpoint and end
          end     kill what is left, say so, and leave
-    out  {"ranks": {RANK: STATE}}, twice a second; a state is "running", "lost", or an exit code
+    out  {"ranks": {RANK: STATE}, "oom_kills": NUMBER}, twice a second; a state is "running", "lost", or an exit code;
+         the number is that of processes which the kernel has ended for want of memory; in the first one also
+         "addresses": {INTERFACE: IPv4 address}
          {"ended": true, "left": [NAMES], "step": NEWEST CHECKPOINT or null, "ranks": ...}, last
 
 When the other side is gone, or silent for too long, everything is killed as well: nothing of a run outlives its
@@ -23,9 +26,11 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +41,22 @@ _INTERVAL_SECONDS = 0.5
 # For new ranks it is looked among all processes of the node, of which there may be thousands: as often in the first
 # minutes, in which they start, and seldom later.
 _STARTING_SECONDS, _SELDOM_SECONDS = 300.0, 10.0
+# What tells a process its rank, by launcher: DeepSpeed's and torch's, Open MPI, MPICH.
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # For killed processes to be gone.
 _KILL_SECONDS = 10.0
+
+
+def _rank(environment: Mapping[str, str]) -> str:
+    """The rank that launchers' variables tell; empty if they tell none."""
+    return next((environment[name] for name in _RANK_VARIABLES if name in environment), "")
 
 
 def write_exit_record(folder: str | None, code: int) -> None:
     """Tell the guard of this node with which code this rank ends; nothing without a folder or without a guard."""
     if folder is not None:
         with contextlib.suppress(OSError):
-            Path(folder, os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
+            Path(folder, _rank(os.environ) or "0").write_text(str(code), encoding="utf-8")
 
 
 def _exit_code(record: Path, rank: int) -> int | None:
@@ -52,6 +64,34 @@ def _exit_code(record: Path, rank: int) -> int | None:
         return int((record / str(rank)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def oom_counter(pid: int | str = "self", proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Path:
+    """The file that counts how many processes the kernel has ended for want of memory in the control group of ``pid``.
+
+    Where groups do not tell, that of the whole machine.
+    """
+    names: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            names.update({each: path.lstrip("/") for each in controllers.split(",")})
+    # Version 1, version 2, and either where a container sees its own group as the root.
+    old, new = groups / "memory" / names.get("memory", ""), groups / names.get("", "")
+    candidates = (old / "memory.oom_control", new / "memory.events", groups / "memory" / "memory.oom_control")
+    return next((path for path in candidates if _counted(path) is not None), proc / "vmstat")
+
+
+def _counted(counter: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        match = re.search(r"^oom_kill (\d+)$", counter.read_text(encoding="utf-8"), re.MULTILINE)
+        return int(match[1]) if match else None
+    return None
+
+
+def oom_kills(counter: Path) -> int:
+    """How many processes the kernel has ended for want of memory, by a file of :func:`oom_counter`."""
+    return _counted(counter) or 0
 
 
 def newest_step(checkpoints: Path) -> int | None:
@@ -102,12 +142,15 @@ class Watch:
 
     Args:
         record: the run's record folder on this node.
+        files: names of what was written into it for the ranks.
     """
 
-    def __init__(self, record: Path) -> None:
-        self._record = record
+    def __init__(self, record: Path, files: Collection[str] = ()) -> None:
+        self._record, self._files = record, tuple(files)
         # The first process of every rank: what it forks has its command line and environment too.
         self._ranks: dict[int, psutil.Process] = {}
+        # Of each rank: the kernel's counter of processes that it ended for want of memory, and where it stood.
+        self._oom_kills: dict[int, tuple[Path, int]] = {}
         self._started = self._searched = time.monotonic()
 
     def look(self) -> dict[str, Any]:
@@ -116,19 +159,21 @@ class Watch:
         if now - self._started < _STARTING_SECONDS or now - self._searched > _SELDOM_SECONDS:
             self._searched = now
             self._search()
-        return {"ranks": self._states()}
+        return {"ranks": self._states(), "oom_kills": self.oom_kills()}
 
     def _search(self) -> None:
         """Find ranks that have started."""
         processes = processes_of(str(self._record))
         parents = {process.pid: process.info["ppid"] for process in processes}
         for process in processes:
-            rank = _environment(process).get("RANK", "")
+            rank = _rank(_environment(process))
             # Launchers have the record in their command line and no rank; what a rank starts has its parent's rank.
             if rank.isdecimal() and int(rank) not in self._ranks:
                 parent = next((other for other in processes if other.pid == parents[process.pid]), None)
-                if parent is None or _environment(parent).get("RANK") != rank:
+                if parent is None or _rank(_environment(parent)) != rank:
                     self._ranks[int(rank)] = process
+                    counter = oom_counter(process.pid)
+                    self._oom_kills[int(rank)] = (counter, oom_kills(counter))
 
     def _states(self) -> dict[str, Any]:
         states: dict[str, Any] = {}
@@ -140,6 +185,10 @@ class Watch:
                 states[str(rank)] = "lost" if code is None else code
         return states
 
+    def oom_kills(self) -> int:
+        """Processes that the kernel has ended for want of memory beside the ranks, or as one of them."""
+        return max((oom_kills(counter) - before for counter, before in self._oom_kills.values()), default=0)
+
     def stop(self, number: int) -> None:
         """Send the ranks a signal; before there are any, everything."""
         ranks = [process for process in self._ranks.values() if _is_alive(process)]
@@ -149,8 +198,8 @@ class Watch:
 
     def forget(self) -> None:
         """Remove what the ranks of this node have left in the record folder, and the folder after the last of them."""
-        for rank in self._ranks:
-            (self._record / str(rank)).unlink(missing_ok=True)
+        for name in (*map(str, self._ranks), *self._files):
+            (self._record / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._record.rmdir()
 
@@ -173,6 +222,7 @@ class Watch:
             "ended": True,
             "left": [f"{process.pid} {process.name()}" for process in left if _is_alive(process)],
             "ranks": ranks,
+            "oom_kills": self.oom_kills(),
         }
 
 
@@ -198,6 +248,25 @@ def _serve(watch: Watch, silence: float | None) -> None:
         _say(watch.look())
 
 
+def _write_files(record: Path, files: Mapping[str, str]) -> None:
+    """Write what the ranks read, for their user alone; whole at any moment, for nodes may share the folder."""
+    for name, text in files.items():
+        temporary = record / f".{name}.{uuid.uuid4().hex}"
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(record / name)
+
+
+def _addresses() -> dict[str, str]:
+    """The IPv4 address of every interface that other nodes may reach."""
+    found = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family == socket.AF_INET and not each.address.startswith("127."):
+                found.setdefault(name, each.address)
+    return found
+
+
 def _first_line() -> bytes:
     """Read without a buffer, which would keep from ``select`` what follows."""
     line = b""
@@ -220,11 +289,12 @@ def main() -> int:
             Watch(Path(earlier)).end()
     record = Path(setup["record"])
     record.mkdir(mode=0o700, exist_ok=True)  # Nodes may share it.
-    watch = Watch(record)
+    watch = Watch(record, setup["files"])
     try:
+        _write_files(record, setup["files"])
         # Also when this write fails, because the other side is gone already.
         with contextlib.suppress(BrokenPipeError):
-            _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"]))})
+            _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"])), "addresses": _addresses()})
             _serve(watch, setup["silence"])
     finally:
         last = watch.end()

@@ -21,6 +21,8 @@ from typing import Literal
 
 from sparse_zero.errors import InputError
 
+# Set to 1 by `sparse-zero launch` where it has given every rank the same MASTER_ADDR and MASTER_PORT.
+TOLD_ALL = "SPARSE_ZERO_TOLD_ALL"
 Launcher = Literal["torchrun", "environment", "openmpi", "mpich", "slurm", "none"]
 
 # Slurm numbers the steps that are no tasks of srun (batch script, interactive shell) from here on.
@@ -318,7 +320,8 @@ def export_ranks(ranks: Ranks, environ: MutableMapping[str, str]) -> Rendezvous:
     """Set what ``torch.distributed`` reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Under MPI this is a collective call: rank 0's address travels through ``mpi4py``, which is imported
-    only then. Under torchrun and DeepSpeed's launcher the address is already there and is kept.
+    only then, unless `sparse-zero launch` has told it to all of them. Under torchrun and DeepSpeed's
+    launcher the address is already there and is kept.
 
     Returns:
         Where the ranks meet, and who named the place.
@@ -327,7 +330,8 @@ def export_ranks(ranks: Ranks, environ: MutableMapping[str, str]) -> Rendezvous:
         InputError: several ranks, and nobody names the address or the port.
     """
     address, port = environ.get("MASTER_ADDR"), _port(environ)
-    if ranks.launcher in ("openmpi", "mpich"):
+    is_mpi, told_all = ranks.launcher in ("openmpi", "mpich"), environ.get(TOLD_ALL) == "1"
+    if is_mpi and not (told_all and address and port is not None):
         meeting = _meet_through_mpi(ranks, environ)
     elif address and port is not None:
         meeting = Rendezvous(address=address, port=port, source="the environment")

@@ -10,6 +10,7 @@ loss that is not finite). DeepSpeed has no elastic agent any more (its config sa
 and torch's starts everything anew whatever the code was, and needs an agent on every node.
 """
 
+import difflib
 import json
 import math
 import os
@@ -24,15 +25,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from launcher import node_guard
 from launcher.cluster_config import ClusterConfig
+from launcher.command_line import ssh_options
 from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL, SECOND_INTERRUPT_SECONDS, SIGNALS
-from sparse_zero.credentials import is_secret
 from sparse_zero.errors import InputError
 
 # Time for the workers to write a checkpoint and end, after a signal.
@@ -41,21 +42,30 @@ _GRACE_SECONDS = 120.0
 _BEAT_SECONDS, _END_SECONDS, _LOOK_SECONDS = 1.0, 15.0, 0.05
 # What a surrounding launcher has told this process is not for the ranks that it starts.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# What DeepSpeed's launcher forwards of its own accord begins with these.
+_TOLD_BY_DEEPSPEED = ("MLFLOW", "NCCL", "PYTHON", "MV2", "UCX", "CUDA")
 
 
-def environment_of_start(environ: Mapping[str, str], *, is_told: bool) -> dict[str, str]:
+def environment_of_start(environ: Mapping[str, str], cluster: ClusterConfig) -> dict[str, str]:
     """What of the environment the launcher gets that starts the ranks.
+
+    DeepSpeed writes variables with some beginnings on the command lines of other nodes, and these into its log. What
+    ranks need they get in another way (see :mod:`launcher.start_files`), so that only PYTHONPATH is left to it.
 
     Args:
         environ: of this process.
-        is_told: whether DeepSpeed starts ranks on other nodes: it writes every variable that begins with MLFLOW on
-            their command lines, and these into its log. Those that are secrets are left out.
+        cluster: the run's section.
     """
-    return {
+    told = _TOLD_BY_DEEPSPEED if cluster.names_nodes else ()
+    found = {
         name: value
         for name, value in environ.items()
-        if name not in _RANK_VARIABLES and not (is_told and name.startswith("MLFLOW") and is_secret(name, value))
+        if name not in _RANK_VARIABLES and (name == "PYTHONPATH" or not name.startswith(told))
     }
+    ssh = ssh_options(cluster)
+    if cluster.launcher == "mpich" and ssh:
+        found["HYDRA_LAUNCHER_EXTRA_ARGS"] = " ".join(ssh)
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,34 +83,62 @@ class Start:
     nodes: tuple[Node, ...]
     # Restarts before this one, over the whole run.
     restarts: int
-    # For the ranks' exit codes, on every node.
+    # For the ranks' config and environment, and their exit codes, on every node.
     record: str
+    # Of each node by name: IPv4 addresses by interface.
+    addresses: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def read_hostfile(path: Path) -> list[Node]:
-    """The nodes of a DeepSpeed hostfile, in its order.
+def read_nodes(cluster: ClusterConfig) -> list[Node]:
+    """The nodes that ``cluster`` names, in their order.
 
     Raises:
-        InputError: it cannot be read, has a line that is not ``name slots=N``, names a node twice, or none.
+        InputError: the hostfile cannot be read, has a line that is not ``name slots=N``, names a node twice, or none;
+            or nodes are included or excluded that are not there, or none is left.
     """
+    if cluster.hostfile is not None:
+        nodes = _read_hostfile(Path(cluster.hostfile))
+    else:
+        nodes = _parse_nodes(cluster.hosts, "cluster.hosts", "entry")
+    names = [node.name for node in nodes]
+    for name in ("include", "exclude"):
+        for each in getattr(cluster, name):
+            if each not in names:
+                nearest = difflib.get_close_matches(each, names, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"
+                raise InputError(f"cluster.{name} names {each!r}, which is no node of the cluster: {hint}")
+    left = [
+        node for node in nodes
+        if node.name not in cluster.exclude and (not cluster.include or node.name in cluster.include)
+    ]  # fmt: skip
+    if not left:
+        raise InputError("cluster.include and cluster.exclude leave no node: change one of them")
+    return left
+
+
+def _read_hostfile(path: Path) -> list[Node]:
     if not path.is_file():
         raise InputError(f"cluster.hostfile is {path}, which is no file: it needs a line 'name slots=8' a node")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cluster.hostfile is {path}, which cannot be read ({error}): check the file") from error
+    return _parse_nodes(lines, f"cluster.hostfile {path}", "line")
+
+
+def _parse_nodes(lines: Sequence[str], source: str, unit: str) -> list[Node]:
     nodes: list[Node] = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
-        match = re.match(r"([^\s,;|&$`'\"\\-][^\s,;|&$`'\"\\]*)\s+slots=(\d+)", line)
+        match = re.fullmatch(r"([A-Za-z0-9_][\w.:@-]*)\s+slots=(\d+)(?:\s.*)?", line, re.ASCII)
         if match is None or not int(match[2]):
-            raise InputError(f"cluster.hostfile {path}, line {number} is {line!r}: write 'name slots=8'")
+            raise InputError(f"{source}, {unit} {number} is {line!r}: write 'name slots=8'")
         if match[1] in [node.name for node in nodes]:
-            raise InputError(f"cluster.hostfile {path} names {match[1]} twice: remove line {number}")
+            raise InputError(f"{source} names {match[1]} twice: remove {unit} {number}")
         nodes.append(Node(match[1], int(match[2])))
     if not nodes:
-        raise InputError(f"cluster.hostfile {path} names no node: it needs a line 'name slots=8' for each")
+        raise InputError(f"{source} names no node: it needs a line 'name slots=8' for each")
     return nodes
 
 
@@ -143,11 +181,14 @@ def choose_nodes(answering: Sequence[Node], limits: Limits) -> tuple[Node, ...]:
     return tuple(chosen) if sum(node.slots for node in chosen) >= limits.least else ()
 
 
-def master_of(cluster: ClusterConfig, usual: Node, first: Node) -> str | None:
-    """Address of the rendezvous: the config's while its node is the first one, else the name of the one that is."""
-    if cluster.master_address is None or first == usual:
+def master_of(cluster: ClusterConfig, usual: Node, start: Start) -> str:
+    """Address of the rendezvous: the config's while its node is the first one, else one of the node that is."""
+    if cluster.master_address is not None and start.nodes[0] == usual:
         return cluster.master_address
-    return first.name.rpartition("@")[2]
+    found = start.addresses.get(start.nodes[0].name, {})
+    if cluster.network_interface in found:
+        return found[cluster.network_interface]
+    return next(iter(found.values()), start.nodes[0].name.rpartition("@")[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +248,8 @@ class Guard:
         self.report: dict[str, Any] | None = None
         # Of the newest checkpoint that its node sees, as told first and last.
         self.step: int | None = None
+        # IPv4 addresses of its node, by interface.
+        self.addresses: dict[str, str] = {}
         self.errors = ""
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._read_errors)]
         for thread in self._threads:
@@ -220,6 +263,7 @@ class Guard:
                 report = json.loads(line)
                 if isinstance(report, dict) and "ranks" in report:
                     self.step = report.get("step", self.step)
+                    self.addresses = report.get("addresses", self.addresses)
                     self.report, self.heard = report, time.monotonic()
 
     def _read_errors(self) -> None:
@@ -283,6 +327,7 @@ class Supervisor:
         command: of one start, as an argument list; its ranks get the record folder as ``--exit_record``.
         checkpoints: the run's folder of them, for counting restarts.
         remote: runs a command on a node, whose name is added; empty where the only node is this machine.
+        files: name and content of what every node's ranks get in their record folder.
     """
 
     def __init__(
@@ -293,9 +338,11 @@ class Supervisor:
         command: Callable[[Start], Sequence[str]],
         checkpoints: Path,
         remote: Sequence[str] = (),
+        files: Mapping[str, str] | None = None,
     ) -> None:
         self._nodes, self._limits, self._cluster = tuple(nodes), limits, cluster
         self._command, self._checkpoints, self._remote = command, checkpoints, tuple(remote)
+        self._files = dict(files or {})
         # Of all starts, the last one's last: their folders on every node.
         self._records: list[str] = []
         # The first signal, 0 while none has come; when it came; whether a user cannot wait.
@@ -389,6 +436,7 @@ class Supervisor:
             "checkpoints": str(self._checkpoints.absolute()),
             # Here, nothing can be cut off but the pipe, and a stopped job is no reason to end it.
             "silence": self._cluster.node_timeout if self._remote else None,
+            "files": self._files,
         }
         guards = [Guard(node, self._remote, setup) for node in self._nodes]
         deadline = time.monotonic() + self._cluster.node_timeout
@@ -421,8 +469,13 @@ class Supervisor:
 
     def _attempt(self, guards: Sequence[Guard], restarts: int) -> Outcome:
         """Start, and watch until the launcher has ended and no rank is left, or until everything is to be ended."""
-        start = Start(nodes=tuple(guard.node for guard in guards), restarts=restarts, record=self._records[-1])
-        environment = environment_of_start(os.environ, is_told=self._cluster.launcher == "pdsh")
+        start = Start(
+            nodes=tuple(guard.node for guard in guards),
+            restarts=restarts,
+            record=self._records[-1],
+            addresses={guard.node.name: guard.addresses for guard in guards},
+        )
+        environment = environment_of_start(os.environ, self._cluster)
         process = subprocess.Popen(self._command(start), env=environment, start_new_session=True)
         patience = self._cluster.node_timeout
         lost, deadline, told, hastened = "", math.inf, False, False
@@ -476,6 +529,8 @@ class Supervisor:
             if ranks:
                 place = f" on {guard.node.name}" if self._remote else ""
                 what = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(sorted(ranks, key=int))}"
+                if (guard.report or {}).get("oom_kills"):
+                    return f"{what}{place} ended, and the kernel has ended a process there for want of memory"
                 return f"{what}{place} ended unexpectedly"
         return ""
 

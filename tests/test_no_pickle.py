@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher import runner
 
+from launcher.cluster_config import ClusterConfig
 from launcher.config import load_config, parse_config, resolved_yaml
+from launcher.start_files import exported_variables
 from launcher.supervising import environment_of_start
 from launcher.yaml_files import dump_yaml
 from models.word_problems import write_word_problems
@@ -211,10 +213,18 @@ def test_secrets_do_not_reach_the_command_lines_that_deepspeed_logs() -> None:
     secret = {
         "MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "MLFLOW_URL": "https://user:word@host",
     }  # fmt: skip
-    assert environment_of_start({**kept, **secret, "RANK": "1"}, is_told=True) == kept
-    assert environment_of_start({**kept, **secret, "RANK": "1"}, is_told=False) == {**kept, **secret}
-    # DeepSpeed exports no other variables in which secrets are.
+    across = ClusterConfig(launcher="pdsh", hosts=("a slots=1",))
+    given = {**kept, **secret, "RANK": "1", "PYTHONPATH": "/p", "NCCL_DEBUG": "$(touch x)"}
+    told = environment_of_start(given, across)
+    assert told == {"HF_TOKEN": TOKEN, "PATH": "/bin", "PYTHONPATH": "/p"}
+    # Nothing but that path is left of what DeepSpeed exports.
+    beginnings = [*runner.EXPORT_ENVS, "NCCL"]
     assert runner.EXPORT_ENVS == ["MLFLOW", "PYTHON", "MV2", "UCX"]
+    assert [name for name in told if name.startswith(tuple(beginnings))] == ["PYTHONPATH"]
+    # The ranks get them in another way; on one node they have the same environment anyway.
+    assert given.items() >= exported_variables(across, given).items() > secret.items()
+    here = environment_of_start(given, ClusterConfig())
+    assert here == {name: value for name, value in given.items() if name != "RANK"}
 
 
 def test_a_checkpoint_does_not_keep_credentials_of_a_config() -> None:

@@ -7,17 +7,20 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from launcher.cluster_config import ClusterConfig
-from launcher.command_line import worker_command
+from launcher.command_line import check_remote_shell, script_file, ssh_options, worker_by_hand, worker_command
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
+from launcher.find_mpirun import mpirun_first
 from launcher.process_ranks import free_port
 from launcher.run_folder import RunFolder
-from launcher.supervising import Limits, Node, Start, Supervisor, limits_of, master_of, read_hostfile
+from launcher.start_files import exported_variables, files_of_run
+from launcher.supervising import Limits, Node, Start, Supervisor, limits_of, master_of, read_nodes
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
@@ -53,38 +56,48 @@ def run(args: argparse.Namespace) -> int:
         # Found here, a contradiction is one line; found by the workers, it is one for every rank.
         deepspeed_config(config, ranks)
 
-    def command(config: RunConfig, extra: Sequence[str]) -> list[str]:
+    cluster = config.cluster
+    if cluster.launcher == "pdsh":
+        check_remote_shell(python=sys.executable, folder=str(Path.cwd()), python_path=os.environ.get("PYTHONPATH", ""))
+    environment = exported_variables(cluster, os.environ)
+    remote, port = _remote(cluster), _master_port(config)
+
+    def command(start: Start, folder: Path) -> list[str]:
+        changed, hostfile = cluster, None
+        if cluster.names_nodes:
+            changed, hostfile = cluster_of_start(config, nodes, start), str(folder / f"hostfile-{start.restarts}")
+            write_hostfile(Path(hostfile), start.nodes, cluster)
         return worker_command(
-            config,
-            args.config,
-            [*args.overrides, *extra],
+            changed,
+            start.record,
+            overrides_of_start(config, start),
             python=sys.executable,
-            num_gpus=num_gpus,
-            master_port=_master_port(config),
+            num_gpus=None if cluster.names_nodes else num_gpus,
+            master_port=port,
+            hostfile=hostfile,
             devices=devices,
         )
 
     if args.dry_run:
-        print(shlex.join(command(config, [])))
+        _print_plan(args, config, nodes, remote, environment, command)
         return 0
-    with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder:
+    with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
         supervisor = Supervisor(
             nodes or [Node("this machine", 1)],
             limits,
-            config.cluster,
-            lambda start: command(config_of_start(config, nodes, start, Path(folder)), worker_arguments(config, start)),
+            cluster,
+            lambda start: command(start, Path(folder)),
             RunFolder(config.output.folder).checkpoints,
-            _remote(config.cluster),
+            remote,
+            files_of_run(config, environment),
         )
         return supervisor.run()
 
 
 def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
     """All nodes that this command may start something on, and their ranks; none where every node has its command."""
-    if cluster.launcher == "pdsh":
-        assert cluster.hostfile is not None
-        nodes = read_hostfile(Path(cluster.hostfile))
-        return [Node(node.name, ranks_per_node or node.slots) for node in nodes]
+    if cluster.names_nodes:
+        return [Node(node.name, ranks_per_node or node.slots) for node in read_nodes(cluster)]
     if cluster.num_nodes > 1:
         return []
     import torch
@@ -93,51 +106,91 @@ def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
 
 
 def _remote(cluster: ClusterConfig) -> list[str]:
-    """What runs a command on another node, in the way in which pdsh reaches it; empty where there is no other."""
-    if cluster.launcher != "pdsh":
+    """What runs a command on another node, as the launcher reaches it; empty where there is no other."""
+    if not cluster.names_nodes:
         return []
     if shutil.which("ssh") is None:
-        raise InputError("cluster.launcher is pdsh, and this machine has no ssh: install the OpenSSH client")
-    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(cluster.node_timeout))}", *given]
+        raise InputError(
+            f"cluster.launcher is {cluster.launcher}, and this machine has no ssh: install the OpenSSH client"
+        )
+    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")) if cluster.launcher == "pdsh" else []
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(cluster.node_timeout))}"]
+    return ["ssh", *options, *ssh_options(cluster), *given]
 
 
-def config_of_start(config: RunConfig, nodes: Sequence[Node], start: Start, folder: Path) -> RunConfig:
-    """The config of one start: on other nodes, perhaps with another first one."""
-    if config.cluster.launcher != "pdsh":
-        return config
-    hostfile = folder / f"hostfile-{start.restarts}"
-    hostfile.write_text("".join(f"{node.name} slots={node.slots}\n" for node in start.nodes), encoding="utf-8")
+def _mpirun(cluster: ClusterConfig, folder: Path) -> AbstractContextManager[None]:
+    """Has DeepSpeed start the right mpirun, where it starts one."""
+    return mpirun_first(cluster.launcher, folder) if cluster.launcher in ("openmpi", "mpich") else nullcontext()
+
+
+def cluster_of_start(config: RunConfig, nodes: Sequence[Node], start: Start) -> ClusterConfig:
+    """The section of one start: on other nodes, perhaps with another first one.
+
+    Raises:
+        InputError: the run's batches do not fit its ranks.
+    """
     cluster = dataclasses.replace(
         config.cluster,
-        hostfile=str(hostfile),
         num_nodes=len(start.nodes),
-        master_address=master_of(config.cluster, nodes[0], start.nodes[0]),
+        master_address=master_of(config.cluster, nodes[0], start),
         # Limits are those of the whole run, and of no interest to the ranks of this one start.
         min_world_size=None,
         max_world_size=None,
     )
-    changed = dataclasses.replace(config, cluster=cluster)
-    deepspeed_config(changed, sum(node.slots for node in start.nodes))
-    return changed
+    deepspeed_config(dataclasses.replace(config, cluster=cluster), sum(node.slots for node in start.nodes))
+    return cluster
 
 
-def worker_arguments(config: RunConfig, start: Start) -> list[str]:
-    """What the worker is told besides: where to record its end, and from where a restart goes on."""
-    extra = [f"--exit_record={start.record}"]
+def write_hostfile(path: Path, nodes: Sequence[Node], cluster: ClusterConfig) -> None:
+    """The nodes of one start, for the launcher."""
+    # mpirun has ssh told the user.
+    user = f"{cluster.ssh_user}@" if cluster.launcher == "pdsh" and cluster.ssh_user else ""
+    lines = (f"{'' if '@' in node.name else user}{node.name} slots={node.slots}\n" for node in nodes)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def overrides_of_start(config: RunConfig, start: Start) -> list[str]:
+    """What of the config is another at a restart: from where it goes on."""
     checkpoints, resume = RunFolder(config.output.folder).checkpoints, config.checkpoint.resume
     named_here = resume not in ("auto", "never") and Path(resume).resolve().parent == checkpoints.resolve()
     if start.restarts and (resume == "never" or named_here):
         # By now the run folder has what this very run wrote, which is what the setting was to keep apart.
-        extra.append("--checkpoint.resume=auto")
-    return extra
+        return ["--checkpoint.resume=auto"]
+    return []
+
+
+def _print_plan(
+    args: argparse.Namespace,
+    config: RunConfig,
+    nodes: Sequence[Node],
+    remote: Sequence[str],
+    environment: Mapping[str, str],
+    command: Callable[[Start, Path], Sequence[str]],
+) -> None:
+    """What would run, line by line as a shell would take it, and in comments what it would be given."""
+    chosen = tuple(nodes[: config.cluster.num_nodes])
+    start = Start(nodes=chosen, restarts=0, record="/tmp/sparse-zero-RANDOM")
+    guard = [sys.executable, script_file("launcher.node_guard")]
+    with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder:
+        line = shlex.join(command(start, Path(folder)))
+        print("# on every node a guard, which writes the config and the environment for the ranks, and ends them")
+        for node in chosen or (None,):
+            print(shlex.join([*remote, node.name, "exec " + shlex.join(guard)] if remote and node else guard))
+        if environment:
+            print(f"# variables for every rank: {', '.join(sorted(environment))}")
+        if config.cluster.names_nodes:
+            print(f"# hostfile-0: {'; '.join((Path(folder) / 'hostfile-0').read_text().splitlines())}")
+        print("# on this node, the launcher")
+        print(line.replace(folder, "/tmp/sparse_zero_launch_RANDOM"))
+    print("# any launcher that is started by hand runs this on every rank")
+    print(shlex.join(worker_by_hand(args.config, args.overrides, python=sys.executable)))
 
 
 def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
     """Ranks per node (None: the launcher counts) and the GPUs that they may use (None: all)."""
     wanted = config.cluster.ranks_per_node
     visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    if config.cluster.launcher == "pdsh":
+    if config.cluster.names_nodes:
         return wanted, None
     import torch  # takes a second
 

@@ -1,4 +1,4 @@
-"""Does each launcher get a command that it understands, and the worker its arguments unchanged?"""
+"""Does each launcher get a command that it understands, and no text of a user's in it?"""
 
 import shlex
 from pathlib import Path
@@ -6,44 +6,33 @@ from typing import Any
 
 import pytest
 
-from launcher.command_line import worker_command
-from launcher.config import RunConfig, parse_config
+from launcher.cluster_config import ClusterConfig
+from launcher.command_line import check_remote_shell, script_file, worker_by_hand, worker_command
 from sparse_zero.errors import InputError
 
-OVERRIDES = ["--training.steps=3", "--selection.regions.0.modules=['*.{q,k}_proj']"]
-
-
-def make(**cluster: Any) -> RunConfig:
-    return parse_config(
-        {
-            "model": {"name_or_path": "m"},
-            "data": {"train": "d.json"},
-            "selection": {"regions": [{"kind": "row", "modules": ["*"], "per_matrix": 1}]},
-            "training": {"steps": 1},
-            "zero": {},
-            "output": {"folder": "o"},
-            "cluster": cluster,
-        }
-    )
+WORKER = ["/s/start_rank.py", "/tmp/record", "--checkpoint.resume=auto"]
+DEEPSPEED = ["py", "-m", "deepspeed.launcher.runner", "--no_local_rank"]
+HOSTS = ("node0 slots=8", "node1 slots=8")
 
 
 def command(
     num_gpus: int | None, devices: list[str] | None = None, master_port: int = 29500, **cluster: Any
 ) -> list[str]:
     return worker_command(
-        make(**cluster),
-        "/c/run.yaml",
-        OVERRIDES,
+        ClusterConfig(**cluster),
+        WORKER[1],
+        WORKER[2:],
         python="py",
         num_gpus=num_gpus,
         master_port=master_port,
+        hostfile="/t/hosts",
         devices=devices,
-        script="/s/train.py",
+        script=WORKER[0],
     )
 
 
-WORKER = ["/s/train.py", "--config", "/c/run.yaml", *OVERRIDES]
-DEEPSPEED = ["py", "-m", "deepspeed.launcher.runner", "--no_local_rank"]
+def across(launcher: str, **cluster: Any) -> list[str]:
+    return command(None, launcher=launcher, num_nodes=2, hosts=HOSTS, master_address="10.0.0.1", **cluster)
 
 
 def test_local() -> None:
@@ -53,55 +42,65 @@ def test_local() -> None:
     # A GPU set aside by the environment stays so when ranks are counted.
     assert command(2, devices=["4", "6", "7"]) == [*local, "--include", "localhost:4,6", *WORKER]
     assert "1234" in command(2, master_port=1234)
+    assert "--bind_cores_to_rank" in command(2, bind_to_core=True)
+
+
+def start_of(launcher: str) -> list[str]:
+    start = [*DEEPSPEED, "--launcher", launcher, "--force_multi", "--hostfile", "/t/hosts"]
+    return [*start, "--master_port", "29500", "--no_ssh_check", "--master_addr", "10.0.0.1"]
 
 
 def test_pdsh() -> None:
-    start = [*DEEPSPEED, "--launcher", "pdsh", "--force_multi", "--hostfile", "hosts", "--num_nodes", "2"]
-    built = command(8, launcher="pdsh", num_nodes=2, hostfile="hosts", master_address="10.0.0.1")
-    count = ["--num_gpus", "8", "--master_port", "29500", "--master_addr", "10.0.0.1"]
-    assert built[: len(start) + len(count)] == [*start, *count]
-    # The remote shell takes the worker's arguments apart again.
-    assert shlex.split(" ".join(built[len(start) + len(count) :])) == WORKER
+    assert across("pdsh") == [*start_of("pdsh"), *WORKER]
+    more = across("pdsh", ssh_port=2222, launcher_arguments=("-f", "8"))
+    assert more == [*start_of("pdsh"), "--ssh_port", "2222", "--launcher_args=-f 8", *WORKER]
+
+
+def launcher_arguments(built: list[str]) -> list[str]:
+    (found,) = (each for each in built if each.startswith("--launcher_args="))
+    return shlex.split(found.removeprefix("--launcher_args="))
+
+
+def test_openmpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    built = across("openmpi")
+    assert built[: len(start_of("openmpi"))] == start_of("openmpi")
+    assert built[-4:] == [WORKER[0], WORKER[1], "--meet=10.0.0.1:29500", WORKER[2]]
+    found = launcher_arguments(built)
+    # DeepSpeed would name eth0.
+    assert found[:3] == ["--mca", "btl_tcp_if_include", "0.0.0.0/0"]
+    assert "--allow-run-as-root" not in found
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    settings: dict[str, Any] = {"network_interface": "ib0", "ssh_port": 2222, "ssh_user": "me", "bind_to_core": True}
+    found = launcher_arguments(across("openmpi", **settings, launcher_arguments=("--report-bindings", "a b")))
+    assert found[found.index("btl_tcp_if_include") + 1] == "ib0"
+    assert found[found.index("plm_rsh_args") + 1] == "-p 2222 -l me"
+    assert found[found.index("--bind-to") + 1] == "core"
+    assert found[-3:] == ["--allow-run-as-root", "--report-bindings", "a b"]
+
+
+def test_mpich() -> None:
+    built = across("mpich", network_interface="ib0")
+    assert built[-4:] == [WORKER[0], WORKER[1], "--meet=10.0.0.1:29500", WORKER[2]]
+    assert launcher_arguments(built) == ["-launcher", "ssh", "-bind-to", "none", "-iface", "ib0"]
 
 
 def test_deepspeed_understands_the_commands() -> None:
     from deepspeed.launcher.runner import parse_args
 
-    for built in (command(2), command(8, launcher="pdsh", num_nodes=2, hostfile="hosts")):
+    for built in (command(2), across("pdsh", ssh_port=22), across("openmpi"), across("mpich")):
         parsed = parse_args(built[3:])
-        assert parsed.user_script == "/s/train.py"
-        assert shlex.split(" ".join(parsed.user_args))[:2] == ["--config", "/c/run.yaml"]
+        assert parsed.user_script == WORKER[0]
+        assert parsed.user_args[0] == WORKER[1]
         assert parsed.no_local_rank
-    assert (parsed.num_nodes, parsed.num_gpus, parsed.launcher) == (2, 8, "pdsh")
-
-
-def test_pdsh_refuses_what_it_would_change() -> None:
-    def pdsh(override: str) -> list[str]:
-        config = make(launcher="pdsh", hostfile="hosts")
-        return worker_command(
-            config, "/c/run.yaml", [override], python="py", num_gpus=2, master_port=7, script="/s/train.py"
-        )
-
-    assert pdsh("--data.train=my data.json")[-1] == "--data.train=my data.json"  # quoted by DeepSpeed
-    for unsafe in ("--data.train=my $HOME", "--data.train=a `b`", "--data.train=%h"):
-        with pytest.raises(InputError, match="put the setting into the config file"):
-            pdsh(unsafe)
+    assert (parsed.launcher, parsed.num_nodes, parsed.num_gpus) == ("mpich", -1, -1)
+    assert shlex.split(parsed.launcher_args)[:2] == ["-launcher", "ssh"]
 
 
 def test_torchrun() -> None:
     torchrun = ["py", "-m", "torch.distributed.run"]
-    one = [
-        *torchrun,
-        "--nnodes",
-        "1",
-        "--nproc_per_node",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        "29500",
-    ]
-    assert command(2, launcher="torchrun") == [*one, *WORKER]
+    one = ["--nnodes", "1", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", "29500"]
+    assert command(2, launcher="torchrun") == [*torchrun, *one, *WORKER]
     assert "gpu" in command(None, launcher="torchrun")
     two = command(8, launcher="torchrun", num_nodes=2, master_address="node0", master_port=7)
     assert two == [
@@ -119,11 +118,39 @@ def test_torchrun_understands_the_commands() -> None:
         command(8, launcher="torchrun", num_nodes=2, master_address="h"),
     ):
         parsed = parse_args(built[3:])
-        assert parsed.training_script == "/s/train.py"
+        assert parsed.training_script == WORKER[0]
         assert parsed.training_script_args == WORKER[1:]
 
 
-def test_config_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_hand_the_config_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    built = worker_command(make(), "run.yaml", [], python="py", num_gpus=1, master_port=7, script="/s/train.py")
-    assert built[-1] == str(tmp_path / "run.yaml")
+    found = worker_by_hand("run.yaml", ["--training.steps=3"], python="py")
+    assert found == ["py", script_file("launcher.train"), "--config", f"{tmp_path}/run.yaml", "--training.steps=3"]
+    assert Path(found[1]).is_file()
+
+
+@pytest.mark.parametrize("path", ["/a b", "/$HOME", "/a`b`", "/%h", "/a;b", '/a"b', "/a\nb"])
+def test_pdsh_refuses_paths_that_it_would_change(path: str) -> None:
+    check_remote_shell(python="/venv-3.11/bin/python", folder="/work/my_runs", python_path="/a:/b")
+    for field in ("python", "folder", "python_path"):
+        with pytest.raises(InputError, match="which the pdsh launcher cannot pass"):
+            check_remote_shell(**{"python": "/p", "folder": "/f", "python_path": "", field: path})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"launcher": "openmpi"}, r"cluster\.hostfile is missing: the openmpi launcher"),
+        ({"launcher": "mpich", "hosts": HOSTS, "hostfile": "h"}, r"cluster\.hostfile is h and cluster\.hosts"),
+        ({"hosts": HOSTS}, r"cluster\.hosts is set, and cluster\.launcher local"),
+        ({"launcher": "torchrun", "ssh_port": 22}, r"cluster\.ssh_port is set"),
+        ({"launcher": "pdsh", "hosts": HOSTS, "bind_to_core": True}, r"cluster\.bind_to_core is true"),
+        ({"launcher": "pdsh", "hosts": HOSTS, "ssh_port": 0}, r"cluster\.ssh_port is 0"),
+        ({"launcher": "pdsh", "hosts": HOSTS, "ssh_user": "-oProxyCommand=x"}, r"cluster\.ssh_user is"),
+        ({"launcher": "openmpi", "hosts": HOSTS, "ssh_user": "a b"}, r"cluster\.ssh_user is 'a b'"),
+        ({"network_interface": "$(touch x)"}, r"cluster\.network_interface is"),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ClusterConfig(**settings)

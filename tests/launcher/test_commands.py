@@ -53,12 +53,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_dry_run_prints_the_command_and_starts_nothing(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     override = "--selection.regions.0.modules=['*.{q,k}_proj']"
     assert main(["launch", "--config", str(run_file), "--dry-run", override]) == 0
-    words = shlex.split(capsys.readouterr().out)
-    assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert words[words.index("--num_gpus") + 1] == "2"
-    assert Path(words[-4]).name == "train.py"
-    assert Path(words[-4]).is_file()
-    assert words[-3:] == ["--config", str(run_file), override]
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    guard, launcher, by_hand = lines
+    assert Path(guard[-1]).name == "node_guard.py"
+    assert launcher[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert launcher[launcher.index("--num_gpus") + 1] == "2"
+    assert Path(launcher[-2]).name == "start_rank.py"
+    assert Path(launcher[-2]).is_file()
+    assert Path(by_hand[1]).name == "train.py"
+    assert by_hand[2:] == ["--config", str(run_file), override]
     assert [path.name for path in run_file.parent.iterdir()] == ["run.yaml"]
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from launcher.cluster_config import ClusterConfig
-from launcher.commands.launch import config_of_start, worker_arguments
+from launcher.commands.launch import cluster_of_start, overrides_of_start, write_hostfile
 from launcher.config import parse_config
 from launcher.supervising import (
     Limits,
@@ -23,7 +23,7 @@ from launcher.supervising import (
     judge,
     limits_of,
     master_of,
-    read_hostfile,
+    read_nodes,
 )
 from sparse_zero.errors import InputError
 
@@ -90,7 +90,7 @@ def test_nodes_are_taken_in_order_within_the_limits(answering, least, most, chos
 
 
 def cluster(**settings):
-    return ClusterConfig(launcher="pdsh", hostfile="hosts", **settings)
+    return ClusterConfig(**{"launcher": "pdsh", "hostfile": "hosts", **settings})
 
 
 def test_limits_are_those_of_the_first_nodes_unless_given():
@@ -105,16 +105,23 @@ def test_limits_are_those_of_the_first_nodes_unless_given():
 
 
 def test_the_rendezvous_moves_with_the_first_node():
-    assert master_of(cluster(), A, A) is None
-    assert master_of(cluster(master_address="10.0.0.1"), A, A) == "10.0.0.1"
-    assert master_of(cluster(master_address="10.0.0.1"), A, B) == "b"
-    assert master_of(cluster(), A, B) is None
+    def start(first, **addresses):
+        return Start(nodes=(first,), restarts=0, record="/r", addresses=addresses)
+
+    named = cluster(master_address="10.0.0.1")
+    both = {"ib0": "10.1.0.2", "eth0": "10.0.0.2"}
+    assert master_of(named, A, start(A, a=both)) == "10.0.0.1"
+    assert master_of(named, A, start(B, b=both)) == "10.1.0.2"
+    assert master_of(cluster(network_interface="eth0"), A, start(A, a=both)) == "10.0.0.2"
+    # A node that tells none is called by its name.
+    assert master_of(cluster(), A, start(Node("me@b", 1))) == "b"
 
 
 def test_hostfile(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\n\na slots=2\n b.example-1   slots=2 max_slots=4\n")
-    assert read_hostfile(hosts) == [A, Node("b.example-1", 2)]
+    named = cluster(hostfile=str(hosts))
+    assert read_nodes(named) == [A, Node("b.example-1", 2)]
     for content, said in {
         "": "names no node",
         "a slots=2\na slots=2\n": "names a twice: remove line 2",
@@ -122,13 +129,34 @@ def test_hostfile(tmp_path):
         "a slots=0\n": "line 1 is",
         "-oProxyCommand=touch slots=2\n": "line 1 is",
         "$(touch x) slots=2\n": "line 1 is",
+        "a;touch slots=2\n": "line 1 is",
+        "a slots=2`touch x`\n": "line 1 is",
     }.items():
         hosts.write_text(content)
         with pytest.raises(InputError, match=r"cluster\.hostfile") as error:
-            read_hostfile(hosts)
+            read_nodes(named)
         assert said in str(error.value)
     with pytest.raises(InputError, match="is no file"):
-        read_hostfile(tmp_path)
+        read_nodes(cluster(hostfile=str(tmp_path)))
+
+
+def test_nodes_are_included_and_excluded_by_name():
+    lines = ("a slots=2", "b slots=2", "c slots=4  # the large one")
+
+    def names(**changes):
+        return [node.name for node in read_nodes(ClusterConfig(launcher="pdsh", hosts=lines, **changes))]
+
+    assert names() == ["a", "b", "c"]
+    assert names(include=("c", "a")) == ["a", "c"]
+    assert names(exclude=("a",)) == ["b", "c"]
+    with pytest.raises(
+        InputError, match=r"cluster\.exclude names 'aa', which is no node of the cluster: did you mean a"
+    ):
+        names(exclude=("aa",))
+    with pytest.raises(InputError, match="leave no node"):
+        names(include=("a",), exclude=("a",))
+    with pytest.raises(InputError, match=r"cluster\.hosts, entry 2 is 'b'"):
+        read_nodes(ClusterConfig(launcher="pdsh", hosts=("a slots=1", "b")))
 
 
 def run_config(folder, **changes):
@@ -162,17 +190,21 @@ def run_config(folder, **changes):
 def test_a_restart_continues_from_the_runs_own_checkpoints(tmp_path, resume, restarts, added):
     config = run_config(tmp_path, checkpoint={"resume": resume.format(here=tmp_path)})
     start = Start(nodes=(A,), restarts=restarts, record="/r")
-    assert worker_arguments(config, start) == ["--exit_record=/r", *added]
+    assert overrides_of_start(config, start) == added
 
 
 def test_a_start_on_other_nodes_has_their_hostfile_and_address(tmp_path):
     section = {"launcher": "pdsh", "hostfile": "hosts", "num_nodes": 2, "master_address": "10.0.0.1"}
     config = run_config(tmp_path, cluster={**section, "min_world_size": 2})
     start = Start(nodes=(B, C), restarts=1, record="/r")
-    found = config_of_start(config, [A, B, C], start, tmp_path).cluster
+    found = cluster_of_start(config, [A, B, C], start)
     assert (found.num_nodes, found.master_address) == (2, "b")
-    assert found.hostfile is not None
-    assert read_hostfile(Path(found.hostfile)) == [B, C]
+    hosts = tmp_path / "hosts"
+    write_hostfile(hosts, start.nodes, ClusterConfig(launcher="pdsh", hosts=("a slots=1",), ssh_user="me"))
+    # pdsh has the user with the name; mpirun has ssh told.
+    assert hosts.read_text() == "me@b slots=2\nme@c slots=4\n"
+    write_hostfile(hosts, start.nodes, ClusterConfig(launcher="openmpi", hosts=("a slots=1",), ssh_user="me"))
+    assert hosts.read_text() == "b slots=2\nc slots=4\n"
 
 
 # --- real processes ------------------------------------------------------------------------------------------
