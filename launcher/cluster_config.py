@@ -11,10 +11,11 @@ from sparse_zero.errors import InputError
 class ClusterConfig:
     """How ``sparse-zero launch`` starts the worker on every rank."""
 
-    # local, pdsh, openmpi and mpich go through DeepSpeed's launcher, which starts pdsh or mpirun for other nodes;
-    # torchrun through torch's.
-    launcher: Literal["local", "pdsh", "openmpi", "mpich", "torchrun"] = "local"
-    # Nodes that the run is to have: the first of those that are named, or (torchrun) as many as run the command.
+    # All but torchrun go through DeepSpeed's launcher, which starts pdsh, mpirun or srun for other nodes; torchrun
+    # through torch's.
+    launcher: Literal["local", "pdsh", "openmpi", "mpich", "slurm", "torchrun"] = "local"
+    # Nodes that the run is to have: the first of those that are named or (slurm) allocated; with torchrun as many as
+    # run the command.
     num_nodes: int = 1
     # Ranks on each node; None: as many as the node has slots, or every GPU of it; 2 on a machine without GPUs.
     ranks_per_node: int | None = None
@@ -35,7 +36,7 @@ class ClusterConfig:
     export: tuple[str, ...] = ()
     # A file of such lines.
     export_file: str | None = None
-    # Arguments more for pdsh or mpirun.
+    # Arguments more for pdsh, mpirun or srun.
     launcher_arguments: tuple[str, ...] = ()
     # Bind each rank to cores of its own.
     bind_to_core: bool = False
@@ -95,17 +96,18 @@ class ClusterConfig:
 
     def _check_reaching(self) -> None:
         """Refuse what belongs to another launcher, or is no name of a user or an interface."""
-        if not self.names_nodes:
-            for name in ("hosts", "include", "exclude", "ssh_port", "ssh_user", "launcher_arguments"):
-                if getattr(self, name):
-                    raise InputError(
-                        f"cluster.{name} is set, and cluster.launcher {self.launcher} does not reach other nodes: "
-                        "leave it out, or use pdsh, openmpi or mpich"
-                    )
+        others = () if self.names_nodes else ("hosts", "include", "exclude", "ssh_port", "ssh_user")
+        for name in (*others, *(() if self.reaches_nodes else ("launcher_arguments",))):
+            if getattr(self, name):
+                remedy = "give it to sbatch or salloc" if self.launcher == "slurm" else "use pdsh, openmpi or mpich"
+                raise InputError(
+                    f"cluster.{name} is set, and cluster.launcher {self.launcher} does not choose or reach nodes: "
+                    f"leave it out, or {remedy}"
+                )
         if self.bind_to_core and self.launcher in ("pdsh", "torchrun"):
             raise InputError(
-                f"cluster.bind_to_core is true, which the {self.launcher} launcher cannot do: use local, openmpi or "
-                "mpich, or leave it out"
+                f"cluster.bind_to_core is true, which the {self.launcher} launcher cannot do: use local, openmpi, "
+                "mpich or slurm, or leave it out"
             )
         if self.ssh_port is not None and not 1 <= self.ssh_port <= 65535:
             raise InputError(f"cluster.ssh_port is {self.ssh_port}: it must lie in 1 to 65535")
@@ -117,5 +119,10 @@ class ClusterConfig:
 
     @property
     def names_nodes(self) -> bool:
-        """Whether one command starts ranks on nodes that the config names."""
+        """Whether the config says on which nodes ranks start."""
         return self.launcher in ("pdsh", "openmpi", "mpich")
+
+    @property
+    def reaches_nodes(self) -> bool:
+        """Whether one command starts the ranks of all nodes."""
+        return self.names_nodes or self.launcher == "slurm"

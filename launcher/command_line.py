@@ -11,8 +11,8 @@ from pathlib import Path
 from launcher.cluster_config import ClusterConfig
 from sparse_zero.errors import InputError
 
-# DeepSpeed's pdsh backend puts the current folder, the interpreter and PYTHONPATH into a remote command line as they
-# are, or in double quotes, and pdsh replaces %h, %n and the like.
+# DeepSpeed's backends put the current folder, the interpreter and PYTHONPATH into a remote command line as they are, or
+# in double quotes, and pdsh replaces %h, %n and the like.
 _SAFE_IN_SHELL = re.compile(r"[\w@+=:,./-]*")
 
 
@@ -42,6 +42,7 @@ def worker_command(
     num_gpus: int | None,
     master_port: int,
     hostfile: str | None = None,
+    nodes: Sequence[str] = (),
     devices: Sequence[str] | None = None,
     script: str | None = None,
 ) -> list[str]:
@@ -54,7 +55,8 @@ def worker_command(
         python: the interpreter; on several nodes it has the same path on each.
         num_gpus: ranks on each node; None leaves them to the launcher (every GPU, or the hostfile's slots).
         master_port: port of the ranks' rendezvous, in place of ``cluster.master_port``, which may leave it open.
-        hostfile: the nodes and slots of this start, no more and no fewer; of launchers that name nodes.
+        hostfile: the nodes and slots of this start, no more and no fewer; of launchers that reach nodes.
+        nodes: their names.
         devices: ids of the GPUs that local ranks may use; the first ``num_gpus`` are taken. None: all.
         script: the worker; None is the installed one.
     """
@@ -70,7 +72,7 @@ def worker_command(
         if devices is not None and num_gpus is not None:
             return [*command, "--include", f"localhost:{','.join(devices[:num_gpus])}", *worker]
         return [*command, *_count("--num_gpus", num_gpus), *worker]
-    if cluster.names_nodes:
+    if cluster.reaches_nodes:
         assert hostfile is not None
         # --force_multi: a hostfile of one node would otherwise start here, whatever node it names.
         command = [*deepspeed, "--launcher", cluster.launcher, "--force_multi", "--hostfile", hostfile, *port]
@@ -80,9 +82,9 @@ def worker_command(
         if cluster.ssh_port is not None:
             command += ["--ssh_port", str(cluster.ssh_port)]
         # DeepSpeed takes them apart again.
-        arguments = shlex.join([*_of_launcher(cluster), *cluster.launcher_arguments])
+        arguments = shlex.join([*_of_launcher(cluster, nodes), *cluster.launcher_arguments])
         command += [f"--launcher_args={arguments}"] if arguments else []
-        if cluster.launcher != "pdsh":  # DeepSpeed's own worker tells it the ranks; mpirun does not.
+        if cluster.launcher != "pdsh":  # DeepSpeed's own worker tells it the ranks; mpirun and srun do not.
             worker.insert(2, f"--meet={cluster.master_address}:{master_port}")
         return [*command, *worker]
     command = [python, "-m", "torch.distributed.run", "--nnodes", str(cluster.num_nodes)]
@@ -103,8 +105,8 @@ def worker_command(
     ]
 
 
-def _of_launcher(cluster: ClusterConfig) -> list[str]:
-    """Arguments that pdsh or mpirun needs to do what the section says."""
+def _of_launcher(cluster: ClusterConfig, nodes: Sequence[str]) -> list[str]:
+    """Arguments that pdsh, mpirun or srun needs to do what the section says."""
     if cluster.launcher == "openmpi":
         # Else DeepSpeed names eth0, which not every node has.
         interface = cluster.network_interface or "0.0.0.0/0"
@@ -119,6 +121,12 @@ def _of_launcher(cluster: ClusterConfig) -> list[str]:
     if cluster.launcher == "mpich":
         found = ["-launcher", "ssh", "-bind-to", "core" if cluster.bind_to_core else "none"]
         return [*found, *(["-iface", cluster.network_interface] if cluster.network_interface else [])]
+    if cluster.launcher == "slurm":
+        assert cluster.ranks_per_node is not None
+        # The guards are steps of the same job.
+        found = ["--overlap", f"--nodes={cluster.num_nodes}", f"--ntasks-per-node={cluster.ranks_per_node}"]
+        found.append(f"--cpu-bind={'cores' if cluster.bind_to_core else 'none'}")
+        return [*found, f"--nodelist={','.join(nodes)}"]
     return []
 
 
@@ -129,7 +137,7 @@ def ssh_options(cluster: ClusterConfig) -> list[str]:
 
 
 def check_remote_shell(*, python: str, folder: str, python_path: str) -> None:
-    """Refuse paths that DeepSpeed's pdsh backend would let a remote shell take apart or run.
+    """Refuse paths that DeepSpeed's launcher would let a remote shell take apart or run.
 
     Raises:
         InputError: names what has to be moved.
@@ -137,7 +145,7 @@ def check_remote_shell(*, python: str, folder: str, python_path: str) -> None:
     for name, value in (("the current folder", folder), ("the interpreter", python), ("PYTHONPATH", python_path)):
         if not _SAFE_IN_SHELL.fullmatch(value):
             raise InputError(
-                f"{name} is {value!r}, which the pdsh launcher cannot pass to other nodes as it is: use a path of "
+                f"{name} is {value!r}, which DeepSpeed's launcher cannot pass to other nodes as it is: use a path of "
                 "letters, digits and -_./ without spaces"
             )
 

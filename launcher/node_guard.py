@@ -3,7 +3,7 @@
 `sparse-zero launch` starts this script once on every node, here or over ssh, and speaks with it in lines:
 
     in   {"record": FOLDER, "before": [FOLDERS of earlier starts], "checkpoints": FOLDER, "silence": SECONDS or null,
-          "files": {NAME: TEXT to be written into the record folder}}
+          "files": {NAME: TEXT to be written for the ranks, see node_folder}}
          beat    a sign of life
          stop N  signal N to the ranks, which then write a checkpoint and end
          end     kill what is left, say so, and leave
@@ -29,7 +29,6 @@ import signal
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,15 +40,20 @@ _INTERVAL_SECONDS = 0.5
 # For new ranks it is looked among all processes of the node, of which there may be thousands: as often in the first
 # minutes, in which they start, and seldom later.
 _STARTING_SECONDS, _SELDOM_SECONDS = 300.0, 10.0
-# What tells a process its rank, by launcher: DeepSpeed's and torch's, Open MPI, MPICH.
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# What tells a process its rank, by launcher: DeepSpeed's and torch's, Open MPI, MPICH, Slurm.
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+# Slurm numbers the steps that are no tasks of srun (a batch script, which has a SLURM_PROCID as well) from here on.
+_SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # For killed processes to be gone.
 _KILL_SECONDS = 10.0
 
 
 def _rank(environment: Mapping[str, str]) -> str:
     """The rank that launchers' variables tell; empty if they tell none."""
-    return next((environment[name] for name in _RANK_VARIABLES if name in environment), "")
+    step = environment.get("SLURM_STEP_ID", "")
+    is_task = step.isdecimal() and int(step) < _SLURM_FIRST_SPECIAL_STEP
+    names = _RANK_VARIABLES if is_task else _RANK_VARIABLES[:-1]
+    return next((environment[name] for name in names if name in environment), "")
 
 
 def write_exit_record(folder: str | None, code: int) -> None:
@@ -198,10 +202,12 @@ class Watch:
 
     def forget(self) -> None:
         """Remove what the ranks of this node have left in the record folder, and the folder after the last of them."""
-        for name in (*map(str, self._ranks), *self._files):
-            (self._record / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._record.rmdir()
+        folder = node_folder(self._record)
+        for path in (*(self._record / str(rank) for rank in self._ranks), *(folder / name for name in self._files)):
+            path.unlink(missing_ok=True)
+        for left in (folder, self._record):
+            with contextlib.suppress(OSError):
+                left.rmdir()
 
     def end(self) -> dict[str, Any]:
         """Kill everything; the last states, and the names of what could not be killed."""
@@ -248,13 +254,18 @@ def _serve(watch: Watch, silence: float | None) -> None:
         _say(watch.look())
 
 
+def node_folder(record: str | Path) -> Path:
+    """Where in the record folder, which nodes may share, this node's files are."""
+    return Path(record, socket.gethostname())
+
+
 def _write_files(record: Path, files: Mapping[str, str]) -> None:
-    """Write what the ranks read, for their user alone; whole at any moment, for nodes may share the folder."""
+    """Write what the ranks of this node read, for their user alone."""
+    folder = node_folder(record)
+    folder.mkdir(mode=0o700)
     for name, text in files.items():
-        temporary = record / f".{name}.{uuid.uuid4().hex}"
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
-        temporary.replace(record / name)
 
 
 def _addresses() -> dict[str, str]:

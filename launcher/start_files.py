@@ -53,7 +53,7 @@ def exported_variables(cluster: ClusterConfig, environ: Mapping[str, str]) -> di
         InputError: a name that is none, a variable that is not set, a file that cannot be read.
     """
     found = {}
-    if cluster.names_nodes:  # Else the ranks have this environment anyway.
+    if cluster.reaches_nodes:  # Else the ranks have this environment anyway.
         found = {name: value for name, value in environ.items() if _FORWARDED.fullmatch(name)}
     if cluster.network_interface is not None:
         found["NCCL_SOCKET_IFNAME"] = found["GLOO_SOCKET_IFNAME"] = cluster.network_interface

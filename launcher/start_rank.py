@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# As a script, its own folder is the first of sys.path; the package is installed, or in PYTHONPATH.
+from launcher.node_guard import node_folder
+
 
 def main(argv: Sequence[str]) -> int:
     """Set the environment, then do as ``launcher/train.py``.
@@ -17,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
         argv: the record folder; ``--meet=ADDRESS:PORT``, where the launcher does not tell ranks where they meet;
             overrides ``--section.key=value`` of this start.
     """
-    folder, *overrides = argv
+    record, *overrides = argv
+    folder = node_folder(record)
     # Before torch is imported, which reads some of it then.
     os.environ.update(json.loads(Path(folder, "environment.json").read_text(encoding="utf-8")))
     if overrides and overrides[0].startswith("--meet="):
@@ -25,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": port, "SPARSE_ZERO_TOLD_ALL": "1"})
     from launcher.train import main as train
 
-    return train(["--config", str(Path(folder, "config.yaml")), "--exit_record", folder, *overrides])
+    return train(["--config", str(Path(folder, "config.yaml")), "--exit_record", record, *overrides])
 
 
 if __name__ == "__main__":

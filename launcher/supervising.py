@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def environment_of_start(environ: Mapping[str, str], cluster: ClusterConfig) -> 
         environ: of this process.
         cluster: the run's section.
     """
-    told = _TOLD_BY_DEEPSPEED if cluster.names_nodes else ()
+    told = _TOLD_BY_DEEPSPEED if cluster.reaches_nodes else ()
     found = {
         name: value
         for name, value in environ.items()
@@ -66,6 +65,10 @@ def environment_of_start(environ: Mapping[str, str], cluster: ClusterConfig) -> 
     if cluster.launcher == "mpich" and ssh:
         found["HYDRA_LAUNCHER_EXTRA_ARGS"] = " ".join(ssh)
     return found
+
+
+# From the name of a node, and a command as an argument list, to the argument list that runs it on that node.
+Reach = Callable[[str, Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,13 @@ class Limits:
     most: int
 
 
+def _source(cluster: ClusterConfig) -> str:
+    """Where the nodes are named."""
+    if cluster.launcher == "slurm":
+        return "the allocation"
+    return cluster.hostfile or ("cluster.hosts" if cluster.hosts else "this machine")
+
+
 def limits_of(cluster: ClusterConfig, nodes: Sequence[Node]) -> Limits:
     """The limits of a run whose hostfile has these nodes.
 
@@ -158,7 +168,7 @@ def limits_of(cluster: ClusterConfig, nodes: Sequence[Node]) -> Limits:
     """
     if cluster.num_nodes > len(nodes):
         raise InputError(
-            f"cluster.num_nodes is {cluster.num_nodes}, and {cluster.hostfile or 'this machine'} has {len(nodes)} "
+            f"cluster.num_nodes is {cluster.num_nodes}, and {_source(cluster)} has {len(nodes)} "
             "nodes: add nodes or lower it"
         )
     usual = sum(node.slots for node in nodes[: cluster.num_nodes])
@@ -231,15 +241,15 @@ class Guard:
 
     Args:
         node: where it runs.
-        remote: the command that runs another one there, such as ssh; empty for this machine.
+        remote: from a node's name and a command to one that runs it there, such as ssh; None for this machine.
         setup: its first line.
     """
 
-    def __init__(self, node: Node, remote: Sequence[str], setup: Mapping[str, Any]) -> None:
+    def __init__(self, node: Node, remote: Reach | None, setup: Mapping[str, Any]) -> None:
         self.node = node
         command = [sys.executable, str(Path(node_guard.__file__))]
-        if remote:
-            command = [*remote, node.name, "exec " + shlex.join(command)]
+        if remote is not None:
+            command = remote(node.name, command)
         # Its own session: a Ctrl-C in the terminal is for this process, which tells the others.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -326,7 +336,7 @@ class Supervisor:
         cluster: the run's section.
         command: of one start, as an argument list; its ranks get the record folder as ``--exit_record``.
         checkpoints: the run's folder of them, for counting restarts.
-        remote: runs a command on a node, whose name is added; empty where the only node is this machine.
+        remote: see :class:`Guard`; None where the only node is this machine.
         files: name and content of what every node's ranks get in their record folder.
     """
 
@@ -337,11 +347,11 @@ class Supervisor:
         cluster: ClusterConfig,
         command: Callable[[Start], Sequence[str]],
         checkpoints: Path,
-        remote: Sequence[str] = (),
+        remote: Reach | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
         self._nodes, self._limits, self._cluster = tuple(nodes), limits, cluster
-        self._command, self._checkpoints, self._remote = command, checkpoints, tuple(remote)
+        self._command, self._checkpoints, self._remote = command, checkpoints, remote
         self._files = dict(files or {})
         # Of all starts, the last one's last: their folders on every node.
         self._records: list[str] = []

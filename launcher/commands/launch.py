@@ -19,8 +19,9 @@ from launcher.deepspeed_config import deepspeed_config
 from launcher.find_mpirun import mpirun_first
 from launcher.process_ranks import free_port
 from launcher.run_folder import RunFolder
+from launcher.slurm import nodes_of_allocation, on_allocated_node
 from launcher.start_files import exported_variables, files_of_run
-from launcher.supervising import Limits, Node, Start, Supervisor, limits_of, master_of, read_nodes
+from launcher.supervising import Limits, Node, Reach, Start, Supervisor, limits_of, master_of, read_nodes
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
@@ -57,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
         deepspeed_config(config, ranks)
 
     cluster = config.cluster
-    if cluster.launcher == "pdsh":
+    if cluster.reaches_nodes:
         check_remote_shell(python=sys.executable, folder=str(Path.cwd()), python_path=os.environ.get("PYTHONPATH", ""))
     environment = exported_variables(cluster, os.environ)
     remote, port = _remote(cluster), _master_port(config)
 
     def command(start: Start, folder: Path) -> list[str]:
         changed, hostfile = cluster, None
-        if cluster.names_nodes:
+        if cluster.reaches_nodes:
             changed, hostfile = cluster_of_start(config, nodes, start), str(folder / f"hostfile-{start.restarts}")
             write_hostfile(Path(hostfile), start.nodes, cluster)
         return worker_command(
@@ -72,9 +73,10 @@ def run(args: argparse.Namespace) -> int:
             start.record,
             overrides_of_start(config, start),
             python=sys.executable,
-            num_gpus=None if cluster.names_nodes else num_gpus,
+            num_gpus=None if cluster.reaches_nodes else num_gpus,
             master_port=port,
             hostfile=hostfile,
+            nodes=[node.name for node in start.nodes],
             devices=devices,
         )
 
@@ -96,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
     """All nodes that this command may start something on, and their ranks; none where every node has its command."""
+    if cluster.launcher == "slurm":
+        return nodes_of_allocation(cluster, os.environ)
     if cluster.names_nodes:
         return [Node(node.name, ranks_per_node or node.slots) for node in read_nodes(cluster)]
     if cluster.num_nodes > 1:
@@ -105,17 +109,20 @@ def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
     return [Node("this machine", ranks_per_node or torch.cuda.device_count())]
 
 
-def _remote(cluster: ClusterConfig) -> list[str]:
-    """What runs a command on another node, as the launcher reaches it; empty where there is no other."""
-    if not cluster.names_nodes:
-        return []
+def _remote(cluster: ClusterConfig) -> Reach | None:
+    """What runs a command on another node, as the launcher reaches it; None where there is no other."""
+    if not cluster.reaches_nodes:
+        return None
+    if cluster.launcher == "slurm":
+        return on_allocated_node
     if shutil.which("ssh") is None:
         raise InputError(
             f"cluster.launcher is {cluster.launcher}, and this machine has no ssh: install the OpenSSH client"
         )
     given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")) if cluster.launcher == "pdsh" else []
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(cluster.node_timeout))}"]
-    return ["ssh", *options, *ssh_options(cluster), *given]
+    ssh = ["ssh", *options, *ssh_options(cluster), *given]
+    return lambda node, command: [*ssh, node, "exec " + shlex.join(command)]
 
 
 def _mpirun(cluster: ClusterConfig, folder: Path) -> AbstractContextManager[None]:
@@ -132,6 +139,7 @@ def cluster_of_start(config: RunConfig, nodes: Sequence[Node], start: Start) -> 
     cluster = dataclasses.replace(
         config.cluster,
         num_nodes=len(start.nodes),
+        ranks_per_node=start.nodes[0].slots,
         master_address=master_of(config.cluster, nodes[0], start),
         # Limits are those of the whole run, and of no interest to the ranks of this one start.
         min_world_size=None,
@@ -163,7 +171,7 @@ def _print_plan(
     args: argparse.Namespace,
     config: RunConfig,
     nodes: Sequence[Node],
-    remote: Sequence[str],
+    remote: Reach | None,
     environment: Mapping[str, str],
     command: Callable[[Start, Path], Sequence[str]],
 ) -> None:
@@ -175,10 +183,10 @@ def _print_plan(
         line = shlex.join(command(start, Path(folder)))
         print("# on every node a guard, which writes the config and the environment for the ranks, and ends them")
         for node in chosen or (None,):
-            print(shlex.join([*remote, node.name, "exec " + shlex.join(guard)] if remote and node else guard))
+            print(shlex.join(remote(node.name, guard) if remote and node else guard))
         if environment:
             print(f"# variables for every rank: {', '.join(sorted(environment))}")
-        if config.cluster.names_nodes:
+        if config.cluster.reaches_nodes:
             print(f"# hostfile-0: {'; '.join((Path(folder) / 'hostfile-0').read_text().splitlines())}")
         print("# on this node, the launcher")
         print(line.replace(folder, "/tmp/sparse_zero_launch_RANDOM"))
@@ -190,7 +198,7 @@ def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
     """Ranks per node (None: the launcher counts) and the GPUs that they may use (None: all)."""
     wanted = config.cluster.ranks_per_node
     visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    if config.cluster.names_nodes:
+    if config.cluster.reaches_nodes:
         return wanted, None
     import torch  # takes a second
 

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.cluster_config import ClusterConfig
 from launcher.command_line import check_remote_shell, script_file, worker_by_hand, worker_command
+from launcher.slurm import nodes_of_allocation
 from sparse_zero.errors import InputError
 
 WORKER = ["/s/start_rank.py", "/tmp/record", "--checkpoint.resume=auto"]
@@ -26,6 +27,7 @@ def command(
         num_gpus=num_gpus,
         master_port=master_port,
         hostfile="/t/hosts",
+        nodes=["node0", "node1"],
         devices=devices,
         script=WORKER[0],
     )
@@ -85,6 +87,27 @@ def test_mpich() -> None:
     assert launcher_arguments(built) == ["-launcher", "ssh", "-bind-to", "none", "-iface", "ib0"]
 
 
+def test_slurm() -> None:
+    built = command(None, launcher="slurm", num_nodes=2, ranks_per_node=4, master_address="10.0.0.1")
+    assert built[-4:] == [WORKER[0], WORKER[1], "--meet=10.0.0.1:29500", WORKER[2]]
+    found = launcher_arguments(built)
+    assert found == ["--overlap", "--nodes=2", "--ntasks-per-node=4", "--cpu-bind=none", "--nodelist=node0,node1"]
+
+
+def test_the_nodes_of_an_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ClusterConfig(launcher="slurm")
+    with pytest.raises(InputError, match="this is no Slurm job"):
+        nodes_of_allocation(cluster, {})
+    job = {"SLURM_JOB_NODELIST": "gpu[07-08]"}
+    with pytest.raises(InputError, match=r"cluster\.ranks_per_node is missing, and the job"):
+        nodes_of_allocation(cluster, job)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="scontrol does not tell the nodes"):
+        nodes_of_allocation(cluster, {**job, "SLURM_NTASKS_PER_NODE": "4"})
+    with pytest.raises(InputError, match=r"cluster\.exclude is set, .* give it to sbatch"):
+        ClusterConfig(launcher="slurm", exclude=("a",))
+
+
 def test_deepspeed_understands_the_commands() -> None:
     from deepspeed.launcher.runner import parse_args
 
@@ -130,10 +153,10 @@ def test_by_hand_the_config_path_is_absolute(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("path", ["/a b", "/$HOME", "/a`b`", "/%h", "/a;b", '/a"b', "/a\nb"])
-def test_pdsh_refuses_paths_that_it_would_change(path: str) -> None:
+def test_paths_that_deepspeed_would_change_are_refused(path: str) -> None:
     check_remote_shell(python="/venv-3.11/bin/python", folder="/work/my_runs", python_path="/a:/b")
     for field in ("python", "folder", "python_path"):
-        with pytest.raises(InputError, match="which the pdsh launcher cannot pass"):
+        with pytest.raises(InputError, match="which DeepSpeed's launcher cannot pass"):
             check_remote_shell(**{"python": "/p", "folder": "/f", "python_path": "", field: path})
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from launcher.find_mpirun import find_mpirun
 from sparse_zero.errors import InputError
 from tests.distributed.cluster import Cluster, skip_without_cluster
+from tests.distributed.slurm import Slurm, skip_without_slurm
 from tests.launcher.test_nodes import launch, pythons, rows, variables
 from tests.launcher.test_train import run, worker, write_config
 
@@ -91,6 +94,53 @@ def test_a_run_over_ssh(launcher, num_nodes, ranks, stage, started_by, base, set
         check(hostile, process, output, cluster, expected, world_size=num_nodes * ranks, started_by=started_by)
     assert not list(tmp_path.rglob("hacked"))
     assert not Path("hacked").exists()
+
+
+def test_slurm_runs_and_requeues_a_job(base, settings, expected, tmp_path):
+    """One batch script: preempted in the middle of the run, requeued, continued from the checkpoint of the signal."""
+    skip_without_slurm()
+    steps = 40
+    section = {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 2, "export": [f"OWN={HOSTILE}"]}
+    changes = {**settings, "training__steps": steps, "training__schedule": "constant", "cluster": section}
+    config = write_config(base, tmp_path, **changes)
+    script = tmp_path / "job.sh"
+    script.write_text(
+        "#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=2 --requeue --open-mode=append\n"
+        f"exec {sys.executable} -m launcher launch --config {config}\n"
+    )
+    with Cluster(2, environment=variables()) as cluster, Slurm(cluster, tmp_path / "slurm") as slurm:
+        submitted = slurm.run(
+            "sbatch", "--parsable", f"--chdir={tmp_path}", f"--output={tmp_path}/job.out", str(script)
+        )
+        number = submitted.strip()
+        output = tmp_path / "job.out"
+        wait_until(lambda: len(rows(tmp_path / "run")) >= 5, output)
+        slurm.run("scontrol", "requeue", number)
+        slurm.wait_for(number, ["PENDING"], 120)
+        at = len(rows(tmp_path / "run"))
+        assert 5 <= at < steps
+        # Slurm waits two minutes before a requeued job starts again, unless it is told not to.
+        slurm.run("scontrol", "update", f"job={number}", "starttime=now")
+        job = slurm.wait_for(number, ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"], 300)
+        said = output.read_text()
+        assert job["JobState"] == "COMPLETED", said[-8000:]
+        assert job["Restarts"] == "1"
+        assert not [name for name in cluster.names if pythons(cluster, name)], said[-4000:]
+    assert "4 ranks on cpu, started by slurm" in said
+    assert f"continuing from {tmp_path}/run/checkpoints/step-{at:06d} after step {at}" in said
+    found = [row["loss"] for row in rows(tmp_path / "run")]
+    assert len(found) == steps
+    single = tmp_path / "single"
+    single.mkdir()
+    run(worker(write_config(base, single, **{**changes, "cluster": {}})), single)
+    assert found == pytest.approx([row["loss"] for row in rows(single / "run")], rel=1e-5)
+
+
+def wait_until(ready, output, timeout=240):
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, output.read_text()[-6000:] if output.is_file() else "no output"
+        time.sleep(0.1)
 
 
 def test_torchrun_on_every_node(base, settings, expected, tmp_path):

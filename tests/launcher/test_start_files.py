@@ -79,10 +79,13 @@ def test_a_guard_writes_them_for_the_ranks_and_removes_them(tmp_path: Path) -> N
     first = json.loads(guard.stdout.readline())
     assert all(not address.startswith("127.") for address in first["addresses"].values())
     assert stat.S_IMODE(record.stat().st_mode) == 0o700
-    assert {path.name for path in record.iterdir()} == {CONFIG_NAME, ENVIRONMENT_NAME}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in record.iterdir()} == {0o600}
-    assert load_config(record / CONFIG_NAME) == config
-    assert json.loads((record / ENVIRONMENT_NAME).read_text()) == {"OWN": HOSTILE}
+    folder = node_guard.node_folder(record)
+    # Other nodes may have the same folder, whose guards end before this one.
+    assert list(record.iterdir()) == [folder]
+    assert {path.name for path in folder.iterdir()} == {CONFIG_NAME, ENVIRONMENT_NAME}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert load_config(folder / CONFIG_NAME) == config
+    assert json.loads((folder / ENVIRONMENT_NAME).read_text()) == {"OWN": HOSTILE}
     # What a rank does with them.
     worker = Path(node_guard.__file__).with_name("start_rank.py")
     code = (
@@ -93,7 +96,7 @@ def test_a_guard_writes_them_for_the_ranks_and_removes_them(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     argv, own, address = json.loads(done.stdout.splitlines()[-1])
-    given = ["--config", str(record / CONFIG_NAME), "--exit_record", str(record)]
+    given = ["--config", str(folder / CONFIG_NAME), "--exit_record", str(record)]
     assert argv == [*given, "--checkpoint.resume=auto"]
     assert (own, address) == (HOSTILE, "10.0.0.1")
     guard.communicate("end\n", timeout=30)
