@@ -270,7 +270,7 @@ def _write_files(record: Path, files: Mapping[str, str]) -> None:
 
 def _addresses() -> dict[str, str]:
     """The IPv4 address of every interface that other nodes may reach."""
-    found = {}
+    found: dict[str, str] = {}
     for name, addresses in psutil.net_if_addrs().items():
         for each in addresses:
             if each.family == socket.AF_INET and not each.address.startswith("127."):

@@ -196,7 +196,7 @@ def master_of(cluster: ClusterConfig, usual: Node, start: Start) -> str:
     if cluster.master_address is not None and start.nodes[0] == usual:
         return cluster.master_address
     found = start.addresses.get(start.nodes[0].name, {})
-    if cluster.network_interface in found:
+    if cluster.network_interface is not None and cluster.network_interface in found:
         return found[cluster.network_interface]
     return next(iter(found.values()), start.nodes[0].name.rpartition("@")[2])
 

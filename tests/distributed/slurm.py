@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -72,7 +73,7 @@ class Slurm:
                         "--pid-file=/run/munged.pid", f"--log-file={folder}/munged.{name}.log",
                         "--seed-file=/run/munged.seed")  # fmt: skip
         for name in cluster.names:
-            self._wait(lambda name=name: self._succeeds(name, "test", "-S", _SOCKET), f"munged on {name}")
+            self._wait(partial(self._succeeds, name, "test", "-S", _SOCKET), f"munged on {name}")
         self._start(controller, "slurmctld", "-D", "-f", str(self.config))
         for name in cluster.names:
             self._start(name, "slurmd", "-D", "-N", name, "-f", str(self.config))

@@ -65,7 +65,7 @@ def test_a_guard_writes_them_for_the_ranks_and_removes_them(tmp_path: Path) -> N
     }
     config = parse_config(mapping)
     record = tmp_path / "record"
-    setup = {
+    setup: dict[str, Any] = {
         "record": str(record), "before": [], "checkpoints": str(tmp_path), "silence": None,
         "files": files_of_run(config, {"OWN": HOSTILE}),
     }  # fmt: skip
