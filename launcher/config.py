@@ -6,16 +6,18 @@ current directory; a leading ``~`` is the home directory.
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.cluster_config import ClusterConfig
+from launcher.memory_config import MemoryConfig
 from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig
 from launcher.yaml_files import dump_yaml, parse_yaml, read_mapping
 from models.data import DataConfig
@@ -38,8 +40,10 @@ _PATH_FIELDS = (
     "checkpoint.resume",
     "output.folder",
     "cluster.hostfile",
+    "cluster.export_file",
 )
 _MISSING = object()
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # The run folder and what goes into it.
     output: OutputConfig
+    # What is measured, simulated and said of memory.
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     # Where the ranks start; read by `sparse-zero launch` only.
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -102,8 +108,22 @@ def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunC
     credential = find_credential(mapping)
     if credential is not None:
         _refuse_credential(credential, source)
-    _check_keys(RunConfig, mapping, (), source)
-    return _validate(_expand_home(mapping))
+    return parse_as(RunConfig, _expand_home(mapping), source)
+
+
+def parse_as(kind: type[_Kind], mapping: Mapping[str, Any], source: str) -> _Kind:
+    """A config of another kind, a dataclass, by the rules and with the errors of a run's; it says what is wrong.
+
+    Args:
+        kind: the dataclass.
+        mapping: as read from YAML.
+        source: where it stands, for errors.
+
+    Raises:
+        InputError: names the key, its value and the remedy.
+    """
+    _check_keys(kind, mapping, (), source, kind)
+    return _validate(mapping, kind)
 
 
 def _refuse_credential(name: str, source: str) -> NoReturn:
@@ -149,8 +169,11 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
 # --- keys and choices: what pydantic leaves unsaid for standard dataclasses ---------------------------------
 
 
-def _check_keys(expected: Any, value: Any, path: tuple[str, ...], source: str) -> None:
-    """Refuse unknown keys, missing ones, and values outside a closed set, at any depth of ``value``."""
+def _check_keys(expected: Any, value: Any, path: tuple[str, ...], source: str, root: type[Any]) -> None:
+    """Refuse unknown keys, missing ones, and values outside a closed set, at any depth of ``value``.
+
+    ``root`` is the whole config, of which ``expected`` is what stands at ``path``.
+    """
     options = _options(expected)
     if get_origin(expected) is Literal:
         _check_choice(options, value, path)
@@ -160,15 +183,15 @@ def _check_keys(expected: Any, value: Any, path: tuple[str, ...], source: str) -
             hints = get_type_hints(option)
             for key, item in value.items():
                 if key not in hints:
-                    raise InputError(_unknown_key((*path, str(key)), list(hints), source))
-                _check_keys(hints[key], item, (*path, key), source)
+                    raise InputError(_unknown_key((*path, str(key)), list(hints), source, root))
+                _check_keys(hints[key], item, (*path, key), source, root)
             for each in dataclasses.fields(option):
                 required = each.default is each.default_factory is dataclasses.MISSING
                 if required and each.name not in value:
                     raise InputError(f"{'.'.join((*path, each.name))} is missing in {source}: it has no default")
         elif get_origin(option) is tuple and isinstance(value, list):
             for index, item in enumerate(value):
-                _check_keys(get_args(option)[0], item, (*path, str(index)), source)
+                _check_keys(get_args(option)[0], item, (*path, str(index)), source, root)
         elif get_origin(option) is Literal and value is not None:
             _check_choice(get_args(option), value, path)
 
@@ -183,7 +206,7 @@ def _check_choice(choices: Sequence[Any], value: Any, path: tuple[str, ...]) -> 
     raise InputError(f"{'.'.join(path)} is {value!r}: it may be {', '.join(names)}; {hint}")
 
 
-def _unknown_key(path: tuple[str, ...], known: list[str], source: str) -> str:
+def _unknown_key(path: tuple[str, ...], known: list[str], source: str, root: type[Any]) -> str:
     *above, key = path
     nearest = difflib.get_close_matches(key, known, n=1)
     if nearest:
@@ -191,7 +214,7 @@ def _unknown_key(path: tuple[str, ...], known: list[str], source: str) -> str:
     else:
         # Often the right key in the wrong section.
         # Where several have it, the outermost.
-        names = sorted(_all_keys(RunConfig, ()), key=lambda name: -name.count("."))
+        names = sorted(_all_keys(root, ()), key=lambda name: -name.count("."))
         everywhere = {name.rpartition(".")[2]: name for name in names}
         elsewhere = difflib.get_close_matches(key, list(everywhere), n=1, cutoff=0.8)
         hint = f"did you mean {everywhere[elsewhere[0]]}?" if elsewhere else f"known are {', '.join(known)}"
@@ -219,11 +242,18 @@ def _options(expected: Any) -> tuple[Any, ...]:
 # --- types ------------------------------------------------------------------------------------------------
 
 
-def _validate(mapping: Mapping[str, Any]) -> RunConfig:
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Made when it is first used: it takes a twentieth of a second."""
+    return TypeAdapter(kind)
+
+
+def _validate(mapping: Mapping[str, Any], kind: type[_Kind]) -> _Kind:
     # In its JSON form pydantic's strict mode takes lists for tuples and mappings for dataclasses, and nothing
     # else for anything else: no "yes" for a bool, no 1 for a text, no "1" for a number.
     try:
-        return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
+        found: _Kind = _adapter(kind).validate_json(json.dumps(mapping), strict=True)
+        return found
     except ValidationError as error:
         errors = error.errors(include_url=False)
         first = errors[0]

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.config import RunConfig
-from launcher.deepspeed_config import accumulation_steps
+from launcher.deepspeed_config import deepspeed_config
 from launcher.planning import without_scores
+from sparse_zero.errors import InputError
 from sparse_zero.memory.decoder_shape import DecoderShape
 from sparse_zero.memory.forecast import Forecast, forecast_memory
 from sparse_zero.memory.job import CalibrationJob, MemoryJob
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.unsupported import offload_device
+
+# Of DeepSpeed's zero_optimization section: what a job has fields of its own for.
+_OWN_FIELDS = ("stage", "offload_optimizer", "offload_param")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +31,7 @@ class Shapes:
 
 
 def shapes_of(config: RunConfig) -> Shapes:
-    """From the model's config.json.
+    """From the model's config.json, or the built-in shapes.
 
     Raises:
         InputError: the model has no closed form.
@@ -49,31 +54,55 @@ def planned_selection(config: RunConfig, shapes: Shapes) -> Selection:
 
 
 def job_of(config: RunConfig, world_size: int, **changes: Any) -> MemoryJob:
-    """The job that a run is on so many ranks; ``changes`` are fields of :class:`MemoryJob`."""
+    """The job that a run is on so many ranks; an own DeepSpeed config is read, too.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        changes: fields of :class:`~sparse_zero.memory.job.MemoryJob`. Where they leave it open, the micro-batches of a
+            step follow from the global batch, and only the method "selection" calibrates.
+
+    Raises:
+        InputError: the job does not hold, or there is no such field.
+    """
+    unknown = [name for name in changes if name not in {each.name for each in dataclasses.fields(MemoryJob)}]
+    if unknown:
+        raise InputError(f"{unknown[0]} is no field of a memory job: see sparse_zero.memory.job")
     selection, training = config.selection, config.training
-    calibrates = selection.file is None and selection.score not in ("random", "first")
-    job = MemoryJob(
-        world_size=world_size,
-        stage=config.zero.stage,
-        placement=config.zero.placement,
-        precision=training.precision,
-        micro_batch=training.micro_batch_size,
-        length=config.data.max_length,
-        batching=config.data.batching,
-        accumulation=accumulation_steps(config, world_size),
-        gradient_checkpointing=training.gradient_checkpointing,
-        attention=config.model.attention,
-        quantization=config.model.quantization,
-        double_quantization=config.model.double_quantization,
-        optimizer=training.optimizer,
-        offload_optimizer=config.zero.offload_optimizer,
-        offload_base=config.zero.offload_base,
-        zero_options=config.zero.options,
-        calibration=CalibrationJob(
-            micro_batch=selection.calibration_batch_size, score=selection.score, weights=selection.calibration_weights
-        ) if calibrates else None,
-    )  # fmt: skip
-    return dataclasses.replace(job, **changes)
+    settings = deepspeed_config(config, None)
+    section = settings.get("zero_optimization") or {}
+    calibrates = changes.get("method", "selection") == "selection" and selection.file is None and selection.needs_data
+    micro_batch = changes.get("micro_batch", training.micro_batch_size)
+    fields: dict[str, Any] = {
+        "world_size": world_size,
+        "stage": config.zero.stage,
+        "placement": config.zero.placement,
+        "precision": training.precision,
+        "micro_batch": micro_batch,
+        "length": config.data.max_length,
+        "batching": config.data.batching,
+        "accumulation": -(-training.global_batch_size // max(micro_batch * world_size, 1)),
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "attention": config.model.attention,
+        "quantization": config.model.quantization,
+        "double_quantization": config.model.double_quantization,
+        "optimizer": training.optimizer,
+        "offload_optimizer": offload_device(settings, "offload_optimizer") or "none",
+        "offload_base": offload_device(settings, "offload_param") or "none",
+        "zero_options": {name: value for name, value in section.items() if name not in _OWN_FIELDS},
+        "calibration": CalibrationJob(
+            micro_batch=selection.calibration_batch_size,
+            score=selection.score,
+            weights=selection.calibration_weights,
+            accumulate=selection.accumulate,
+            accumulator_dtype=selection.accumulator_dtype,
+            regions=selection.regions,
+            full=selection.full_calibration,
+        )
+        if calibrates
+        else None,
+    }
+    return MemoryJob(**{**fields, **changes})
 
 
 def forecast_run(

@@ -5,22 +5,21 @@ Found by running its code without weights, data, GPUs or other ranks.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import logging
 import multiprocessing
-import warnings
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from launcher.config import RunConfig, parse_config, resolved_yaml
+from launcher.config import RunConfig, resolved_yaml
 from launcher.deepspeed_config import OFFLOADS, deepspeed_config
 from launcher.yaml_files import parse_yaml
 from sparse_zero.errors import InputError
 from sparse_zero.zero.unsupported import offload_device
+
+if TYPE_CHECKING:
+    from sparse_zero.memory.job import MemoryJob
 
 
 def without_scores(config: RunConfig) -> RunConfig:
@@ -38,121 +37,137 @@ def without_scores(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, selection=changed)
 
 
-def check_can_simulate(config: RunConfig) -> None:
+def config_of(config: RunConfig, job: MemoryJob) -> RunConfig:
+    """The run with everything that a job decides as the job has it.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    model, training, zero = config.model, config.training, config.zero
+    dtype = model.dtype
+    if job.precision != training.precision:
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[job.precision]  # type: ignore[assignment]
+    # From the second micro-batch on, each holds what the one before held. An own config of DeepSpeed names the batch.
+    batch = training.global_batch_size
+    if zero.config is None or batch < job.micro_batch:
+        batch = job.micro_batch * job.world_size * min(job.accumulation, 2)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            dtype=dtype,
+            attention=job.attention,
+            quantization=job.quantization,
+            double_quantization=job.double_quantization and job.quantization == "nf4",
+        ),
+        data=dataclasses.replace(config.data, max_length=job.length, batching=job.batching),
+        training=dataclasses.replace(
+            training,
+            micro_batch_size=job.micro_batch,
+            global_batch_size=batch,
+            gradient_checkpointing=job.gradient_checkpointing,
+            precision=job.precision,
+            optimizer=job.optimizer,
+        ),
+        zero=dataclasses.replace(
+            zero,
+            stage=job.stage,
+            placement=job.placement,
+            offload_optimizer=job.offload_optimizer,
+            offload_base=job.offload_base,
+            options=dict(job.zero_options),
+        ),
+    )
+
+
+def check_can_simulate(config: RunConfig, method: str = "selection") -> None:
     """Refuse what the simulation does not know.
+
+    Args:
+        config: of the run.
+        method: see :class:`~sparse_zero.memory.job.MemoryJob`.
 
     Raises:
         InputError: names the field.
     """
-    if config.model.quantization != "none":
+    if config.model.quantization != "none" and config.zero.stage == 3:
         raise InputError(
-            f"model.quantization is {config.model.quantization!r}: a quantized base is not simulated yet; plan the "
-            "run with none"
+            f"model.quantization is {config.model.quantization!r} at zero.stage 3, which would cut packed numbers into "
+            "shards: use stage 0, 1 or 2, or none"
+        )
+    if config.model.quantization == "int8" and method != "selection":
+        raise InputError(
+            f"model.quantization is 'int8' with method {method!r}, whose product bitsandbytes computes otherwise on "
+            "every kind of device: use nf4, or none"
         )
     settings = deepspeed_config(config, None)
     for section, field in OFFLOADS.items():
         device = offload_device(settings, section)
-        if device is not None:
+        if device not in (None, "cpu"):
             raise InputError(
-                f"{field} is {device!r}: what lies in which memory is not simulated yet; plan the run with none"
+                f"{field} is {device!r}: what goes to a disk is not simulated; plan the run with cpu, or by the closed "
+                "form"
             )
 
 
-def _simulate_here(mapping: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """What :func:`simulate_run` returns; in a process that has no process group, and makes no other one."""
-    # DeepSpeed and torch tell of CPUs, builds and fake tensors, which say nothing about the run.
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    with contextlib.redirect_stdout(io.StringIO()):
-        return _simulate(parse_config(mapping), world_size)
+def _in_a_child(mapping: dict[str, Any], job: MemoryJob, timeline: str | None) -> dict[str, Any]:
+    """In the child: heavy libraries are imported there, and not here."""
+    from launcher.simulating import simulate_here
+
+    return simulate_here(mapping, job, timeline)
 
 
-def _simulate(config: RunConfig, world_size: int) -> dict[str, Any]:
-    import torch
+def _calibration_in_a_child(mapping: dict[str, Any], job: MemoryJob) -> dict[str, Any]:
+    from launcher.simulating import simulate_calibration_here
 
-    from launcher.preparing import new_engine
-    from models.compat import masks_of_fake_tensors
-    from models.families import module_map
-    from models.loading import checkpoint_activations
-    from models.loss import nll_at
-    from models.skeleton import load_shapes
-    from sparse_zero.layers.sparsify import sparsify
-    from sparse_zero.memory.simulate_training import simulate_training
-    from sparse_zero.selection.select import num_parameters, select
-    from sparse_zero.selection.selection import Selection
+    return simulate_calibration_here(mapping, job)
 
-    config = without_scores(config)
-    # From the second micro-batch on, each holds what the one before held.
-    most = 2 * config.training.micro_batch_size * world_size
-    if config.zero.config is None and config.training.global_batch_size > most:
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=most))
-    model = load_shapes(config.model)
-    family = module_map(model)
-    total = num_parameters(model)
-    if config.selection.file is not None:
-        selection = Selection.load(config.selection.file)
-    else:
-        selection = select(model, None, config.selection, module_map=family)
-    sparsify(model, selection, config.zero.placement, module_map=family)
-    if config.training.gradient_checkpointing:
-        checkpoint_activations(model)
-    samples, length = config.training.micro_batch_size, config.data.max_length
-    shape = (1, samples * length) if config.data.batching == "pack" else (samples, length)
 
-    def batch() -> dict[str, torch.Tensor]:
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        named = {"input_ids": tokens, "labels": torch.zeros_like(tokens)}
-        other = "position_ids" if config.data.batching == "pack" else "attention_mask"
-        return {**named, other: torch.zeros_like(tokens)}
-
-    def loss(engine: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-        # Every position predicts a label: the most that a batch of this size can ask for.
-        return nll_at(engine, tensors, torch.arange(shape[1] - 1))
-
-    head = model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    with masks_of_fake_tensors():
-        timeline = simulate_training(
-            model,
-            settings=deepspeed_config(config, world_size),
-            make_engine=lambda each: new_engine(each, config, world_size, broadcast_weights=True),
-            make_batch=batch,
-            loss_fn=loss,
-            world_size=world_size,
-            head=names.get(id(head)),
-        )
+def _with_calibration(found: dict[str, Any], phases: dict[str, Any]) -> dict[str, Any]:
+    """What was found of training, with the phase of calibration after loading, where a run has it."""
+    load, *others = found["phases"].items()
+    calibration = phases["calibration"]
     return {
-        "world_size": world_size,
-        "stage": config.zero.stage,
-        "placement": config.zero.placement,
-        "precision": config.training.precision,
-        "micro_batch": list(shape),
-        "parameters": total,
-        "trained": selection.num_parameters,
-        "peak_bytes": timeline.peak().num_bytes,
-        "phases": timeline.to_json(),
+        **found,
+        "peak_bytes": max(found["peak_bytes"], calibration["peak_bytes"]),
+        "phases": dict([load, ("calibration", calibration), *others]),
     }
 
 
-def simulate_run(config: RunConfig, world_size: int) -> dict[str, Any]:
+def simulate_run(
+    config: RunConfig, world_size: int, *, timeline: str | Path | None = None, **changes: Any
+) -> dict[str, Any]:
     """Bytes of tensors on one rank, by part of the run and by kind, for samples of ``data.max_length`` tokens.
 
     Not counted: the interpreter, the CUDA context, what kernels use inside of an operation, and what the allocator
-    loses to fragments.
+    loses to fragments; see :mod:`sparse_zero.memory.device`.
 
     Args:
         config: of the run; its model's folder needs no weights.
         world_size: ranks.
+        timeline: a JSON file to write what lived when to, without calibration; see
+            :meth:`sparse_zero.memory.timeline.Timeline.sampled`.
+        changes: fields of :class:`~sparse_zero.memory.job.MemoryJob` that shall differ from the run's: another method,
+            stage, length and so on.
 
     Raises:
         InputError: see :func:`check_can_simulate`; or the config does not fit the model.
     """
-    check_can_simulate(config)
+    from launcher.forecasting import job_of
+
+    job = job_of(config, world_size, **changes)
+    with_scores, config = config_of(config, job), config_of(without_scores(config), job)
+    check_can_simulate(config, job.method)
     mapping = parse_yaml(resolved_yaml(config), "the run")
+    file = None if timeline is None else str(timeline)
     # A process makes one world, and no other after it.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
-            return pool.submit(_simulate_here, mapping, world_size).result()
+            found = pool.submit(_in_a_child, mapping, job, file).result()
+            if job.calibration is None:
+                return found
+            mapping = parse_yaml(resolved_yaml(with_scores), "the run")
+            return _with_calibration(found, pool.submit(_calibration_in_a_child, mapping, job).result())
         except BrokenProcessPool as error:
             raise InputError(
                 "the simulation was killed, perhaps for want of memory: plan a smaller model, or fewer ranks"

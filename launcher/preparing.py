@@ -21,6 +21,7 @@ from launcher.deepspeed_config import (
 )
 from launcher.exporting import save_model_folder
 from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
+from launcher.measuring import RunMemory
 from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
 from launcher.same_input import check_same_input
@@ -409,7 +410,7 @@ def choose_selection(prepared: Prepared, world: World) -> tuple[Selection, Regio
     return selection, scores
 
 
-def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
+def make_engine(prepared: Prepared, selection: Selection, world: World, memory: RunMemory) -> Any:
     """Sparsify the model, with the retired entries of the checkpoint, and wrap it in an engine. Collective."""
     sparsify(
         prepared.model,
@@ -418,7 +419,11 @@ def make_engine(prepared: Prepared, selection: Selection, world: World) -> Any:
         retired=None if prepared.checkpoint is None else prepared.checkpoint.retired,
         module_map=prepared.module_map,
     )
-    return new_engine(prepared.model, prepared.config, world.world_size)
+    memory.start(prepared.model)
+    with memory.engine():
+        engine = new_engine(prepared.model, prepared.config, world.world_size)
+        memory.made(engine)
+    return engine
 
 
 def _kinds(config: RunConfig) -> list[Kind] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import metrics, plots, summary
+from launcher.memory_report import load_memory
 from launcher.page import note, picture, section, table, write_page
 from launcher.run_folder import SCORES_NAME, SELECTION_NAME
 from launcher.selection_map import PLURALS
@@ -219,6 +220,19 @@ def _selection_section(selection: "Selection", scores: "RegionScores | None", fo
     return html + table(rows)
 
 
+def _memory_section(memory: Mapping[str, Any], folder: Path) -> str:
+    from launcher import memory_report
+    from launcher.comparison_plot import comparison_figure
+
+    description = (
+        "What the tensors of the fullest rank took at most in each phase: as forecast, simulated and measured, by "
+        "kind; and how much the process grew, or what the GPU's allocator held."
+    )
+    html = _picture("memory", description, lambda theme: comparison_figure(memory, theme), folder)
+    html += table(memory_report.comparison_rows(memory), head=memory_report.comparison_head(memory))
+    return html + "".join(note(text) for text in memory_report.comparison_notes(memory))
+
+
 def write_report(run_folder: Path) -> Path:
     """Draw the pictures of a run and write its page, from whatever the run has written so far.
 
@@ -249,7 +263,7 @@ def write_report(run_folder: Path) -> Path:
     selection = Selection.load(selection_path) if selection_path.exists() else None
     scores_path = run_folder / SCORES_NAME
     scores = RegionScores.load(scores_path) if selection is not None and scores_path.exists() else None
-    predictions = _read_predictions(run_folder)
+    predictions, memory = _read_predictions(run_folder), load_memory(run_folder)
     plots.to_png(plots.loss_figure([]))  # Asks for matplotlib before anything is written.
 
     folder = run_folder / FOLDER_NAME
@@ -262,6 +276,8 @@ def write_report(run_folder: Path) -> Path:
         body = _tiles(content) + table(summary.summary_rows(content))
         sections.append(section("Summary", body, identifier="summary"))
     sections.append(section("Training", _training_section(rows, folder), identifier="training"))
+    if memory is not None:
+        sections.append(section("Memory", _memory_section(memory, folder), identifier="memory"))
     if selection is not None:
         body = _selection_section(selection, scores, folder)
         sections.append(section("Selection", body, identifier="selection"))

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "checkpoint",
     "output",
     "cluster",
+    "memory",
     "training.micro_batch_size",
     "training.gradient_checkpointing",
     "training.max_nonfinite_steps",
@@ -64,6 +65,8 @@ class RunFolder:
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation"
         self.summary = self.path / "summary.json"
+        # Measured, forecast and simulated; see launcher.memory_report.
+        self.memory = self.path / "memory.json"
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` optimizer steps."""

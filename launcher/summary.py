@@ -218,6 +218,13 @@ def print_summary(run_folder: Path, console: "Console | None" = None) -> None:
     """
     from rich.console import Console
 
-    summary = load_summary(run_folder)
+    from launcher.memory_report import comparison_notes, is_worth_showing, load_memory, memory_table
+
+    summary, memory = load_summary(run_folder), load_memory(run_folder)
     console = Console() if console is None else console
-    console.print(summary_table(summary), width=min(TABLE_WIDTH, console.width))
+    width = min(TABLE_WIDTH, console.width)
+    console.print(summary_table(summary), width=width)
+    if memory is not None and is_worth_showing(memory):
+        console.print(memory_table(memory), width=width)
+        for note in comparison_notes(memory):
+            console.print(note, width=width, highlight=False, markup=False)

@@ -9,16 +9,17 @@ python launcher/train.py --config run.yaml
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig, load_config, resolved_yaml
+from launcher.ending import code_of, tell_notes
 from launcher.evaluating import evaluate_model
 from launcher.exporting import save_model_folder
-from launcher.faults import describe_disk_error, lost_a_rank
+from launcher.measuring import RunMemory
+from launcher.memory_notes import MemoryNotes
 from launcher.metrics import MetricsLog
 from launcher.node_guard import write_exit_record
 from launcher.preparing import (
@@ -35,7 +36,7 @@ from launcher.report import FOLDER_NAME, PAGE_NAME, write_report
 from launcher.run_folder import RunFolder, RunLock
 from launcher.selection_terminal import save_choice
 from launcher.shared_folder import find_folders
-from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL, Stopped, StopRequest, stoppable
+from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_SIGNAL, Stopped, StopRequest, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
@@ -49,15 +50,10 @@ from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
 from sparse_zero.layers.merge import merge
 from sparse_zero.layers.sparsify import num_retired, selection_of
-from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.selection.select import num_parameters
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.communication import engine_communication
 from sparse_zero.zero.compat import detach_engine, has_shards, make_plain
-
-# A rank that has lost another one ends this much later: the launcher then sees first the one that ended first, whose
-# exit code tells more.
-_AFTER_THE_FIRST_SECONDS = 3.0
 
 
 def _say(world: World, text: str) -> None:
@@ -95,11 +91,14 @@ def _select(prepared: Prepared, world: World) -> Selection:
     return selection
 
 
-def _train(prepared: Prepared, engine: Any, world: World) -> tuple[TrainingResult, Any]:
+def _train(
+    prepared: Prepared, engine: Any, world: World, memory: RunMemory, notes: MemoryNotes | None
+) -> tuple[TrainingResult, Any]:
     """Continue from the checkpoint if there is one, and train to the end or to a signal; the engine it ended with."""
     earlier: dict[str, Any] = {}
     if prepared.checkpoint is not None:
-        earlier = load_checkpoint(engine, prepared.checkpoint).extra
+        with memory.engine("resume"):
+            earlier = load_checkpoint(engine, prepared.checkpoint).extra
         _say(world, f"continuing from {prepared.checkpoint.folder} after step {earlier['step']}")
     first_step = int(earlier.get("step", 0))
     state = LoopState(
@@ -115,6 +114,8 @@ def _train(prepared: Prepared, engine: Any, world: World) -> tuple[TrainingResul
         base=prepared.base,
         first_step=first_step,
         earlier=earlier,
+        memory=memory,
+        notes=notes,
     )
     if not world.keeps_folder:
         return train(state, None), state.engine
@@ -158,10 +159,13 @@ def _write_summary(
     accuracy: dict[str, Any],
     counts: dict[str, Any],
     communication: dict[str, int],
+    memory: RunMemory,
+    notes: MemoryNotes | None,
 ) -> None:
     folder, summary = prepared.folder, prepared.folder.summary
-    peaks = gather_json(max(result.peak_memory_bytes[world.rank], counts.pop("peak_memory_bytes")))
-    if not world.is_main:
+    peaks = gather_json(max(peak for name, peak in memory.peaks.peaks.items() if name != "load"))
+    ranks = gather_json(memory.to_json())
+    if notes is None:
         return
     atomic_write_json(
         summary,
@@ -180,6 +184,7 @@ def _write_summary(
             "resumed_after_step": 0 if prepared.checkpoint is None else prepared.checkpoint.extra["step"],
             "final_loss": result.final_loss,
             "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},
+            "memory": notes.finish(ranks),
         },
     )
 
@@ -206,15 +211,22 @@ def _take_over(config: RunConfig, folder: RunFolder, lock: RunLock) -> None:
     atomic_write_text(folder.config, resolved_yaml(config))
 
 
-def _run_in_world(config: RunConfig, world: World, request: StopRequest) -> int:
-    with RunLock(Path(config.output.folder)) as lock:
-        return _run_alone(config, world, request, lock)
+def _run_in_world(config: RunConfig, world: World, request: StopRequest, memory: RunMemory) -> int:
+    path = RunFolder(config.output.folder).memory
+    with RunLock(Path(config.output.folder)) as lock, ExitStack() as stack:
+        stack.callback(memory.peaks.close)
+        notes = None
+        if world.is_main:
+            notes = stack.enter_context(MemoryNotes(config, world.world_size, world.device.type, path))
+        return _run_alone(config, world, request, lock, memory, notes)
 
 
-def _run_alone(config: RunConfig, world: World, request: StopRequest, lock: RunLock) -> int:
+def _run_alone(
+    config: RunConfig, world: World, request: StopRequest, lock: RunLock, memory: RunMemory, notes: MemoryNotes | None
+) -> int:
     folder = RunFolder(config.output.folder)
     phases = Phases()
-    with phases.measure("load"):
+    with phases.measure("load"), memory.phase("load"):
         world = find_folders(config, world)
         with failing_together():
             if world.keeps_folder:
@@ -227,17 +239,19 @@ def _run_alone(config: RunConfig, world: World, request: StopRequest, lock: RunL
             _take_over(config, folder, lock)
     _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
     accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": 0}
-    memory = PeakMemory(world.device)
     total = num_parameters(prepared.model)
     if prepared.test:
-        with phases.measure("evaluate_base"):
+        with phases.measure("evaluate_base"), memory.phase("evaluate"):
             accuracy["base"], accuracy["num_problems"] = _evaluate(prepared, world, prepared.model, "base")
-    with phases.measure("calibrate"):
+    with phases.measure("calibrate"), memory.phase("calibration"):
         selection = _select(prepared, world)
     trained = selection.num_parameters
     _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
+    memory.selection = selection
+    if notes is not None:
+        notes.selected(selection, folder.selection)
     with phases.measure("train"):
-        result, engine = _train(prepared, make_engine(prepared, selection, world), world)
+        result, engine = _train(prepared, make_engine(prepared, selection, world, memory), world, memory, notes)
     # A signal that came with the last step, or after the ranks had spoken about it, has only been noted.
     stopped_by = result.stopped_by or max(gather_json(request.signal))
     if stopped_by:
@@ -247,7 +261,7 @@ def _run_alone(config: RunConfig, world: World, request: StopRequest, lock: RunL
     trained, retired = selection_of(engine.module).num_parameters, num_retired(engine.module)
     communication = engine_communication(engine)
     is_quantized = config.model.quantization != "none"
-    with phases.measure("save"):
+    with phases.measure("save"), memory.phase("save"):
         if config.output.adapter:
             save_adapter(engine, folder.adapter, base=prepared.base)
         # Not where nobody asks for it: what is offloaded to a disk could not be read.
@@ -255,13 +269,13 @@ def _run_alone(config: RunConfig, world: World, request: StopRequest, lock: RunL
         if config.output.merged and not is_quantized:
             _save_merged(prepared, world, model)
     if prepared.test:
-        with phases.measure("evaluate_tuned"):
+        with phases.measure("evaluate_tuned"), memory.phase("evaluate"):
             accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
     if config.output.merged and is_quantized:
-        with phases.measure("save"):
+        with phases.measure("save"), memory.phase("save"):
             _save_merged(prepared, world, model)
-    counts = {"total": total, "trained": trained, "retired": retired, "peak_memory_bytes": memory.peak_bytes()}
-    _write_summary(prepared, world, phases, result, accuracy, counts, communication)
+    counts = {"total": total, "trained": trained, "retired": retired}
+    _write_summary(prepared, world, phases, result, accuracy, counts, communication, memory, notes)
     if world.is_main:
         print_summary(folder.path)
         if config.output.report:
@@ -274,39 +288,17 @@ def _said_by_one(code: int) -> int:
     return int(max(gather_json(code)))
 
 
-def _tell_notes(error: BaseException) -> None:
-    """Say what came on top of an error: a checkpoint that could not be written."""
-    for note in getattr(error, "__notes__", ()):
-        print(f"sparse-zero: error: {note}", file=sys.stderr, flush=True)
-
-
-def _code_of(error: Exception, folder: Path, rank: int) -> int | None:
-    """Explain an error in one line and return its exit code; None for one that needs its traceback."""
-    explained = describe_disk_error(error, folder)
-    if explained is not None:
-        print(f"sparse-zero: error: {explained}", file=sys.stderr, flush=True)
-        return EXIT_ERROR
-    if lost_a_rank(error):
-        print(
-            f"sparse-zero: error: rank {rank} has lost the connection to another rank, which told why or was killed; "
-            f"start again to continue from the last checkpoint ({' '.join(str(error).split())[:300]})",
-            file=sys.stderr,
-            flush=True,
-        )
-        with suppress(Stopped):  # The launcher ends the others of a rank that has ended.
-            time.sleep(_AFTER_THE_FIRST_SECONDS)
-        return EXIT_LOST
-    return None
-
-
-def _in_world(work: Callable[[World, StopRequest], int], check: Callable[[], None], folder: Path) -> int:
+def _in_world(
+    config: RunConfig, work: Callable[[World, StopRequest, RunMemory], int], check: Callable[[], None], folder: Path
+) -> int:
     """Join the ranks, do ``work``, leave; the exit code. Signals outside the training loop end it at once.
 
     An unexpected error leaves the process group as it is: leaving might wait for ranks that wait for this one, and the
     launcher ends them when this process ends.
 
     Args:
-        work: gets this process's place, and what tells of signals that have not raised.
+        config: of the run.
+        work: gets this process's place, what tells of signals that have not raised, and what measures memory.
         check: what can be found wrong before anything is started.
         folder: what is written into, for errors of the disk.
     """
@@ -314,14 +306,16 @@ def _in_world(work: Callable[[World, StopRequest], int], check: Callable[[], Non
     rank = ranks.rank
     if ranks.world_size == 1:
         check()  # Alone, what is wrong is said before anything is started.
+    memory: RunMemory | None = None
     with stoppable() as request:
         try:
             world = join_world()
             speak_once(world)
-            code = work(world, request)
+            memory = RunMemory(config.memory, world.device)
+            code = work(world, request, memory)
             request.raises = False  # From here on there is nothing to cut short.
         except Stopped as stop:
-            _tell_notes(stop)
+            tell_notes(stop)
             print(
                 f"sparse-zero: rank {rank} was {stop} at once; start again to continue from what is complete",
                 file=sys.stderr,
@@ -329,23 +323,23 @@ def _in_world(work: Callable[[World, StopRequest], int], check: Callable[[], Non
             return EXIT_SIGNAL + stop.signal
         except PeerError as error:
             request.raises = False
-            _tell_notes(error)
+            tell_notes(error)
             code = _said_by_one(0)
         except NonFiniteError as error:
             request.raises = False
-            _tell_notes(error)
+            tell_notes(error)
             _say(world, f"sparse-zero: error: {error}")
             code = EXIT_ERROR
         except Exception as error:
             request.raises = False
-            _tell_notes(error)
+            tell_notes(error)
             agrees = getattr(error, "speaks_for_all", False)  # The others have met a PeerError.
             if isinstance(error, InputError):
                 if agrees:
                     _said_by_one(EXIT_INPUT)
                 leave_process_group()
                 raise
-            explained = _code_of(error, folder, rank)
+            explained = code_of(error, folder, config, ranks, memory)
             if agrees:
                 _said_by_one(explained or EXIT_ERROR)
             if explained is None:
@@ -364,7 +358,8 @@ def run(config: RunConfig) -> int:
         InputError: the config cannot be used; nothing has been written then.
     """
     return _in_world(
-        lambda world, request: _run_in_world(config, world, request),
+        config,
+        lambda world, request, memory: _run_in_world(config, world, request, memory),
         lambda: check_run(config),
         Path(config.output.folder),
     )
@@ -379,14 +374,16 @@ def select_only(config: RunConfig, out: Path, scores_out: Path | None) -> int:
         scores_out: the file of the scores; None: they are not kept.
     """
 
-    def work(world: World, request: StopRequest) -> int:
-        prepared = prepare(config, world, continues=False)
-        selection, scores = choose_selection(prepared, world)
+    def work(world: World, request: StopRequest, memory: RunMemory) -> int:
+        with memory.phase("load"):
+            prepared = prepare(config, world, continues=False)
+        with memory.phase("calibration"):
+            selection, scores = choose_selection(prepared, world)
         if world.is_main:
             save_choice(selection, scores, out, scores_out)
         return 0
 
-    return _in_world(work, lambda: check_run(config, continues=False), out.parent)
+    return _in_world(config, work, lambda: check_run(config, continues=False), out.parent)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from launcher.checkpointing import RunCheckpoints
 from launcher.config import RunConfig
+from launcher.measuring import RunMemory
+from launcher.memory_notes import MemoryNotes
 from launcher.metrics import MetricsLog
 from launcher.progress import TrainingProgress, training_progress
 from launcher.reselecting import check_selection_now, describe_check
@@ -27,7 +29,6 @@ from models.loss import response_nll
 from models.sampler import BatchSampler, StepPlan
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import collective_device
-from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.zero.engine import step_was_applied
 from sparse_zero.zero.optimizers import RATE_FACTOR
@@ -86,6 +87,10 @@ class LoopState:
     # Steps done before this start, and what their checkpoint told of them.
     first_step: int
     earlier: Mapping[str, Any]
+    # What is found out about memory; None: the peak of the process only.
+    memory: RunMemory | None = None
+    # On rank 0: what is made of it.
+    notes: MemoryNotes | None = None
 
 
 def _gather(values: Sequence[float]) -> torch.Tensor:
@@ -150,7 +155,7 @@ def _seed_streams(seed: int) -> None:
 
 
 def _optimizer_step(
-    state: LoopState, plan: StepPlan, num_response_tokens: int, step: int, rate: float
+    state: LoopState, memory: RunMemory, plan: StepPlan, num_response_tokens: int, step: int, rate: float
 ) -> tuple[float, int]:
     """One optimizer step of this rank: (its share of the step's loss, input tokens)."""
     config, world, engine = state.config, state.world, state.engine
@@ -163,11 +168,15 @@ def _optimizer_step(
     # Dropout depends on the step and the rank alone, so that checkpoints need no state of it.
     _seed_streams((config.training.seed * 1_000_003 + step) * world.world_size + world.rank)
     total, input_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    for indices in plan.micro_batches:
+    for index, indices in enumerate(plan.micro_batches):
         samples = micro_batch(state.train, indices)
-        nll = response_nll(engine, _tensors(state, samples))
-        engine.backward(nll * scale)
-        engine.step()
+        memory.micro_batch(samples, config.data.batching, index, len(plan.micro_batches))
+        with memory.part("forward"):
+            nll = response_nll(engine, _tensors(state, samples))
+        with memory.part("backward"):
+            engine.backward(nll * scale)
+        with memory.part("step"):
+            engine.step()
         total += nll.detach()
         input_tokens += sum(len(sample.input_ids) for sample in samples) if indices else 0
     return float(total) / response, input_tokens
@@ -191,6 +200,13 @@ def _check_selection(state: LoopState, step: int, progress: TrainingProgress, me
         metrics.write(row)
 
 
+def _tell_memory(state: LoopState, memory: RunMemory, seconds_left: float) -> None:
+    """Gather what was measured, once it is. Collective."""
+    ranks = gather_json(memory.to_json())
+    if state.notes is not None:
+        state.notes.measured(ranks, seconds_left)
+
+
 def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     """Run the steps that are left. Collective.
 
@@ -206,8 +222,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     num_steps = count_steps(config, sampler.steps_per_epoch)
     tokens_of = [response_tokens([sample]) for sample in state.train]
     assert sampler.micro_batches_per_step == state.engine.gradient_accumulation_steps()
-    memory = PeakMemory(world.device)
-    memory.reset()
+    memory = RunMemory(None, world.device) if state.memory is None else state.memory
     earlier_loss = state.earlier.get("final_loss")
     result = TrainingResult(
         step=state.first_step,
@@ -221,19 +236,24 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     state.engine.train()
     progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
     checkpoints = RunCheckpoints(config, state.folder, state.base, state.earlier, writes=world.keeps_folder)
-    with stop_requests() as request, progress, checkpoints:
+    with stop_requests() as request, progress, memory.phase("train"), checkpoints:
         for step in range(state.first_step, num_steps):
             # Before the step, not after the last one: a checkpoint holds what came before the check, and a run that
             # continues from it makes the same check again.
             reselect = config.selection.reselect
             if reselect is not None and reselect.is_due(step):
+                if memory.stop():
+                    _tell_memory(state, memory, 0.0)
                 _check_selection(state, step, progress, metrics)
             started = time.perf_counter()
             plan, rate = sampler.step(step), learning_rate(config.training, step, num_steps)
             num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)
-            loss, input_tokens = _optimizer_step(state, plan, num_response_tokens, step, rate)
-            everyone = _gather([loss, input_tokens, request.signal, memory.peak_bytes(), checkpoints.has_failed])
+            loss, input_tokens = _optimizer_step(state, memory, plan, num_response_tokens, step, rate)
+            peak = memory.peaks.peak("train")
+            everyone = _gather([loss, input_tokens, request.signal, peak, checkpoints.has_failed])
             seconds = time.perf_counter() - started
+            if memory.end_step() or (memory.is_measuring and step + 1 == num_steps):
+                _tell_memory(state, memory, seconds * (num_steps - step - 1))
             if everyone[:, 4].any():
                 checkpoints.wait()  # Raises, on all ranks together.
             sums = everyone.sum(0)
@@ -274,13 +294,16 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                     metrics.write({"kind": "validation", "step": step + 1, "loss": value, "response_tokens": tokens})
             result.stopped_by = int(everyone[:, 2].max())
             if due or result.stopped_by or step + 1 == num_steps:
-                checkpoints.save(state.engine, result.step, gather_json(result.to_json())[0])
+                extra = gather_json(result.to_json())[0]
+                with memory.saving():
+                    checkpoints.save(state.engine, result.step, extra)
             if result.stopped_by and step + 1 < num_steps:
                 checkpoints.wait()
                 if metrics is not None:
                     metrics.event(step + 1, f"stopped by signal {result.stopped_by}; checkpoint written")
                 break
             result.stopped_by = 0
-    memory.close()
+    if state.memory is None:
+        memory.peaks.close()
     result.checkpoint_stall_seconds = checkpoints.stall_seconds
     return result

@@ -13,7 +13,7 @@ from unittest.mock import patch
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def transformers_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str] | None:
@@ -93,18 +93,42 @@ def saved_names(model: PreTrainedModel, described: Mapping[str, Tensor]) -> dict
     return {name: names[id(tensor)] for name, tensor in saved.items()}
 
 
+def supports_sdpa(model: PreTrainedModel) -> bool:
+    """Whether the code of the model's family can call torch's attention kernels."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
 @contextmanager
-def masks_of_fake_tensors() -> Iterator[None]:
+def masks_of_fake_tensors(*, needed: bool = True) -> Iterator[None]:
     """Let transformers treat tensors without data as it treats those with data, where it decides on attention masks.
 
-    It takes them for a compilation, and then makes a mask in any case. Here it makes none, as for samples of one
-    length; where a padding mask is given, it makes one, as for padded samples.
+    It takes them for a compilation, and then makes a mask in any case.
+
+    Args:
+        needed: whether rows are padded, or hold several samples: then it makes a mask, where a padding mask or
+            positions are given. Else it makes one only where it always does: by eager attention, and where a window
+            is shorter than the rows.
     """
     from transformers import masking_utils
 
     def is_tracing(tensor: Tensor | None = None) -> bool:
-        # Padding masks are bool by then; the others are positions, of which one sequence is assumed.
-        return tensor is not None and not tensor.dtype.is_floating_point and tensor.element_size() == 1
+        return needed and tensor is not None and not tensor.dtype.is_floating_point
 
-    with patch.object(masking_utils, "is_tracing", is_tracing):
+    def is_all(mask: Tensor) -> bool:
+        return not needed
+
+    with patch.object(masking_utils, "is_tracing", is_tracing), patch.object(masking_utils, "fast_all", is_all):
         yield
+
+
+def put_quantized_linears(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
+    """Put the linears that ``config`` asks for into ``model`` on the meta device, as ``from_pretrained`` does.
+
+    Their weights are still dense; what is not quantized (the head, what is tied to the embedding) is transformers'
+    choice.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    quantizer.postprocess_model(model)

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.known_shapes import KnownShape, known_shape, transformers_config
 from models.loading import ModelConfig, model_folder
 from models.source import download, local_folder
 from sparse_zero.errors import InputError
@@ -31,20 +32,25 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
 def load_shapes(config: ModelConfig) -> PreTrainedModel:
     """Like :func:`load_skeleton`, from a folder (or hub name) of which only the ``config.json`` is looked at.
 
+    Models of :mod:`models.known_shapes` need no folder and no network.
+
     Raises:
         InputError: the source is missing or no causal language model.
     """
     import torch
 
-    folder = local_folder(config.name_or_path, field="model.name_or_path")
-    if folder is None:
-        folder = download(
+    # Flash attention has no kernel on tensors without data: torch's stands in for it. Left open, transformers takes
+    # that where the family's code can call it, and else eager attention.
+    attention = {"attn_implementation": "eager"} if config.attention == "eager" else {}
+    source: Path | KnownShape | None = local_folder(config.name_or_path, field="model.name_or_path")
+    if source is None and config.revision is None:
+        source = known_shape(config.name_or_path)
+    if source is None:
+        source = download(
             config.name_or_path, field="model.name_or_path", revision=config.revision, gguf_file=None, weights=False
         )
-    # Flash attention has no kernel on tensors without data; it keeps as much as sdpa.
-    attention = "eager" if config.attention == "eager" else "sdpa"
     with torch.device("meta"):
-        return _described(config, folder, attn_implementation=attention)
+        return _described(config, source, **attention)
 
 
 def load_empty(config: ModelConfig) -> PreTrainedModel:
@@ -64,19 +70,23 @@ def load_empty(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def _described(config: ModelConfig, folder: Path, **options: Any) -> PreTrainedModel:
+def _described(config: ModelConfig, source: Path | KnownShape, **options: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
+    gguf: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
-        described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **source)
+        if isinstance(source, KnownShape):
+            described = transformers_config(source)
+        else:
+            described = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code, **gguf)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, **options
         )
     except Exception as error:  # a damaged config: anything from KeyError to RuntimeError
         detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{folder} cannot be read as a causal language model ({detail})") from error
+        name = source.name if isinstance(source, KnownShape) else source
+        raise InputError(f"{name} cannot be read as a causal language model ({detail})") from error
     return model.eval()
 
 

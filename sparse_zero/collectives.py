@@ -94,6 +94,21 @@ def lone_process_group() -> Iterator[None]:
         time.sleep(_RELEASE_SECONDS)
 
 
+@contextmanager
+def speaking_alone() -> Iterator[None]:
+    """What the block computes is for this rank only: nothing in it asks or waits for others, which may be gone.
+
+    For a rank that is about to end, and says why: until the block ends, every collective of this package takes the
+    process for one without a group.
+    """
+    asked = dist.is_initialized
+    vars(dist)["is_initialized"] = lambda: False
+    try:
+        yield
+    finally:
+        vars(dist)["is_initialized"] = asked
+
+
 class PeerError(RuntimeError):
     """Another rank met the error; that rank reports it, this one only ends."""
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,13 +58,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _keeps_input(selections: Mapping[str, WeightSelection], module_map: ModuleMap) -> dict[str, bool]:
+def keeps_input(
+    selections: Mapping[str, WeightSelection], shared_inputs: Iterable[Iterable[str]] = ()
+) -> dict[str, bool]:
     """For each module, whether keeping the whole input is cheaper than keeping slices of it.
 
     Modules that read one tensor are judged together: a whole input that one of them needs is free for the
     others, and slices that add up to more than the input are not worth taking.
+
+    Args:
+        selections: the regions of each module's weight.
+        shared_inputs: groups of modules that read one tensor, as :class:`~sparse_zero.module_map.ModuleMap` has them.
     """
-    group_of = {name: group for group in module_map.shared_inputs for name in group}
+    group_of = {name: tuple(group) for group in shared_inputs for name in group}
     decisions: dict[str, bool] = {}
     for module, selection in selections.items():
         group = group_of.get(module, (module,))
@@ -253,7 +259,7 @@ def sparsify(
         for parameter, chosen in grouped.items()
         if parameter in matrices and matrices[parameter].is_linear
     }
-    keeps_input = _keeps_input(linears, module_map)
+    kept_whole = keeps_input(linears, module_map.shared_inputs)
     model.requires_grad_(False)
     # How the selection came about travels with the model into checkpoints and adapters.
     setattr(model, METADATA, dict(selection.metadata))
@@ -263,7 +269,7 @@ def sparsify(
     names.sort(key=lambda parameter: parameter not in matrices or not matrices[parameter].is_linear)
     for parameter in names:
         matrix = matrices.get(parameter)
-        keep = matrix is not None and keeps_input.get(matrix.name, False)
+        keep = matrix is not None and kept_whole.get(matrix.name, False)
         # Codes in shards have no dense form.
         is_quantized = matrix is not None and matrix.is_quantized
         with compat.whole(parameters[parameter]) if is_quantized else nullcontext():

@@ -36,6 +36,7 @@ class DecoderShape:
     layers_name: str
     num_layers: int
     hidden_size: int
+    # Of the MLP, or of one expert.
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
@@ -43,12 +44,19 @@ class DecoderShape:
     vocab_size: int
     # Whether the output head is the embedding.
     tied: bool
+    # rms: computed in fp32 by the model's own code. layer: torch's own kernel.
     norm: Literal["rms", "layer"] = "rms"
     # gated: down(act(gate(x)) * up(x)); plain: down(act(up(x))).
     mlp: Literal["gated", "plain"] = "gated"
     positions: Literal["rope", "alibi"] = "rope"
     # Whether queries and keys are normalized, each head by itself (Qwen 3).
     has_qk_norm: bool = False
+    # Whether the embedding's output is normalized (Bloom).
+    has_embedding_norm: bool = False
+    # Whether the family's code can call torch's attention kernels; else its attention is eager, whatever is asked for.
+    has_sdpa: bool = True
+    # Tokens that attention looks back on; None: all. Rows that are longer need a mask.
+    window: int | None = None
     # Experts of each layer's MLP, and how many of them a token goes through; 0: the MLP is dense.
     num_experts: int = 0
     experts_per_token: int = 0
@@ -71,3 +79,7 @@ class DecoderShape:
         """Entries of the model, tied ones once."""
         ends = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.num_layers * self.layer_parameters + ends + self.outer_parameters
+
+    def reading(self, reads: Reads) -> tuple[LinearShape, ...]:
+        """The linears of one layer that multiply the same tensor."""
+        return tuple(linear for linear in self.linears if linear.reads == reads)

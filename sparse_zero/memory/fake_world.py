@@ -9,23 +9,35 @@ DeepSpeed keeps process groups for the life of the process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from sparse_zero.errors import InputError
 from sparse_zero.memory.recorder import MemoryRecorder
+from sparse_zero.memory.timeline import Place
 from sparse_zero.selection.regions import WeightSelection
+
+# What the model computes on, as it were: torch takes it for another device than HOST, while its code for CPUs serves
+# both.
+DEVICE = torch.device("cpu", 0)
+HOST = torch.device("cpu")
+_META = torch.device("meta")
 
 _entered = False
 # Set on the result of "are all ...".
 _SAYS_ALL = "_sparse_zero_says_all"
+# Set on a buffer that is cut into parts for all ranks: a weak reference to a part.
+_PART = "_sparse_zero_part"
 
 
 class FakeRecorder(MemoryRecorder):
@@ -42,6 +54,19 @@ class FakeRecorder(MemoryRecorder):
         super().__init__()
         self.world_size = world_size
 
+    def place_of(self, tensor: Tensor) -> Place:
+        """See the base class."""
+        return "host" if tensor.device == HOST else "device"
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # More than half of all that is asked, and by torch itself.
+        if func is torch.ops.prim.device.default:
+            (tensor,) = args
+            return _META if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """See the class."""
         operator = func.overloadpacket
@@ -57,7 +82,7 @@ class FakeRecorder(MemoryRecorder):
             result = func(*args, **kwargs)
             setattr(result, _SAYS_ALL, True)
             return result
-        return NotImplemented
+        return super().answer(func, args, kwargs)
 
 
 def _with_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +103,84 @@ def _real_selections() -> Iterator[None]:
             method = _with_numbers(getattr(WeightSelection, name))
             stack.enter_context(patch.object(WeightSelection, name, method))
         yield
+
+
+@contextmanager
+def _apart_from_host() -> Iterator[None]:
+    """DeepSpeed takes :data:`DEVICE` for its accelerator, so that what it offloads goes to another place."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import linear
+
+    accelerator = get_accelerator()
+    # Its function for linears asks for a type of device, not for a device.
+    plain = SimpleNamespace(device_name=lambda: DEVICE.type)
+    with (
+        patch.object(accelerator, "device_name", lambda index=None: str(DEVICE)),
+        patch.object(accelerator, "current_device_name", lambda: str(DEVICE)),
+        patch.object(accelerator, "on_accelerator", lambda tensor: tensor.device == DEVICE),
+        patch.object(linear, "get_accelerator", lambda: plain),
+    ):
+        yield
+
+
+def _one_view_for_all_ranks(self: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """``narrow``, where a buffer is cut into as many parts as there are ranks: one view stands for all of them.
+
+    Without numbers, one part is as good as another, and a thousand of them take a second.
+    """
+    if self.dim() != 1 or length * dist.get_world_size() != self.numel() or self.requires_grad:
+        return Tensor.narrow(self, dim, start, length)
+    known: Any = getattr(self, _PART, None)
+    view: Tensor | None = None if known is None else known()
+    if view is None:
+        view = Tensor.narrow(self, dim, start, length)
+        setattr(self, _PART, weakref.ref(view))
+    return view
+
+
+def _put_together(recorder: MemoryRecorder) -> Callable[..., None]:
+    """``AllGatherCoalescedHandle.wait``, where each parameter is put together of its parts of all ranks: at once."""
+    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
+
+    original = AllGatherCoalescedHandle.wait
+
+    def wait(handle: Any, handle_dependency: bool = True) -> None:
+        if handle.complete or handle.quantization:
+            original(handle, handle_dependency)
+            return
+        handle.allgather_handle.wait()
+        part = handle.partitions[0]
+        for parameter in handle.params:
+            whole = torch.empty(parameter.ds_shape, dtype=part.dtype, device=part.device)
+            parameter.data = whole.to(parameter.ds_tensor.dtype)
+            recorder.add(parameter.data, "gathered")
+            parameter.ds_status = type(parameter.ds_status).AVAILABLE
+        handle.complete = True
+
+    return wait
+
+
+@torch.no_grad()
+def _reduce_scatter(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+    """``reduce_scatter_coalesced``, without cutting each gradient into as many parts as there are ranks."""
+    from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
+
+    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
+    sizes = [-(-tensor.numel() // world_size) for tensor in tensors]
+    missing = [size * world_size - tensor.numel() for size, tensor in zip(sizes, tensors, strict=True)]
+    padding = tensors[0].new_empty(sum(missing))
+    if len(tensors) == 1 and not len(padding):
+        flat = tensors[0].view(-1)
+    else:
+        flat = tensors[0].new_empty(world_size * sum(sizes))
+    flat.div_(world_size)
+    own = flat.narrow(0, rank * sum(sizes), sum(sizes))
+    _torch_reduce_scatter_fn(flat, own, group=group)
+    found, offset = [], 0
+    for size, tensor in zip(sizes, tensors, strict=True):
+        found.append(own.narrow(0, offset, max(0, min(size, tensor.numel() - rank * size))))
+        offset += size
+    return found
 
 
 @contextmanager
@@ -102,17 +205,23 @@ def fake_world(world_size: int, rank: int = 0) -> Iterator[FakeRecorder]:
 
     recorder = FakeRecorder(world_size)
     # Other ranks, which have nothing to say, are not asked whether they are of the same opinion.
-    agreed = [
+    agreed: list[Any] = [
         patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None)
         for module in (partition_parameters, partitioned_param_coordinator, stage3)
     ]
+    agreed.append(patch("sparse_zero.zero.engine.check_same_constants", lambda model: None))
+    agreed.append(patch.object(FakeTensor, "narrow", _one_view_for_all_ranks, create=True))
+    agreed.append(patch.object(stage3, "reduce_scatter_coalesced", _reduce_scatter))
+    agreed.append(patch.object(partition_parameters.AllGatherCoalescedHandle, "wait", _put_together(recorder)))
     variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
-    with patch.dict(os.environ, variables), agreed[0], agreed[1], agreed[2]:
+    with patch.dict(os.environ, variables), ExitStack() as stack:
+        for each in agreed:
+            stack.enter_context(each)
         dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             # What DeepSpeed takes the number of ranks from, where it shards before there is an engine.
             deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
-            with FakeTensorMode(allow_non_fake_inputs=True), recorder, _real_selections():
+            with _apart_from_host(), FakeTensorMode(allow_non_fake_inputs=True), recorder, _real_selections():
                 yield recorder
         finally:
             dist.destroy_process_group()

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sparse_zero.errors import InputError
 from sparse_zero.memory.activations import activation_moments
+from sparse_zero.memory.calibration_memory import calibration_moments
 from sparse_zero.memory.decoder_shape import DecoderShape
 from sparse_zero.memory.job import MemoryJob
-from sparse_zero.memory.moments import PHASES, Moment, Phase, Place
+from sparse_zero.memory.moments import PHASES, Moment, Phase
+from sparse_zero.memory.saving_memory import save_moments
 from sparse_zero.memory.states import held_states
+from sparse_zero.memory.timeline import Place
 from sparse_zero.memory.trained import trained_of
+from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.selection import Selection
 
 
@@ -71,9 +74,25 @@ def forecast_memory(
     job: MemoryJob,
     selection: Selection | None = None,
     *,
+    module_map: ModuleMap | None = None,
     shared_inputs: Sequence[Sequence[str]] = (),
 ) -> Forecast:
-    """Bytes of tensors that one rank holds, by phase, as sums of named terms.
+    """Bytes of tensors that one rank holds, by phase, as sums of named terms; from shapes alone, in milliseconds.
+
+    A shape is written down (see :class:`~sparse_zero.memory.decoder_shape.DecoderShape`), or read off a model of
+    transformers by ``models.decoder_shapes``, for which the model needs no weights::
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.bfloat16)
+        regions = (sz.RegionConfig(kind="block", modules=("*.q_proj", "*.k_proj", "*.v_proj")),)
+        config = sz.SelectionConfig(regions=regions, budget=sz.BudgetConfig(fraction=0.0084), score="random")
+        forecast = sz.forecast_memory(
+            decoder_shape(model),
+            sz.MemoryJob(world_size=8, stage=2, micro_batch=4, length=512, gradient_checkpointing=True),
+            sz.select(model, None, config),
+            module_map=sz.default_module_map(model),
+        )
+        forecast.peak().num_bytes(), forecast.peak("step").terms
 
     Not counted: the interpreter, the CUDA context, what kernels use inside of an operation, and what the allocator
     loses to fragments; see :mod:`sparse_zero.memory.device`.
@@ -81,17 +100,22 @@ def forecast_memory(
     Args:
         shape: of the model.
         job: what trains it.
-        selection: what is trained, for the method "selection"; regions chosen at random serve as well.
-        shared_inputs: the groups of :class:`sparse_zero.module_map.ModuleMap`.
+        selection: what is trained, for the method "selection". Regions chosen at random, as many and as large, serve as
+            well.
+        module_map: of the model: which linears read the same tensor, which backward then keeps once.
+        shared_inputs: the groups of such linears, where there is no map; by their names.
+
+    Returns:
+        Moments of the phases load, calibration (if the job has one), engine, forward, backward, step and save.
 
     Raises:
-        InputError: the method needs a selection.
+        InputError: the method needs a selection, or adapters have no linear to go to.
     """
-    if job.method == "selection" and selection is None:
-        raise InputError("the method 'selection' is forecast for a selection: give one, chosen at random if need be")
+    if module_map is not None:
+        shared_inputs = module_map.shared_inputs
     trained = trained_of(shape, job, selection, shared_inputs)
     held = held_states(shape, job, trained)
-    moments = [*held.moments]
+    moments = [*held.moments, *calibration_moments(shape, job), *save_moments(job, trained, held.between_steps)]
     for moment in activation_moments(shape, job, trained):
         moments.append(replace(moment, terms=(*held.during_training(moment), *moment.terms)))
     return Forecast(moments)

@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sparse_zero.errors import InputError
+from sparse_zero.selection.config import (
+    Accumulate,
+    AccumulatorDtype,
+    CalibrationWeights,
+    FullCalibrationConfig,
+    RegionConfig,
+)
 from sparse_zero.zero.config import Offload, Placement
 from sparse_zero.zero.optimizers import OptimizerName
 
@@ -31,8 +38,14 @@ class CalibrationJob:
     micro_batch: int
     # Name of the score; see sparse_zero.selection.scores.
     score: str
-    # frozen, or full: full fine-tuning steps.
-    weights: Literal["frozen", "full"] = "frozen"
+    # frozen, or full: full fine-tuning steps, see the settings below.
+    weights: CalibrationWeights = "frozen"
+    # sum: scores that are not linear in the gradient keep an accumulator for each matrix, on the host.
+    accumulate: Accumulate = "sum"
+    accumulator_dtype: AccumulatorDtype = "float32"
+    # Of the candidates; what they leave open is the score's. Empty: all linears of the layers, in blocks of 256.
+    regions: tuple[RegionConfig, ...] = ()
+    full: FullCalibrationConfig = field(default_factory=FullCalibrationConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,15 @@ class MemoryJob:
         return BYTES_OF_PRECISION[self.precision]
 
     @property
+    def trained_bytes(self) -> int:
+        """Of one entry of what is trained, as the model computes with it.
+
+        An engine for 16 bits casts parameters to them. Not at stage 3, where it finds the base in shards and casts
+        nothing (DeepSpeed 0.19.8, ``runtime/engine.py: _configure_distributed_model``): PEFT's adapters stay in fp32.
+        """
+        return 4 if self.stage == 3 and self.method in ("lora", "dora") else self.element_bytes
+
+    @property
     def rows(self) -> int:
         """Rows of the micro-batch as the model sees it."""
         return 1 if self.batching == "pack" else self.micro_batch
@@ -101,6 +123,14 @@ class MemoryJob:
     def tokens(self) -> int:
         """Tokens of the micro-batch."""
         return self.micro_batch * self.length
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a mask of positions by positions is made: rows are padded, or hold several samples.
+
+        One sample alone is neither, and flash attention is told of lengths instead.
+        """
+        return self.micro_batch > 1 and self.attention != "flash_attention_2"
 
     @property
     def logit_rows(self) -> int:

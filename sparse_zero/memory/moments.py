@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sparse_zero.memory.timeline import Kind
+from sparse_zero.memory.timeline import Kind, Place
 
 # In the order of a run; the same names as in a simulation.
 Phase = Literal["load", "calibration", "engine", "forward", "backward", "step", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,9 @@ class Moment:
     # "loss", "backward of the first layer".
     name: str
     terms: tuple[Term, ...]
+    # Full name of the module at work, if it is one of a layer: "model.layers.31.mlp.down_proj". In backward, gradients
+    # of what comes behind it are there, and its own come into being.
+    module: str = ""
 
     def num_bytes(self, place: Place = "device") -> int:
         """The sum of the terms in one place."""

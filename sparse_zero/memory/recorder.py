@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,18 +17,32 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_zero.memory.timeline import Kind, Span, Storage, Timeline, sort_out
+from sparse_zero.memory.quantized_bases import constants_of, product_with_codes
+from sparse_zero.memory.timeline import Kind, Place, Span, Storage, Timeline, sort_out
 from sparse_zero.zero import compat
 
 # Operators of torch.distributed that fill a tensor with what other ranks hold.
 _GATHERS = ("allgather", "all_gather", "_allgather_base", "broadcast")
 
 
+@cache
+def _name(func: Any) -> str:
+    """Of an operator, with its namespace."""
+    found: str = func._schema.name
+    return found
+
+
+@cache
+def _gathers(func: Any) -> bool:
+    namespace, _, name = _name(func).partition("::")
+    return namespace == "c10d" and name.startswith(_GATHERS)
+
+
 class MemoryRecorder(TorchDispatchMode):
     """Notes the life of every storage that an operation inside the mode makes, or that :meth:`add` is told of.
 
-    ``live_bytes`` is what lives now, ``peak_bytes`` the most that did. A storage that several tensors share counts
-    once.
+    ``live_bytes`` is what lives now on the device, ``peak_bytes`` the most that did. A storage that several tensors
+    share counts once.
     """
 
     def __init__(self) -> None:
@@ -41,21 +56,27 @@ class MemoryRecorder(TorchDispatchMode):
         self._alive: dict[int, Storage] = {}
         # Names of the modules that are at work, the innermost last.
         self._stack: list[str] = []
+        # Where the part of the run that is under way began, and what it is like.
+        self._first, self._role = 0, ""
 
     def add(self, tensor: Tensor, kind: Kind | None = None) -> None:
         """Note a tensor's storage, unless it is noted already; ``kind`` counts in either case, if given."""
-        if tensor.device.type == "meta":
-            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         found = self._alive.get(key)
         if found is None:
-            found = Storage(num_bytes=storage.nbytes(), born=len(self._modules), module=self._module())
+            # Asked for a device, a fake tensor takes its time.
+            if tensor.device.type == "meta":
+                return
+            found = Storage(
+                num_bytes=storage.nbytes(), born=len(self._modules), module=self._module(), place=self.place_of(tensor)
+            )
             self._alive[key] = found
             self.storages.append(found)
             self._modules.append(found.module)
-            self.live_bytes += found.num_bytes
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            if found.place == "device":
+                self.live_bytes += found.num_bytes
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
             weakref.finalize(storage, self._forget, key)
         if kind is not None:
             found.kind = kind
@@ -64,7 +85,12 @@ class MemoryRecorder(TorchDispatchMode):
         storage = self._alive.pop(key)
         storage.died = len(self._modules)
         self._modules.append(self._module())
-        self.live_bytes -= storage.num_bytes
+        if storage.place == "device":
+            self.live_bytes -= storage.num_bytes
+
+    def place_of(self, tensor: Tensor) -> Place:
+        """Where a tensor lies: on a CPU, all of them on the device that computes."""
+        return "device"
 
     def _module(self) -> str:
         return self._stack[-1] if self._stack else ""
@@ -75,10 +101,16 @@ class MemoryRecorder(TorchDispatchMode):
         result = self.answer(func, args, kwargs or {})
         if result is NotImplemented:
             result = func(*args, **(kwargs or {}))
-        gathers = func.namespace == "c10d" and func._schema.name.partition("::")[2].startswith(_GATHERS)
-        for leaf in tree_leaves((args, kwargs, result) if gathers else result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf, self._gathered(leaf) if gathers else None)
+        if isinstance(result, Tensor):
+            self.add(result)
+        elif _gathers(func):
+            for leaf in tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, Tensor):
+                    self.add(leaf, self._gathered(leaf))
+        elif result is not None:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self.add(leaf)
         return result
 
     def _gathered(self, tensor: Tensor) -> Kind | None:
@@ -87,16 +119,29 @@ class MemoryRecorder(TorchDispatchMode):
 
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What an operator gives that is not to be run; NotImplemented: run it."""
+        if _name(func) == "bitsandbytes::gemm_4bit":
+            with self:
+                return product_with_codes(*args, **kwargs)
         return NotImplemented
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Call the block's part of the run ``name``; "forward" and "backward" are known to :func:`sort_out`."""
-        first = len(self._modules)
+        self._first, self._role = len(self._modules), name
         try:
             yield
         finally:
-            self.spans.append(Span(phase=name, first=first, end=len(self._modules)))
+            self._end_span(name)
+
+    def role(self, phase: str, role: str) -> None:
+        """From here on, what is made inside of ``phase`` is made as it is in the part of a run that ``role`` names."""
+        self._end_span(phase)
+        self._role = role
+
+    def _end_span(self, phase: str) -> None:
+        end = len(self._modules)
+        self.spans.append(Span(phase=phase, role=self._role, first=self._first, end=end))
+        self._first = end
 
     @contextmanager
     def modules_of(self, model: nn.Module) -> Iterator[None]:
@@ -130,6 +175,8 @@ class MemoryRecorder(TorchDispatchMode):
 def tag_model(recorder: MemoryRecorder, model: nn.Module) -> None:
     """Note a model's parameters and buffers: frozen ones are weights, the others values, buffers indices.
 
+    Constants of a quantized base are weights, too.
+
     Of what ZeRO-3 has sharded, this rank's shards. Once more where an engine has laid them out anew.
     """
     for parameter in model.parameters():
@@ -137,3 +184,5 @@ def tag_model(recorder: MemoryRecorder, model: nn.Module) -> None:
         recorder.add(held, "values" if parameter.requires_grad else "weights")
     for buffer in model.buffers():
         recorder.add(buffer, "indices")
+    for constant in constants_of(model):
+        recorder.add(constant, "weights")

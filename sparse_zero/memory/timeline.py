@@ -17,6 +17,9 @@ Kind = Literal[
     "weights", "gathered", "values", "gradients", "optimizer", "indices", "activations", "logits", "temporaries"
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# device: what the model computes on. host: the memory of the machine around it. On a CPU all is "device".
+Place = Literal["device", "host"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 @dataclass(kw_only=True)
@@ -31,6 +34,7 @@ class Storage:
     module: str
     # Known from the start, or from an operation; None: follows from its life, see :func:`sort_out`.
     kind: Kind | None = None
+    place: Place = "device"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class Peak:
     by_kind: dict[Kind, int]
     # The innermost module at work at that moment; "" outside of all.
     module: str
+    # Number of events before that moment.
+    event: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,8 @@ class Span:
     """One part of a run: the events from ``first`` to before ``end``."""
 
     phase: str
+    # What :func:`sort_out` takes it for; the phase itself, except inside of a phase that has forward and backward.
+    role: str
     first: int
     end: int
 
@@ -63,18 +71,19 @@ class Timeline:
     """
 
     def __init__(self, storages: Sequence[Storage], spans: Sequence[Span], modules: Sequence[str]) -> None:
+        self.storages = tuple(storages)
         self.spans = tuple(spans)
         self.modules = tuple(modules)
-        # [events + 1, kinds] int64: bytes alive after each event, the first row before any.
-        changes = torch.zeros((len(modules) + 1, len(KINDS)), dtype=torch.int64)
+        # [events + 1, kinds] int64 of each place: bytes alive after each event, the first row before any.
+        changes = {place: torch.zeros((len(modules) + 1, len(KINDS)), dtype=torch.int64) for place in PLACES}
         for storage in storages:
             assert storage.kind is not None
             column = KINDS.index(storage.kind)
-            changes[storage.born + 1, column] += storage.num_bytes
+            changes[storage.place][storage.born + 1, column] += storage.num_bytes
             if storage.died is not None:
-                changes[storage.died + 1, column] -= storage.num_bytes
-        self.live: Tensor = changes.cumsum(0)
-        self.total: Tensor = self.live.sum(1)
+                changes[storage.place][storage.died + 1, column] -= storage.num_bytes
+        self.live: dict[Place, Tensor] = {place: found.cumsum(0) for place, found in changes.items()}
+        self.total: dict[Place, Tensor] = {place: found.sum(1) for place, found in self.live.items()}
 
     def phases(self) -> list[str]:
         """The names of the parts, each once, in the order of their first time."""
@@ -86,33 +95,77 @@ class Timeline:
             raise KeyError(phase)
         yield from found
 
-    def _at(self, event: int) -> Peak:
-        found = {kind: int(self.live[event, column]) for column, kind in enumerate(KINDS)}
+    def _at(self, event: int, place: Place) -> Peak:
+        found = {kind: int(self.live[place][event, column]) for column, kind in enumerate(KINDS)}
         return Peak(
-            num_bytes=int(self.total[event]),
+            num_bytes=int(self.total[place][event]),
             by_kind={kind: num_bytes for kind, num_bytes in found.items() if num_bytes},
             module=self.modules[event - 1] if event else "",
+            event=event,
         )
 
-    def peak(self, phase: str | None = None) -> Peak:
+    def peak(self, phase: str | None = None, place: Place = "device") -> Peak:
         """The largest sum in all parts of that name; default: in the whole recording.
 
         Raises:
             KeyError: no part has that name.
         """
-        spans = self.spans if phase is None else tuple(self._spans_of(phase))
+        spans, total = self.spans if phase is None else tuple(self._spans_of(phase)), self.total[place]
         # The row before the first event counts: what lived when the part began.
-        best = [span.first + int(self.total[span.first : span.end + 1].argmax()) for span in spans]
-        return self._at(max(best, key=lambda event: int(self.total[event])))
+        best = [span.first + int(total[span.first : span.end + 1].argmax()) for span in spans]
+        return self._at(max(best, key=lambda event: int(total[event])), place)
 
-    def at_end(self, phase: str) -> Peak:
+    def at_end(self, phase: str, place: Place = "device") -> Peak:
         """What lived when the last part of that name ended.
 
         Raises:
             KeyError: no part has that name.
         """
         *_, last = self._spans_of(phase)
-        return self._at(last.end)
+        return self._at(last.end, place)
+
+    def kept(self, phase: str, kind: Kind = "activations", place: Place = "device") -> dict[str, int]:
+        """Bytes of one kind that lived when the last part of that name ended, by the module that made them.
+
+        Raises:
+            KeyError: no part has that name.
+        """
+        *_, last = self._spans_of(phase)
+        found: dict[str, int] = {}
+        for each in self.storages:
+            lives = each.born < last.end and (each.died is None or each.died >= last.end)
+            if lives and (each.kind, each.place) == (kind, place):
+                found[each.module] = found.get(each.module, 0) + each.num_bytes
+        return found
+
+    def sampled(self, num_rows: int = 2000) -> dict[str, Any]:
+        """A table of what lived, for files and pictures: of equal runs of events, the moment at which most did.
+
+        Args:
+            num_rows: about how many, over all parts.
+
+        Returns:
+            By column: the part's name and number (of those with this name), the event, the module at work, and bytes
+            by kind on the device; beside it ``kept``, the activations of the last forward by module.
+        """
+        rows: list[tuple[str, int, int]] = []
+        seen: dict[str, int] = {}
+        step = max(1, len(self.modules) // max(num_rows, 1))
+        for span in self.spans:
+            number = seen[span.phase] = seen.get(span.phase, -1) + 1
+            for first in range(span.first, span.end + 1, step):
+                run = self.total["device"][first : min(first + step, span.end + 1)]
+                rows.append((span.phase, number, first + int(run.argmax())))
+        events = [event for _, _, event in rows]
+        live = self.live["device"][events]
+        return {
+            "phase": [phase for phase, _, _ in rows],
+            "number": [number for _, number, _ in rows],
+            "event": events,
+            "module": [self.modules[event - 1] if event else "" for event in events],
+            "bytes": {kind: live[:, column].tolist() for column, kind in enumerate(KINDS) if live[:, column].any()},
+            "kept": self.kept("forward") if "forward" in seen else {},
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Peaks by part, for files and tables."""
@@ -122,6 +175,8 @@ class Timeline:
                 "by_kind": peak.by_kind,
                 "module": peak.module,
                 "end_bytes": self.at_end(phase).num_bytes,
+                "host_bytes": self.peak(phase, "host").num_bytes,
+                "host_by_kind": self.peak(phase, "host").by_kind,
             }
             for phase in self.phases()
             for peak in [self.peak(phase)]
@@ -137,7 +192,7 @@ def sort_out(storages: Sequence[Storage], spans: Sequence[Span], head: str | Non
 
     Args:
         storages: changed in place.
-        spans: the parts of the run: "forward" and "backward" among them.
+        spans: the parts of the run: those with the roles "forward" and "backward" among them.
         head: the name of the output head's module, as storages have it; None if there is none.
     """
     for storage in storages:
@@ -146,7 +201,7 @@ def sort_out(storages: Sequence[Storage], spans: Sequence[Span], head: str | Non
         span = next(span for span in reversed(spans) if span.first <= storage.born)
         if storage.died is not None and storage.died < span.end:
             storage.kind = "temporaries"
-        elif span.phase == "forward":
+        elif span.role == "forward":
             storage.kind = "logits" if storage.module in ("", head) else "activations"
         else:
-            storage.kind = "gradients" if span.phase == "backward" else "optimizer"
+            storage.kind = "gradients" if span.role == "backward" else "optimizer"

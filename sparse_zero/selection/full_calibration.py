@@ -36,6 +36,7 @@ from sparse_zero.selection.config import FullCalibrationConfig, SelectionConfig
 from sparse_zero.selection.observers import observe
 from sparse_zero.selection.scores import ScoreRule
 from sparse_zero.zero.compat import check_version, is_sharded, make_plain
+from sparse_zero.zero.defaults import with_defaults
 
 
 def check_world_size(settings: FullCalibrationConfig, world_size: int) -> None:
@@ -114,8 +115,11 @@ class _Snapshot:
         self._buffers.restore()
 
 
-def _deepspeed_config(settings: FullCalibrationConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": settings.stage}
+def _deepspeed_config(
+    model: nn.Module, settings: FullCalibrationConfig, dtype: torch.dtype, world_size: int
+) -> dict[str, Any]:
+    # DeepSpeed's own buckets would take gigabytes, however small the model is.
+    zero: dict[str, Any] = with_defaults(model, {"stage": settings.stage})
     if settings.offload:
         host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         zero["offload_optimizer"] = host
@@ -165,7 +169,7 @@ def _fully_trained(model: nn.Module, settings: FullCalibrationConfig) -> Iterato
             parameter.requires_grad_(True)
         # No decay: it would move weights that no gradient speaks for.
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-        config = _deepspeed_config(settings, dtype, dist.get_world_size())
+        config = _deepspeed_config(model, settings, dtype, dist.get_world_size())
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         del optimizer
         yield engine

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_zero.layers.frozen_linear import freeze_linears
 from sparse_zero.zero import compat
 from sparse_zero.zero.defaults import with_defaults
 from sparse_zero.zero.unsupported import check_settings_not_split
@@ -37,6 +38,8 @@ def sharded_forward(model: nn.Module, config: Mapping[str, Any]) -> Iterator[Non
     section = {name: value for name, value in config["zero_optimization"].items() if name not in _OF_TRAINING_IN_ZERO}
     settings = {name: value for name, value in config.items() if name not in _OF_TRAINING}
     settings["zero_optimization"] = with_defaults(model, section)
+    # Backward comes through frozen linears when calibration reads gradients.
+    freeze_linears(model)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     try:
         yield

@@ -10,19 +10,28 @@ from torch import nn
 
 import sparse_zero as sz
 from models.compat import masks_of_fake_tensors
+from models.loading import checkpoint_activations
+from models.peer_models import make_peer
+from models.quantized_shapes import quantize_shapes
 from sparse_zero.memory.fake_world import fake_world
+from sparse_zero.memory.job import Method
+from sparse_zero.memory.peers import peer_engine
 from sparse_zero.memory.recorder import MemoryRecorder, tag_model
 from sparse_zero.memory.simulate_training import record_step, simulate_training
 from sparse_zero.memory.timeline import Timeline
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.defaults import with_defaults
+from sparse_zero.zero.optimizers import OptimizerConfig
 from tests.models.tiny import tiny_llama
 from tests.sparse_zero.helpers import mixed_selection
+from tests.sparse_zero.quantizing import quantize
 
 PHASES = ("forward", "backward", "step")
 
 
-def _job(stage: int, placement: Placement, checkpointing: bool, accumulation: int, low: bool) -> dict[str, Any]:
+def _job(
+    stage: int, placement: Placement, checkpointing: bool, accumulation: int, low: bool, method: Method
+) -> dict[str, Any]:
     """What both do: the settings, and functions from a model to an engine and to a batch."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
@@ -33,14 +42,20 @@ def _job(stage: int, placement: Placement, checkpointing: bool, accumulation: in
         "steps_per_print": 10**9,
     }
 
-    def sparse(model: nn.Module) -> nn.Module:
+    def prepare(model: nn.Module) -> nn.Module:
+        if method == "selection":
+            # Codes do not tell of the shape of what they stand for.
+            sz.sparsify(model, mixed_selection(_model(False, False, device="meta"), block_size=16), placement)
+        else:
+            make_peer(model, method, rank=4, targets=("q_proj", "v_proj", "down_proj"))
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        sz.sparsify(model, mixed_selection(model, block_size=16), placement)
+            checkpoint_activations(model)
         settings["zero_optimization"] = with_defaults(model, {"stage": stage})
         return model.train()
 
     def make_engine(model: nn.Module) -> Any:
+        if method != "selection":
+            return peer_engine(model, settings, OptimizerConfig())
         return sz.initialize(
             model=model, config=settings, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True)
         )[0]
@@ -49,7 +64,7 @@ def _job(stage: int, placement: Placement, checkpointing: bool, accumulation: in
         tokens = torch.zeros(2, 48, dtype=torch.int64)
         return {"input_ids": tokens, "labels": tokens}
 
-    return {"settings": settings, "sparse": sparse, "make_engine": make_engine, "make_batch": make_batch}
+    return {"settings": settings, "prepare": prepare, "make_engine": make_engine, "make_batch": make_batch}
 
 
 def _loss(engine: Any, batch: Any) -> torch.Tensor:
@@ -57,9 +72,19 @@ def _loss(engine: Any, batch: Any) -> torch.Tensor:
     return loss
 
 
-def _model(low: bool) -> nn.Module:
-    model: nn.Module = tiny_llama(layers=3)
-    return model.bfloat16() if low else model
+def _model(low: bool, quantized: bool, device: str = "cpu") -> Any:
+    with torch.device(device):
+        model = tiny_llama(layers=3)
+    model = model.bfloat16() if low else model
+    if not quantized:
+        return model
+    if device == "meta":
+        quantize_shapes(model, "nf4", True, model.dtype)
+    else:
+        quantize(model, "nf4-double")
+        # As transformers' loading says to PEFT.
+        model.is_loaded_in_4bit = True
+    return model
 
 
 def _report(timeline: Timeline) -> dict[str, Any]:
@@ -70,10 +95,10 @@ def _report(timeline: Timeline) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def real(low: bool = False, **job: Any) -> dict[str, Any]:
+def real(low: bool = False, quantized: bool = False, method: Method = "selection", **job: Any) -> dict[str, Any]:
     """Two steps on this rank, with data."""
-    found = _job(low=low, **job)
-    model = found["sparse"](_model(low))
+    found = _job(low=low, method=method, **job)
+    model = found["prepare"](_model(low, quantized))
     with MemoryRecorder() as recorder:
         with recorder.phase("load"):
             tag_model(recorder, model)
@@ -86,13 +111,19 @@ def real(low: bool = False, **job: Any) -> dict[str, Any]:
     return _report(recorder.timeline("lm_head"))
 
 
-def simulated(out: str, world_size: int, low: bool = False, **job: Any) -> None:
+def simulated(
+    out: str,
+    world_size: int,
+    low: bool = False,
+    quantized: bool = False,
+    method: Method = "selection",
+    **job: Any,
+) -> None:
     """The same, without data, in a process of its own; writes what :func:`real` returns."""
-    found = _job(low=low, **job)
-    with torch.device("meta"):
-        model = _model(low)
-    found["sparse"](model)
-    with masks_of_fake_tensors():
+    found = _job(low=low, method=method, **job)
+    model = _model(low, quantized, device="meta")
+    found["prepare"](model)
+    with masks_of_fake_tensors(needed=False):
         timeline = simulate_training(
             model,
             settings=found["settings"],
@@ -101,6 +132,7 @@ def simulated(out: str, world_size: int, low: bool = False, **job: Any) -> None:
             loss_fn=_loss,
             world_size=world_size,
             head="lm_head",
+            trains_base=method == "full",
         )
 
     Path(out).write_text(json.dumps(_report(timeline)))

@@ -6,6 +6,7 @@ import pytest
 
 from launcher.config import load_config, parse_config, resolved_yaml
 from launcher.deepspeed_config import deepspeed_config
+from launcher.planned_run import Gpu, plan_run
 from launcher.yaml_files import merge, parse_yaml, read_mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -20,7 +21,9 @@ def name(path: Path) -> str:
 
 
 def test_every_file_is_checked() -> None:
-    assert sorted([*RUNS, *FRAGMENTS]) == sorted([*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")])
+    # Studies are no runs: tests/scripts reads them.
+    others = {file for file in (*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")) if file.parent.name != "studies"}
+    assert {*RUNS, *FRAGMENTS} == others
     recipes = (
         "llama-2-7b-smt",
         "llama-2-7b-rocoft-rows",
@@ -29,7 +32,13 @@ def test_every_file_is_checked() -> None:
         "llama-3-8b-smt",
     )
     expected = {f"{recipe}-{size}" for recipe in recipes for size in ("1x8", "2x8")}
-    assert {run.stem for run in RUNS} == {*expected, "llama-2-13b-smt-nf4", "quickstart"}
+    answers = {
+        "llama-2-7b-smt-1x24gb",
+        "llama-2-13b-smt-1x80gb",
+        "llama-2-13b-mixed-8x24gb",
+        "llama-3.1-70b-smt-8x80gb",
+    }
+    assert {run.stem for run in RUNS} == {*expected, *answers, "llama-2-13b-smt-nf4", "quickstart"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
@@ -62,6 +71,21 @@ def test_large_run(path: Path) -> None:
     assert settings["train_batch_size"] == config.training.global_batch_size
     assert settings["zero_optimization"]["stage"] == 2
     assert config.zero.placement == "inplace"
+
+
+@pytest.mark.parametrize("path", [run for run in RUNS if run.stem.endswith("gb")], ids=name)
+def test_a_run_named_after_its_gpus_fits_on_them(path: Path) -> None:
+    gpus, _, gib = path.stem.rpartition("-")[2].removesuffix("gb").partition("x")
+    config = load_config(path)
+    assert (config.cluster.num_nodes, config.cluster.ranks_per_node) == (1, int(gpus))
+    assert (config.training.precision, config.model.dtype) == ("bf16", "bfloat16")
+    settings = deepspeed_config(config, int(gpus))
+    # No rank computes on padding.
+    assert settings["train_batch_size"] == config.training.global_batch_size
+    run, gpu = plan_run(config, int(gpus)), Gpu(gib=float(gib))
+    assert run.fits(gpu), f"{run.needed_bytes:,} of {gpu.usable_bytes:,}"
+    # Calibration takes no more than training.
+    assert config.selection.calibration_batch_size <= config.training.micro_batch_size
 
 
 @pytest.mark.parametrize("path", [run for run in RUNS if run.stem.endswith("-1x8")], ids=name)

@@ -47,9 +47,15 @@ def test_weights_that_change_their_form_are_told() -> None:
 def test_masks_are_decided_by_what_is_replaced() -> None:
     from transformers import masking_utils
 
-    assert hasattr(masking_utils, "is_tracing"), "transformers decides otherwise now: see models/compat.py"
+    for name in ("is_tracing", "fast_all"):
+        assert hasattr(masking_utils, name), "transformers decides otherwise now: see models/compat.py"
     before = masking_utils.is_tracing
     with compat.masks_of_fake_tensors():
+        # Padding masks, and positions; not the embeddings.
         assert masking_utils.is_tracing(torch.ones(1, 2, dtype=torch.bool))
-        assert not masking_utils.is_tracing(torch.ones(1, 2, dtype=torch.int64))
+        assert masking_utils.is_tracing(torch.ones(1, 2, dtype=torch.int64))
+        assert not masking_utils.is_tracing(torch.ones(1, 2))
+    with compat.masks_of_fake_tensors(needed=False):
+        assert not masking_utils.is_tracing(torch.ones(1, 2, dtype=torch.bool))
+        assert masking_utils.fast_all(torch.zeros(1, 2, dtype=torch.bool, device="meta"))
     assert masking_utils.is_tracing is before
