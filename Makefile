@@ -5,10 +5,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/sparse_zero/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-all bench format clean
+.PHONY: help install check test test-all bench memory-study verify-memory format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install:  ## make or update .venv
 	@bash scripts/install.sh
@@ -26,6 +26,12 @@ test-all: install  ## every test, the slow ones too
 
 bench: install  ## time and memory of a step beside full fine-tuning and LoRA
 	$(PYTHON) scripts/bench_step.py $(ARGS)
+
+memory-study: install  ## forecast and simulate how memory scales; tables and pictures in runs/memory-study
+	$(PYTHON) scripts/memory_study.py --config configs/studies/memory.yaml $(ARGS)
+
+verify-memory: install  ## forecast against simulation, on 130 jobs
+	$(PYTHON) scripts/verify_memory.py --forecast $(ARGS)
 
 format: install  ## rewrite the sources in the house's format
 	$(PYTHON) -m ruff check --fix .

@@ -243,7 +243,7 @@ def _options(expected: Any) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     """Made when it is first used: it takes a twentieth of a second."""
     return TypeAdapter(kind)
 
@@ -251,8 +251,9 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 def _validate(mapping: Mapping[str, Any], kind: type[_Kind]) -> _Kind:
     # In its JSON form pydantic's strict mode takes lists for tuples and mappings for dataclasses, and nothing
     # else for anything else: no "yes" for a bool, no 1 for a text, no "1" for a number.
+    described: Any = kind
     try:
-        found: _Kind = _adapter(kind).validate_json(json.dumps(mapping), strict=True)
+        found: _Kind = _adapter(described).validate_json(json.dumps(mapping), strict=True)
         return found
     except ValidationError as error:
         errors = error.errors(include_url=False)

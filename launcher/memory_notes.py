@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from launcher.config import RunConfig
+from launcher.deepspeed_config import OFFLOADS, deepspeed_config
 from launcher.forecasting import Shapes, forecast_run, shapes_of
 from launcher.memory_report import compare, find_warnings
 from launcher.simulating_beside import SimulationBeside
@@ -18,6 +19,7 @@ from sparse_zero.files import atomic_write_json
 from sparse_zero.memory.forecast import Forecast
 from sparse_zero.selection.config import SelectionConfig
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.unsupported import offload_device
 
 # A simulation takes seconds to a minute of one core: nothing beside as much training.
 _WORTH_SECONDS = 300.0
@@ -137,9 +139,11 @@ class MemoryNotes:
         return {"peak": content["comparison"]["peak"], "warnings": content["warnings"]}
 
     def _write(self) -> dict[str, Any]:
+        settings = deepspeed_config(self._config, None)
         content: dict[str, Any] = {
             "world_size": self._world_size,
             "device": self._device,
+            "offloads": any(offload_device(settings, section) for section in OFFLOADS),
             "ranks": self._ranks,
             "forecast": self._forecast,
             "simulation": self._simulation,

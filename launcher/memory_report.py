@@ -33,10 +33,13 @@ def _of_phases(part: object) -> Mapping[str, Any]:
     return as_mapping(as_mapping(part).get("phases"))
 
 
-def _host_included(phase: Mapping[str, Any], on_host: bool) -> float | None:
-    """Bytes of a forecast or simulated phase; on a CPU with what is offloaded, which is in the same memory there."""
+def _host_included(phase: Mapping[str, Any], offloads: bool) -> float | None:
+    """Bytes of a forecast or simulated phase; on a CPU with what is offloaded, which is in the same memory there.
+
+    Without offloading the host holds the base's entries under the values only, made before anything is recorded.
+    """
     found = as_number(phase.get("peak_bytes"))
-    if found is None or not on_host:
+    if found is None or not offloads:
         return found
     return found + (as_number(phase.get("host_bytes")) or 0)
 
@@ -54,7 +57,7 @@ def compare(memory: Mapping[str, Any]) -> dict[str, Any]:
     """The phases of a run side by side, each of the rank on which it took most.
 
     Args:
-        memory: ``ranks``, ``forecast``, ``simulation`` and ``device`` of ``memory.json``.
+        memory: ``ranks``, ``forecast``, ``simulation``, ``device`` and ``offloads`` of ``memory.json``.
 
     Returns:
         ``phases``: rows of bytes by source (``forecast``, ``simulation``, ``measured`` tensors, ``process``: how much
@@ -62,6 +65,7 @@ def compare(memory: Mapping[str, Any]) -> dict[str, Any]:
         same of the largest phase of training.
     """
     ranks, on_host = memory["ranks"], memory["device"] == "cpu"
+    offloads = on_host and bool(memory["offloads"])
     forecast, simulation = _of_phases(memory.get("forecast")), _of_phases(memory.get("simulation"))
     names = {*forecast, *simulation}
     for rank in ranks:
@@ -80,8 +84,8 @@ def compare(memory: Mapping[str, Any]) -> dict[str, Any]:
         rows.append(
             _row(
                 name,
-                _host_included(as_mapping(forecast.get(name)), on_host),
-                _host_included(as_mapping(simulation.get(name)), on_host),
+                _host_included(as_mapping(forecast.get(name)), offloads),
+                _host_included(as_mapping(simulation.get(name)), offloads),
                 measured,
                 process,
             )

@@ -76,19 +76,19 @@ _LORA_TARGETS: Mapping[str, tuple[str, ...]] = {
 _LORA_DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
-def described(name: str) -> Mapping[str, Any]:
+def described(name: str, *, field: str = "--model") -> Mapping[str, Any]:
     """The ``config.json`` of a built-in model or a folder; empty where only the hub could say it.
 
     Raises:
         InputError: the folder has none, or it is damaged.
     """
-    folder = local_folder(name, field="--model")
+    folder = local_folder(name, field=field)
     if folder is None:
         known = known_shape(name)
         return {} if known is None else known.config
     file = folder / "config.json"
     if not file.is_file():
-        raise InputError(f"--model is {name!r}, a folder without a config.json: name a model's folder")
+        raise InputError(f"{field} is {name!r}, a folder without a config.json: name a model's folder")
     return read_json_object(file)
 
 

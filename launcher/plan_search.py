@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from launcher.config import RunConfig, apply_override, parse_config, resolved_yaml
 from launcher.deepspeed_config import check_own_config
 from launcher.forecasting import Shapes, forecast_run, planned_selection
+from launcher.plan_options import Option, dimensions
 from launcher.run_folder import FREE_KEYS
 from launcher.yaml_files import parse_yaml
 from sparse_zero.errors import InputError
@@ -21,13 +21,6 @@ from sparse_zero.selection.selection import Selection
 
 # Forecasts that a search may make; one takes milliseconds.
 _MAX_FORECASTS = 300
-# Expected seconds of a step, as multiples; rules of thumb, for the order only. Recomputing adds a forward pass to the
-# forward pass and the pass for the inputs' gradients.
-_CHECKPOINTING, _HALF_BATCH, _STAGE_3, _OFFLOADED_STATES, _OFFLOADED_BASE, _DEQUANTIZING = 1.5, 1.05, 1.3, 1.1, 2.5, 1.3
-# What a change of the result counts for, beside ln(slowdown): rounding the base, and training less or on less.
-_ROUNDED, _LESS = 0.5, 0.8
-# The shortest samples, and the smallest share of the budget, that are proposed.
-_LEAST_LENGTH, _LEAST_SHARE = 128, 0.25
 
 
 def bytes_needed(forecast: Forecast, *, on_host: bool = False) -> int:
@@ -89,103 +82,6 @@ class Change:
     forecast: Forecast
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Option:
-    overrides: tuple[str, ...]
-    cost: str
-    slowdown: float = 1.0
-    # 0: the same result up to rounding of sums.
-    penalty: float = 0.0
-
-
-def _stages(config: RunConfig, world_size: int, on_host: bool) -> list[_Option]:
-    stage, found = config.zero.stage, []
-    if world_size > 1:
-        found += [
-            _Option(overrides=(f"--zero.stage={each}",), cost="as fast")
-            for each in (1, 2)
-            if each > stage and (each == 2 or stage == 0)
-        ]
-        if stage < 3:
-            found.append(_Option(overrides=("--zero.stage=3",), cost="slower: gathers weights", slowdown=_STAGE_3))
-    if not on_host and config.zero.offload_base == "none" and config.model.quantization == "none":
-        found.append(
-            _Option(
-                overrides=("--zero.stage=3", "--zero.offload_base=cpu"),
-                cost="much slower: weights come from the host",
-                slowdown=_OFFLOADED_BASE,
-            )
-        )
-    return found
-
-
-def _halvings(value: int, least: int) -> list[int]:
-    found = []
-    while value // 2 >= least:
-        value //= 2
-        found.append(value)
-    return found
-
-
-def _dimensions(config: RunConfig, world_size: int, on_host: bool) -> list[list[_Option]]:
-    """The settings that can be changed; of each, its options, every one smaller than the one before."""
-    training, budget = config.training, config.selection.budget
-    found = [_stages(config, world_size, on_host)]
-    found.append(
-        [
-            _Option(
-                overrides=(f"--training.micro_batch_size={size}",),
-                cost="a little slower: more micro-batches, the same global batch",
-                slowdown=_HALF_BATCH**number,
-            )
-            for number, size in enumerate(_halvings(training.micro_batch_size, 1), start=1)
-        ]
-    )
-    if not training.gradient_checkpointing:
-        option = "--training.gradient_checkpointing=true"
-        found.append([_Option(overrides=(option,), cost="slower: forward runs twice", slowdown=_CHECKPOINTING)])
-    if not on_host and config.zero.offload_optimizer == "none" and config.zero.stage:
-        option = "--zero.offload_optimizer=cpu"
-        found.append([_Option(overrides=(option,), cost="a little slower: states come from the host",
-                              slowdown=_OFFLOADED_STATES)])  # fmt: skip
-    if config.data.batching == "pad":
-        found.append([_Option(overrides=("--data.batching=pack",), cost="as fast: no padding")])
-    found.append(
-        [
-            _Option(
-                overrides=(f"--data.max_length={length}",), cost="samples are cut", penalty=_LESS * number, slowdown=1.0
-            )
-            for number, length in enumerate(_halvings(config.data.max_length, _LEAST_LENGTH), start=1)
-        ]
-    )
-    if config.selection.file is None and budget is not None:
-        for name in ("fraction", "parameters", "bytes", "regions"):
-            amount = getattr(budget, name)
-            if amount is not None:
-                smaller = [amount * share for share in (0.5, _LEAST_SHARE)]
-                values = [each if name == "fraction" else max(1, int(each)) for each in smaller]
-                found.append(
-                    [
-                        _Option(overrides=(f"--selection.budget.{name}={value}",), cost="less is trained",
-                                penalty=_LESS * number)
-                        for number, value in enumerate(values, start=1)
-                    ]
-                )  # fmt: skip
-    quantizable = config.model.gguf_file is None and config.selection.calibration_weights == "frozen"
-    if config.model.quantization == "none" and quantizable and importlib.util.find_spec("bitsandbytes"):
-        found.append(
-            [
-                _Option(
-                    overrides=("--model.quantization=nf4", "--zero.placement=delta"),
-                    cost="slower, and the base is rounded to 4 bits",
-                    slowdown=_DEQUANTIZING,
-                    penalty=_ROUNDED,
-                )
-            ]
-        )
-    return [options for options in found if options]
-
-
 def _batch_of(
     config: RunConfig, changed: RunConfig, shape: Mapping[str, Any], filled_fraction: float
 ) -> dict[str, Any]:
@@ -233,9 +129,9 @@ class _Search:
         # By the selections' configs; the run's own is used for the run's own config.
         self._selections: dict[str, Selection] = {}
         self._looked: dict[tuple[int, ...], Change | None] = {}
-        self.dimensions = _dimensions(config, world_size, on_host)
+        self.dimensions = dimensions(config, world_size, on_host)
 
-    def options(self, point: tuple[int, ...]) -> list[_Option]:
+    def options(self, point: tuple[int, ...]) -> list[Option]:
         """Those of a point: for each setting, 0 or the number of its option."""
         return [self.dimensions[index][number - 1] for index, number in enumerate(point) if number]
 

@@ -38,6 +38,10 @@ _PARTS = {"attention": ("attn", "attention"), "MLP": ("mlp", "feed_forward", "bl
 _PART_COLOURS = {"attention": "#0072b2", "MLP": "#009e73", "norms": "#e69f00", "others": "#9aa5b1"}
 _MAX_TICKS = 12
 _HAIR = 0.003
+# Share of the picture's width that two ticks are apart, at least.
+_APART = 0.03
+# Share of the peak above which what is there all the time is cut off, mostly, so that the rest is seen.
+_CUT = 0.6
 GIB = 2**30
 
 
@@ -89,8 +93,11 @@ def _mark_layers(axes: Axes, phases: Sequence[str], modules: Sequence[str], even
         if layer is not None and (phase, layer) != before:
             starts.append((event, str(layer)))
             before = (phase, layer)
-    every = max(1, -(-len(starts) // (2 * _MAX_TICKS)))
-    shown = starts[::every]
+    every, apart = max(1, -(-len(starts) // (2 * _MAX_TICKS))), _APART * (events[-1] - events[0])
+    shown: list[tuple[int, str]] = []
+    for event, name in starts[::every]:
+        if not shown or event - shown[-1][0] >= apart:
+            shown.append((event, name))
     axes.set_xticks([event for event, _ in shown], [name for _, name in shown])
     axes.set_xlabel("layer at work, over the allocations and releases of one optimizer step's last micro-batch")
 
@@ -120,9 +127,9 @@ def timeline_figure(table: Mapping[str, Any], *, heading: str, theme: Theme = LI
     colours = [_COLOURS.get(label, theme.ink) for label in labels]
     axes.stackplot(events, layers, colors=colours, labels=labels, linewidth=0)
     best = max(range(len(rows)), key=lambda row: totals[row])
-    room = 1.18 * totals[best]
+    least = 0.99 * min(totals) if min(totals) > _CUT * totals[best] else 0.0
     axes.set_xlim(events[0], events[-1])
-    axes.set_ylim(0, room)
+    axes.set_ylim(least, least + 1.18 * (totals[best] - least))
     where = f"at {modules[best]}" if modules[best] else f"in {phases[best]}"
     is_right = events[best] > (events[0] + events[-1]) / 2
     axes.annotate(
@@ -132,7 +139,7 @@ def timeline_figure(table: Mapping[str, Any], *, heading: str, theme: Theme = LI
     )  # fmt: skip
     _mark_phases(axes, phases, events, theme)
     _mark_layers(axes, phases, modules, events)
-    axes.set_ylabel("GiB of one rank")
+    axes.set_ylabel("GiB of one rank" + (f", from {least:.3g} on" if least else ""))
     # Above the names of the parts.
     axes.set_title(heading, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=20)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8.5, frameon=False, labelcolor=theme.ink)
@@ -173,8 +180,10 @@ def kept_figure(table: Mapping[str, Any], *, heading: str, theme: Theme = LIGHT)
             axes.bar(places, heights, bottom=starts, width=0.8, color=colour, label=part)
         starts = [start + height for start, height in zip(starts, heights, strict=True)]
     every = max(1, -(-len(by_layer) // (2 * _MAX_TICKS)))
-    shown = [place for place, name in enumerate(columns) if not name.isdigit() or int(name) % every == 0]
     names = list(columns)
+    shown = [place for place, name in enumerate(names) if name.isdigit() and int(name) % every == 0]
+    if before:
+        shown = [place for place in shown if every == 1 or len(names) - 1 - place > 1] + [len(names) - 1]
     axes.set_xticks(shown, ["rest" if not names[place].isdigit() else names[place] for place in shown])
     axes.set_xlabel("layer")
     axes.set_ylabel("GiB of one rank")

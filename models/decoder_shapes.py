@@ -20,7 +20,7 @@ _READS: dict[str, Reads] = {
     **dict.fromkeys(("o_proj", "out_proj", "dense"), "attention_output"),
     **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"), "mlp_input"),
     **dict.fromkeys(("down_proj", "fc2", "dense_4h_to_h"), "mlp_output"),
-}  # type: ignore[dict-item]
+}
 
 
 class ShapeWarning(UserWarning):

@@ -6,6 +6,7 @@ The adapters are PEFT's own, so that what is told of their memory is told of the
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,7 +51,9 @@ def make_peer(model: nn.Module, method: Peer, *, rank: int, targets: Sequence[st
         r=rank, lora_alpha=2 * rank, target_modules=list(targets), use_dora=method == "dora", task_type="CAUSAL_LM"
     )
     # The model itself holds the adapters' layers then; PEFT's own wrapper only passes calls on to it.
-    with _codes_are_read_only():
+    with _codes_are_read_only(), warnings.catch_warnings():
+        # Asked by PEFT under its older name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         peft.get_peft_model(model, settings)
     return model
 

@@ -70,7 +70,8 @@ def covering(
         seed: of the search.
     """
     chooser = random.Random(seed)
-    needed, taken = needed_pairs(factors, is_possible, is_needed, seed), []
+    needed = needed_pairs(factors, is_possible, is_needed, seed)
+    taken: list[Settings] = []
     while needed or len(taken) < at_least:
         fixed = dict(chooser.choice(sorted(needed, key=repr))) if needed else {}
         candidates = list(_completions(factors, fixed, is_possible, chooser))

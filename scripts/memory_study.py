@@ -9,8 +9,10 @@ kept in the folder, and a rerun does only what is missing.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +64,16 @@ def _simulate(config: StudyConfig, points: Mapping[str, Any], forecasts: Any, ou
             before = in_fork(context, simulate_mapping, {**arguments, "part": "calibration"}, _TIMEOUT_SECONDS)
             if "failed" in before:
                 return before
-            found["simulated"]["phases"] |= before["simulated"]
+            found["simulated"]["phases"]["calibration"] = before["simulated"]["calibration"]
         return found
 
     def told(name: str, found: dict[str, Any]) -> None:
+        progress.advance(task)
         if "failed" in found:
             progress.console.print(f"[red]failed[/red] {name}: {str(found['failed']).splitlines()[-1]}")
 
-    results = run_all(
-        list(points),
-        one,
-        out / "simulations.jsonl",
-        workers=config.simulate.workers,
-        on_result=lambda name, found: (told(name, found), progress.advance(task)),  # type: ignore[func-returns-value]
-    )
+    simulations = out / "simulations.jsonl"
+    results = run_all(list(points), one, simulations, workers=config.simulate.workers, on_result=told)
     progress.update(task, completed=len(points))
     return results
 
@@ -90,7 +88,11 @@ def study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
 
     forecasts, points = Forecasts(), list(points_of(config))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(1) as beside:
+        wanted = {point.name: point for point in points if is_simulated(point, config)}
+        jobs = {name: forecasts.run(point).changes for name, point in wanted.items()}
+        # In processes of their own, while this one forecasts.
+        simulations = beside.submit(_simulate, config, wanted, jobs, out, progress) if wanted else None
         task = progress.add_task("forecasts", total=len(points))
         rows = []
         for point in points:
@@ -100,9 +102,7 @@ def study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
         number = len(searched.methods) * len(searched.gpu_gib) * len(searched.gpus)
         task = progress.add_task("frontier", total=number)
         largest = frontier(config, forecasts, out / "models", lambda: progress.advance(task))
-        wanted = {point.name: point for point in points if is_simulated(point, config)}
-        jobs = {name: forecasts.run(point).changes for name, point in wanted.items()}
-        found = _simulate(config, wanted, jobs, out, progress) if wanted else {}
+        found = {} if simulations is None else simulations.result()
     for point, row in zip(points, rows, strict=True):
         if is_simulated(point, config) and "failed" not in found[point.name]:
             row.update(simulated_columns(found[point.name]["simulated"]))
@@ -111,8 +111,8 @@ def study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
 
 def write_table(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """table.csv and table.parquet."""
-    import pandas
-
+    # It comes with the package datasets, and has no types.
+    pandas: Any = importlib.import_module("pandas")
     frame = pandas.DataFrame(list(rows))
     frame.to_csv(out / "table.csv", index=False)
     frame.to_parquet(out / "table.parquet", index=False)
@@ -130,13 +130,14 @@ def run(options: argparse.Namespace) -> None:
     rows = study(config, options.out)
     write_table(rows, options.out)
     parts = study_report.parts_of(config, rows)
-    study_report.write_pictures(parts, options.out / "pictures")
+    drawn = study_report.drawn(parts)
+    study_report.write_pictures(drawn, options.out / "pictures")
     text = study_report.markdown(parts, "pictures", level=2)
     atomic_write_text(options.out / "report.md", f"# Memory study\n\n{text}")
-    study_report.write_html(options.out / "report.html", parts)
+    study_report.write_html(options.out / "report.html", parts, drawn)
     if options.markdown_into is not None:
         command = f"python scripts/memory_study.py --config {options.config} --markdown-into {options.markdown_into}"
-        study_report.write_into(options.markdown_into, parts, command)
+        study_report.write_into(options.markdown_into, parts, drawn, command)
     print(f"{len(rows)} rows in {options.out}: table.csv, table.parquet, report.md, report.html, pictures")
 
 

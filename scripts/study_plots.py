@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 GIB = 2**30
+# Inches, of the pictures with two panels and many lines: a file of less than 100 kB.
+_WIDTH = 0.95 * WIDTH_INCHES
 # What this package trains is drawn through, what it is compared with in dashes.
 PEERS = ("full", "lora", "dora", "qlora")
 # Okabe and Ito's colours; the same for a method in every picture.
@@ -22,7 +24,7 @@ _COLOURS = {
     "rocoft-columns": "#56b4e9",
     "mixed": "#7a5195",
     "diablo": "#cc79a7",
-    "smt-nf4": "#4d9de0",
+    "smt-nf4": "#7fb03a",
     "full": "#d55e00",
     "lora": "#e69f00",
     "dora": "#9a6324",
@@ -121,7 +123,7 @@ def short(number: float) -> str:
 
 def world_figure(rows: Rows, theme: Theme = LIGHT) -> Figure:
     """Against the number of ranks: the stages for SMT and full fine-tuning, and all methods at stage 3."""
-    figure = new_figure(WIDTH_INCHES + 1.5, 4.9, theme)
+    figure = new_figure(_WIDTH, 4.2, theme)
     left, right = figure.subplots(1, 2, sharey=True)
     worlds = sorted({row["world_size"] for row in rows})
     for axes, heading in ((left, "Stages: SMT (line), full (dashes)"), (right, "All methods, stage 3")):
@@ -155,7 +157,7 @@ def axis_figure(
 
 def length_figure(rows: Rows, theme: Theme = LIGHT) -> Figure:
     """Against the tokens of a sample, with gradient checkpointing and without."""
-    figure = new_figure(WIDTH_INCHES + 1.5, 4.9, theme)
+    figure = new_figure(_WIDTH, 4.2, theme)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, checkpointing in zip(panels, (True, False), strict=True):
         _axes(axes, theme, f"{'With' if checkpointing else 'Without'} gradient checkpointing", "tokens of a sample")
@@ -169,7 +171,7 @@ def length_figure(rows: Rows, theme: Theme = LIGHT) -> Figure:
 
 def model_figure(rows: Rows, theme: Theme = LIGHT) -> Figure:
     """Against the size of the model, at stages 2 and 3."""
-    figure = new_figure(WIDTH_INCHES + 1.5, 4.9, theme)
+    figure = new_figure(_WIDTH, 4.2, theme)
     panels = figure.subplots(1, 2, sharey=True)
     sizes = sorted({row["parameters"] for row in rows})
     for axes, stage in zip(panels, (2, 3), strict=True):
@@ -188,7 +190,7 @@ def frontier_figure(rows: Rows, theme: Theme = LIGHT) -> Figure:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     memories = sorted({row["gpu_gib"] for row in rows})
-    figure = new_figure(WIDTH_INCHES + 1.5, 4.4, theme)
+    figure = new_figure(WIDTH_INCHES, 4.4, theme)
     panels = figure.subplots(1, len(memories), sharey=True, squeeze=False)[0]
     for axes, gib in zip(panels, memories, strict=True):
         _axes(axes, theme, f"GPUs of {gib:g} GiB", "GPUs")
@@ -226,7 +228,7 @@ def headline_figure(reductions: Rows, claimed: float, theme: Theme = LIGHT) -> F
     from matplotlib.ticker import PercentFormatter
 
     models = list(dict.fromkeys(row["model"] for row in reductions))
-    figure = new_figure(WIDTH_INCHES + 1.5, 4.6, theme)
+    figure = new_figure(WIDTH_INCHES, 4.6, theme)
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, model in zip(panels, models, strict=True):
         _axes(axes, theme, model, "ranks")

@@ -14,7 +14,7 @@ from launcher.yaml_files import parse_yaml
 from scripts.study_config import StudyConfig, StudyMethod
 
 # A grid of N x N has blocks of which one in N is trained: below this share there are too many to choose among.
-_LEAST_DIABLO = 0.005
+_LEAST_DIABLO = 0.01
 TRAINING = ("engine", "forward", "backward", "step")
 
 

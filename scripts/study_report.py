@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.page import note, picture, section, table, write_page
-from launcher.plots import LIGHT, Theme, to_png
+from launcher.plots import Theme
 from scripts import study_plots
 from scripts.study_config import StudyConfig
 from scripts.study_plots import GIB, Rows, short
@@ -157,7 +157,7 @@ def _calibration(rows: Rows) -> Part | None:
     return Part(name="calibration", heading="Calibration", text=text, head=head, rows=lines)
 
 
-def _frontier(rows: Rows) -> Part:
+def _frontier(config: StudyConfig, rows: Rows) -> Part:
     cells = {
         (row["method"], row["gpu_gib"], row["world_size"]): f"{row['parameters'] / 1e9:.3g}B, z{row['stage']}"
         for row in rows
@@ -173,7 +173,8 @@ def _frontier(rows: Rows) -> Part:
         heading="The largest model",
         text=(
             "Llamas with as many layers as there are 128s in their width, as Llama 2 7B and 13B are. A model fits when "
-            "its peak, with the CUDA context, is within 95% of the memory. z2 and z3 are the stages."
+            "its peak, with the CUDA context, is within 95% of the memory. z2 and z3 are the stages; larger ones than "
+            f"with {config.frontier.most_layers} layers are not tried."
         ),
         draw=lambda theme: study_plots.frontier_figure(rows, theme),
         head=("", *(f"{world} GPUs" if world > 1 else "1 GPU" for world in worlds)),
@@ -254,12 +255,12 @@ def parts_of(config: StudyConfig, rows: Rows) -> list[Part]:
         Part(
             name="model",
             heading="Model size",
-            text="The table is of stage 3.",
+            text="The table is of stage 3. Logits grow with the vocabulary, which is larger in some of the models.",
             draw=lambda theme: study_plots.model_figure(models, theme),
             head=_pivot([row for row in models if row["stage"] == 3], "parameters", lambda n: f"{n / 1e9:.2g}B")[0],
             rows=_pivot([row for row in models if row["stage"] == 3], "parameters", lambda n: f"{n / 1e9:.2g}B")[1],
         ),
-        _frontier(of_curve(rows, "frontier")) if of_curve(rows, "frontier") else None,
+        _frontier(config, of_curve(rows, "frontier")) if of_curve(rows, "frontier") else None,
         _checked(rows),
     ]
     return [part for part in found if part is not None]
@@ -291,21 +292,25 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
-def write_pictures(parts: Sequence[Part], folder: Path) -> None:
-    """PNGs of the sections that have a picture."""
+def drawn(parts: Sequence[Part]) -> dict[str, tuple[str, bytes]]:
+    """By the names of the sections that have a picture, its HTML and its PNG."""
+    return {part.name: picture(part.heading, part.draw) for part in parts if part.draw is not None}
+
+
+def write_pictures(pictures: Mapping[str, tuple[str, bytes]], folder: Path) -> None:
+    """The PNGs of :func:`drawn`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        if part.draw is not None:
-            atomic_write_bytes(folder / f"{part.name}.png", to_png(part.draw(LIGHT)))
+    for name, (_, png) in pictures.items():
+        atomic_write_bytes(folder / f"{name}.png", png)
 
 
-def write_html(path: Path, parts: Sequence[Part]) -> None:
+def write_html(path: Path, parts: Sequence[Part], pictures: Mapping[str, tuple[str, bytes]]) -> None:
     """One page that needs nothing but itself."""
     sections = []
     for part in parts:
         body = f"<p>{escape(part.text)}</p>"
-        if part.draw is not None:
-            body += picture(part.heading, part.draw)[0]
+        if part.name in pictures:
+            body += pictures[part.name][0]
         if part.rows:
             body += table(part.rows, head=part.head)
         sections.append(section(part.heading, body, identifier=part.name))
@@ -326,11 +331,11 @@ def check_markers(path: Path) -> None:
         raise InputError(f"--markdown-into is {path}: it must have the lines {BEGIN} and {END}, once and in this order")
 
 
-def write_into(path: Path, parts: Sequence[Part], command: str) -> None:
+def write_into(path: Path, parts: Sequence[Part], pictures: Mapping[str, tuple[str, bytes]], command: str) -> None:
     """Replace what stands between the markers of a Markdown file, and its pictures in the folder of its name."""
     check_markers(path)
     text = path.read_text(encoding="utf-8")
     folder = path.with_suffix("")
-    write_pictures(parts, folder)
+    write_pictures(pictures, folder)
     made = f"{BEGIN}\n\nMade by `{command}`.\n\n{markdown(parts, folder.name, level=3)}\n{END}"
     atomic_write_text(path, re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: made, text, flags=re.DOTALL))

@@ -138,7 +138,7 @@ def _planned(args: argparse.Namespace) -> "tuple[PlannedRun, str]":
         values = described(args.model)
     else:
         config, method = read_run(args), args.method or "the run"
-        values = described(config.model.name_or_path)
+        values = described(config.model.name_or_path, field="model.name_or_path")
         if method in SELECTIONS:
             mapping = {**read_mapping(args.config), "selection": selection_for(method, values)}
             replaced = parse_config(mapping, source=args.config)

@@ -55,14 +55,15 @@ def _rope(sizes: Sizes, beside: Beside, has_graph: bool) -> Step:
 
 
 def _products(sizes: Sizes, beside: Beside, has_graph: bool) -> list[Step]:
-    shape, is_grouped = sizes.shape, sizes.shape.num_kv_heads < sizes.shape.num_heads
+    shape, is_eager = sizes.shape, sizes.attention == "eager"
     queries, keys = sizes.queries, sizes.keys
-    # Of grouped heads, keys and values are repeated for each query head: always by eager code, and where there is a
-    # mask. What the projections gave is held in forward beside the copies.
-    is_repeated = is_grouped and (sizes.attention == "eager" or sizes.has_mask)
-    repeated, first = (queries, 2 * keys) if is_repeated else (keys, 0)
+    # Of grouped heads, keys and values are repeated for each query head where there is a mask; what the projections
+    # gave is held in forward beside the copies. One head for all needs no copy: torch's kernels read it many times.
+    is_repeated = shape.num_kv_heads < shape.num_heads and (is_eager or sizes.has_mask)
+    is_copied = is_repeated and (is_eager or shape.num_kv_heads > 1)
+    repeated, first = (queries, 2 * keys) if is_copied else (keys, 0)
     beside = beside.plus(first)
-    if sizes.attention == "eager":
+    if is_eager:
         return _eager(sizes, beside, has_graph, repeated)
     # Masks are bool; each call of the kernel makes numbers of them, which its backward reads.
     mask = sizes.positions_squared * sizes.element if sizes.has_mask else 0
@@ -75,7 +76,7 @@ def _products(sizes: Sizes, beside: Beside, has_graph: bool) -> list[Step]:
             forward=beside.forward,
             alone=beside.alone + kept,
             # The gradient of the output, and those of queries, keys and values.
-            backward=beside.backward + 2 * queries + 2 * repeated if has_graph else None,
+            backward=beside.backward + 2 * queries + 2 * (queries if is_repeated else keys) if has_graph else None,
         )
     ]
 

@@ -23,6 +23,7 @@ from sparse_zero.memory.trained import Trained, TrainedLinear, TrainedTensor, ba
 from sparse_zero.selection.candidates import expand_braces
 from sparse_zero.selection.config import Kind, RegionConfig
 from sparse_zero.selection.scores import resolve_score
+from sparse_zero.zero.config import Offload
 
 _ALL = (RegionConfig(kind="block", modules=("*",), block_size=256),)
 # Features that are summed where no blocks say how many, and entries that travel at once when accumulators are added up;
@@ -200,7 +201,7 @@ def _positions(job: MemoryJob, calibration: CalibrationJob) -> int | None:
 
 def _full_moments(shape: DecoderShape, job: MemoryJob, calibration: CalibrationJob) -> Iterator[Moment]:
     settings = calibration.full
-    place = "cpu" if settings.offload else "none"
+    place: Offload = "cpu" if settings.offload else "none"
     own = replace(
         job,
         method="full",

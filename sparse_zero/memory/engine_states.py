@@ -20,19 +20,16 @@ from sparse_zero.memory.trained import Trained, base_tensors
 _SWAP_BUFFERS, _SWAP_ENTRIES = 5, 100_000_000
 
 
-def base_terms(base: Sequence[BaseTensor], job: MemoryJob, threshold: int) -> list[Term]:
-    """The frozen weights between two steps: whole, or in shards, of which small ones stay on the device."""
+def base_terms(base: Sequence[BaseTensor], job: MemoryJob) -> list[Term]:
+    """The frozen weights between two steps: whole, or in shards."""
     constants = Term(name="constants of codes", kind="weights", num_bytes=constant_bytes(base))
     if job.stage < 3:
         whole = sum(each.num_bytes for each in base)
         return [Term(name="base weights", kind="weights", num_bytes=whole), constants]
-    shards = [(job.share(each.numel) * each.itemsize, each.numel <= threshold) for each in base]
-    small = sum(num_bytes for num_bytes, persists in shards if persists)
-    large = sum(num_bytes for num_bytes, _ in shards) - small
+    shards = sum(job.share(each.numel) * each.itemsize for each in base)
     place: Place = "device" if job.offload_base == "none" else "host"
-    terms = [Term(name="base weights (shards)", kind="weights", num_bytes=small + (large if place == "device" else 0))]
-    if job.offload_base == "cpu":
-        terms.append(Term(name="base weights (shards)", kind="weights", num_bytes=large, place=place))
+    kept = 0 if job.offload_base == "nvme" else shards
+    terms = [Term(name="base weights (shards)", kind="weights", num_bytes=kept, place=place)]
     if job.offload_base == "nvme":
         swap = _SWAP_BUFFERS * _SWAP_ENTRIES * job.element_bytes
         terms.append(Term(name="buffers of the disk", kind="weights", num_bytes=swap, place=place))
@@ -47,11 +44,16 @@ def index_terms(trained: Trained, job: MemoryJob) -> list[Term]:
     if job.method != "selection":
         return []
     indices = 8 * sum(each.index_entries for each in trained.tensors())
-    in_shards = 8 * job.share(trained.num_parameters) if job.stage == 3 and job.placement == "inplace" else 0
+    in_shards = 0
+    if job.stage == 3 and job.placement == "inplace":
+        in_shards = 4 * job.share(trained.num_parameters)
+    # Which places they are lies beside the shards.
+    place: Place = "device" if job.offload_base == "none" else "host"
     originals = trained.num_parameters * job.element_bytes
     return [
         Term(name="selection indices", kind="indices", num_bytes=indices),
-        Term(name="indices within the shards", kind="indices", num_bytes=in_shards),
+        Term(name="which values lie in the shards", kind="indices", num_bytes=in_shards),
+        Term(name="where in the shards they lie", kind="indices", num_bytes=in_shards, place=place),
         Term(name="the base's entries under the values", kind="values", num_bytes=originals, place="host"),
     ]
 

@@ -44,7 +44,8 @@ class FakeRecorder(MemoryRecorder):
     """A recorder that answers for the numbers which fake tensors do not have.
 
     A float is 1, an integer 0, "are all ..." is true and every other question is not: gradients are finite, no rank
-    asks to stop. What a mask selects is as much as this rank's share of it.
+    asks to stop. What a mask selects is as much as this rank's share of it; in a module of experts, every expert has as
+    many tokens as the others.
 
     Args:
         world_size: of the world.
@@ -53,6 +54,7 @@ class FakeRecorder(MemoryRecorder):
     def __init__(self, world_size: int) -> None:
         super().__init__()
         self.world_size = world_size
+        self._num_experts = 1
 
     def place_of(self, tensor: Tensor) -> Place:
         """See the base class."""
@@ -77,12 +79,37 @@ class FakeRecorder(MemoryRecorder):
             return 1.0 if tensor.dtype.is_floating_point else 0
         if operator is torch.ops.aten.nonzero:
             (mask,) = args
-            return mask.new_empty((mask.numel() // self.world_size, mask.dim()), dtype=torch.int64)
+            return mask.new_empty((self._num_true(mask), mask.dim()), dtype=torch.int64)
         if operator is torch.ops.aten.all:
             result = func(*args, **kwargs)
             setattr(result, _SAYS_ALL, True)
             return result
+        if operator is torch.ops.aten._grouped_mm and args[0].dtype != torch.bfloat16:
+            return _grouped_product(*args, **kwargs)
         return super().answer(func, args, kwargs)
+
+    def _num_true(self, mask: Tensor) -> int:
+        """Entries of a mask that are true: see the class."""
+        if self._module().rpartition(".")[2] != "experts":
+            return mask.numel() // self.world_size
+        if mask.dim() == 1:
+            # Which experts have tokens; the last one stands for none.
+            self._num_experts = mask.numel() - 1
+            return self._num_experts
+        # [choices, tokens] of one expert.
+        return mask.numel() // self._num_experts
+
+
+def _grouped_product(first: Tensor, second: Tensor, ends: Tensor | None = None, **options: Any) -> Tensor:
+    """What ``grouped_mm`` gives: torch knows it without data in bf16 only."""
+    if second.dim() == 3:
+        shape = (*first.shape[:-1], second.shape[-1])
+    else:
+        groups = () if first.dim() == 3 or ends is None else (len(ends),)
+        shape = (*groups, first.shape[-2], second.shape[-1])
+    # Rows begin at multiples of 16 bytes.
+    step = 16 // first.element_size()
+    return first.new_empty(*shape[:-1], -(-shape[-1] // step) * step)[..., : shape[-1]]
 
 
 def _with_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +141,18 @@ def _apart_from_host() -> Iterator[None]:
     accelerator = get_accelerator()
     # Its function for linears asks for a type of device, not for a device.
     plain = SimpleNamespace(device_name=lambda: DEVICE.type)
+    make_tensor: Any = torch.tensor
+
+    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        # torch's own forgets the number of a CPU, and so does moving what it made.
+        made = make_tensor(*args, device=device, **kwargs)
+        is_there = device is not None and torch.device(device) == DEVICE
+        return torch.empty(made.shape, dtype=made.dtype, device=DEVICE) if is_there else made
+
     with (
+        patch.object(torch, "tensor", tensor),
+        # What is laid flat is laid flat there, not by way of the host, however little room this machine has.
+        patch.object(accelerator, "available_memory", lambda index=None: 2**60),
         patch.object(accelerator, "device_name", lambda index=None: str(DEVICE)),
         patch.object(accelerator, "current_device_name", lambda: str(DEVICE)),
         patch.object(accelerator, "on_accelerator", lambda tensor: tensor.device == DEVICE),

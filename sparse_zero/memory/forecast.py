@@ -84,7 +84,7 @@ def forecast_memory(
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.bfloat16)
-        regions = (sz.RegionConfig(kind="block", modules=("*.q_proj", "*.k_proj", "*.v_proj")),)
+        regions = (sz.RegionConfig(kind="block", modules=("*.q_proj", "*.k_proj", "*.v_proj"), block_size=256),)
         config = sz.SelectionConfig(regions=regions, budget=sz.BudgetConfig(fraction=0.0084), score="random")
         forecast = sz.forecast_memory(
             decoder_shape(model),

@@ -44,11 +44,13 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """DeepSpeed's settings, in entries."""
+    """DeepSpeed's settings; sizes in entries."""
 
     prefetch: int
     live: int
     reuse: int
+    # Whether shards lie on the host, from where the own ones are copied before they are gathered.
+    from_host: bool = False
 
 
 @dataclass(eq=False)
@@ -120,6 +122,8 @@ class _Coordinator:
         for p in wanted:
             self._in_flight[p] = handle
         self._add(handle.buffer_bytes)
+        if self._limits.from_host:
+            self.peak = max(self.peak, self.num_bytes + handle.buffer_bytes // self._ranks)
 
     def _await(self, parameter: Parameter) -> None:
         handle = self._in_flight.pop(parameter)

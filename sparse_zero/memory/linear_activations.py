@@ -28,6 +28,8 @@ class LinearUse:
     kept: int = 0
     # Held in forward beside input, output and what is kept; negative where the output comes after the most is held.
     forward: int = 0
+    # Of that, what comes after the last tensor that is kept.
+    forward_after: int = 0
     # Held in forward beside input and output where nothing is kept.
     alone: int = 0
     # Held in backward beside the gradient of the output: with a gradient of the input to form, and without.
@@ -165,6 +167,7 @@ def _lora(sizes: Sizes, linear: LinearShape) -> LinearUse:
         kept=of.inner + of.wide_input,
         # The output without and with the adapter, and the adapter's, scaled.
         forward=max(2 * of.wide_output, dense),
+        forward_after=2 * of.wide_output,
         alone=of.inner + of.wide_input + max(2 * of.wide_output, dense),
         # The scaled gradient; then the gradient of the input through the adapter, and beside it the base's.
         backward=max(
@@ -198,6 +201,8 @@ def _dora(sizes: Sizes, linear: LinearShape) -> LinearUse:
         keeps_input=not of.is_wide,
         kept=kept,
         forward=dense + unit + max(norm, scaled),
+        # Two of the three scaled outputs.
+        forward_after=max(norm, scaled) - max(norm, scaled - 2 * of.wide_output),
         alone=dense + kept + max(product, norm, scaled),
         backward=max(first, of.gradients + through + of.dx + dense - outputs),
         backward_first=first,

@@ -12,6 +12,7 @@ from sparse_zero.memory.steps import Beside, Sizes, Step
 MLP = "MLP"
 EXPERTS = "experts"
 INPUTS = "for trained parts"
+COPIES = "weights with values"
 
 
 def mlp_steps(
@@ -49,6 +50,7 @@ def mlp_steps(
             name=last.name,
             kept={INPUTS: kept} if kept else {},
             forward=beside.forward + (0 if use.keeps_input else wide) + sizes.stream + use.forward,
+            unrepeated=use.forward_after,
             alone=beside.alone + wide + sizes.stream + use.alone,
             backward=beside.backward + (use.backward if has_graph else use.backward_first)
             if has_graph or use.is_trained
@@ -177,7 +179,9 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
     router = 4 * sizes.tokens * (shape.num_experts + 1) + (2 * 4 + 4 * 8) * num_pairs
     is_reached = has_graph or is_trained
     inputs = routed if is_trained else 0
-    held = beside.plus(0 if is_trained else routed, alone=routed)
+    # Under delta the weights with the values added, which gradients of what they multiply need; stage 3 adds them anew.
+    copies = stack if job.method == "selection" and job.placement == "delta" and job.stage != 3 else 0
+    held = beside.plus(0 if is_trained else routed, alone=routed + router)
     return [
         Step(
             name="mlp.gate",
@@ -188,7 +192,7 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
         ),
         Step(
             name="mlp.experts",
-            kept={INPUTS: inputs} if inputs else {},
+            kept={INPUTS: inputs, COPIES: 2 * copies if has_graph else 0} if inputs else {},
             forward=held.forward + 2 * wide,
             alone=held.alone + 2 * wide,
             backward=beside.backward + 2 * stack + 2 * wide + routed if is_reached else None,
@@ -202,15 +206,15 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
         ),
         Step(
             name="mlp.experts",
-            kept={INPUTS: wide} if is_trained else {},
+            kept={INPUTS: wide, COPIES: copies} if is_trained else {},
             forward=held.forward + (0 if is_trained else wide) + routed,
             alone=held.alone + routed + wide,
             backward=beside.backward + stack + routed + wide if is_reached else None,
         ),
         Step(
             name="mlp.experts",
-            kept={EXPERTS: routed} if is_reached else {},
-            forward=held.forward + 2 * summed,
+            kept={EXPERTS: routed} if has_graph else {},
+            forward=held.forward + 2 * summed + (0 if has_graph else routed),
             alone=held.alone + routed + 2 * summed,
             backward=beside.backward + 3 * summed + (routed if is_wide else 0) if is_reached else None,
         ),

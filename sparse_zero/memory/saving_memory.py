@@ -28,10 +28,13 @@ def save_moments(job: MemoryJob, trained: Trained, held: Sequence[Term]) -> list
     if job.method != "selection":
         return []
     largest = 0 if job.stage == 0 else max((each.numel for each in trained.tensors()), default=0)
+    # At stage 3 beside this rank's share of it; once more, as simulations show, where the values lie on the host.
+    share = job.share(largest) if job.stage == 3 else 0
+    share += largest if job.stage == 3 and job.offload_base != "none" else 0
     copied = 4 * (1 + _STATES.get(job.optimizer, 1)) * trained.num_parameters
     terms = (
         *held,
-        Term(name="master of one parameter", kind="temporaries", num_bytes=4 * largest),
+        Term(name="master of one parameter", kind="temporaries", num_bytes=4 * (largest + share)),
         Term(name="masters and states to be written", kind="optimizer", num_bytes=copied, place="host"),
     )
     return [Moment(phase="save", name="copying the state", terms=terms)]

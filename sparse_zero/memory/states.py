@@ -156,7 +156,7 @@ def held_states(shape: DecoderShape, job: MemoryJob, trained: Trained) -> HeldSt
     threshold = sizes["param_persistence_threshold"]
     reduction = reduction_of(trained, job, partitions, sizes["reduce_bucket_size"])
     terms = [
-        *base_terms(base, job, threshold),
+        *base_terms(base, job),
         *value_terms(trained, job, partitions),
         *index_terms(trained, job),
     ]
@@ -164,7 +164,10 @@ def held_states(shape: DecoderShape, job: MemoryJob, trained: Trained) -> HeldSt
     if job.stage == 3:
         root = decoder(shape, base, trained, job, threshold)
         limits = Limits(
-            prefetch=sizes["prefetch_bucket_size"], live=sizes["max_live_parameters"], reuse=sizes["max_reuse_distance"]
+            prefetch=sizes["prefetch_bucket_size"],
+            live=sizes["max_live_parameters"],
+            reuse=sizes["max_reuse_distance"],
+            from_host=job.offload_base != "none",
         )
         layers = (layer_name(number) for number in range(shape.num_layers))
         repeated = frozenset(layers) if job.gradient_checkpointing else frozenset()

@@ -63,7 +63,8 @@ def written_back(job: MemoryJob, trained: Trained, partitions: Sequence[Partitio
     # The next one is put together while the last one is still held.
     two = max(map(sum, itertools.pairwise(sizes)), default=sizes[0])
     copied = 0 if ranks == 1 else size * two
-    written = (0 if ranks == 1 else size * max(sizes)) + (8 + size) * max(sizes) // ranks
+    places = 8 if job.offload_base == "none" else 0
+    written = (0 if ranks == 1 else size * max(sizes)) + (places + size) * max(sizes) // ranks
     return (
         Term(name="gathered values", kind="gathered", num_bytes=size * (whole // ranks + whole)),
         Term(name="values of one weight", kind="temporaries", num_bytes=max(copied, written)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sparse_zero.memory.decoder_shape import DecoderShape
 from sparse_zero.memory.job import Attention, MemoryJob
@@ -26,6 +27,9 @@ class Step:
     forward: int = 0
     # In forward where nothing is kept: below the graph, and in the first pass of gradient checkpointing.
     alone: int = 0
+    # Of ``forward``, what is not come to where gradient checkpointing repeats a layer and this is its last step: the
+    # repetition ends with the last tensor that is kept.
+    unrepeated: int = 0
     # In backward: gradients on their way, and what dies at once. None: no gradient comes here.
     backward: int | None = None
 
@@ -64,12 +68,12 @@ class Sizes:
     # Of the micro-batch, or those with logits.
     tokens: int
 
-    @property
+    @cached_property
     def element(self) -> int:
         """Of one entry."""
         return self.job.element_bytes
 
-    @property
+    @cached_property
     def is_low(self) -> bool:
         """Whether activations have fewer bits than what is computed in fp32: the latter is a copy then."""
         return self.element < 4
@@ -78,44 +82,44 @@ class Sizes:
         """[tokens, features] in the dtype of activations."""
         return self.tokens * features * self.element
 
-    @property
+    @cached_property
     def stream(self) -> int:
         """The hidden states between layers: [tokens, hidden]."""
         return self.of(self.shape.hidden_size)
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """[tokens, heads * head_dim]."""
         return self.of(self.shape.num_heads * self.shape.head_dim)
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """[tokens, kv heads * head_dim]: keys, and values as well."""
         return self.of(self.shape.num_kv_heads * self.shape.head_dim)
 
-    @property
+    @cached_property
     def attention(self) -> Attention:
         """The one that runs: some families have eager only."""
         return self.job.attention if self.shape.has_sdpa else "eager"
 
-    @property
+    @cached_property
     def has_mask(self) -> bool:
         """Whether a mask of positions by positions is made: always by eager attention."""
         window, attention = self.shape.window, self.attention
         is_cut = window is not None and self.job.row_length >= window
         return attention == "eager" or (attention == "sdpa" and (self.job.needs_mask or is_cut))
 
-    @property
+    @cached_property
     def positions_squared(self) -> int:
         """Entries of one mask: rows * length * length."""
         return self.job.rows * self.job.row_length**2
 
-    @property
+    @cached_property
     def scores(self) -> int:
         """Entries of the attention's scores: rows * heads * length * length."""
         return self.positions_squared * self.shape.num_heads
 
-    @property
+    @cached_property
     def position_embeddings(self) -> int:
         """Cosines and sines of the positions, which all layers share."""
         if self.shape.positions != "rope":

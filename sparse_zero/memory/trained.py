@@ -184,10 +184,20 @@ def _of_adapters(shape: DecoderShape, job: MemoryJob) -> Trained:
     )
 
 
+def _stacks(shape: DecoderShape) -> tuple[int, ...]:
+    """Entries of the router and the experts of one layer: of each expert gate and up as one matrix, and down."""
+    expert, router = shape.intermediate_size * shape.hidden_size, shape.num_experts * shape.hidden_size
+    inner = (2 if shape.mlp == "gated" else 1) * expert
+    found = (router, shape.num_experts * inner, shape.num_experts * expert)
+    if not shape.num_experts:
+        return ()
+    return found if sum(found) <= shape.other_parameters else (shape.other_parameters,)
+
+
 def base_tensors(shape: DecoderShape) -> Iterator[tuple[str, int, int, bool]]:
     """The model's parameters in their order: (module, entries, layer, whether it is a matrix).
 
-    Parameters of a layer that are no linear's count as vectors of the hidden size, those of experts as one matrix.
+    Parameters of a layer that are no linear's count as vectors of the hidden size, but for experts and their router.
     """
     width = shape.hidden_size
     yield "embedding", shape.vocab_size * width, -1, True
@@ -198,9 +208,9 @@ def base_tensors(shape: DecoderShape) -> Iterator[tuple[str, int, int, bool]]:
             if linear.has_bias:
                 yield name, linear.out_features, layer, False
         rest = shape.other_parameters
-        if shape.num_experts:
-            yield "", rest, layer, True
-            continue
+        for numel in _stacks(shape):
+            yield "", numel, layer, True
+            rest -= numel
         while rest > 0:
             yield "", min(rest, width), layer, False
             rest -= width

@@ -23,6 +23,7 @@ from sparse_zero.zero.config import Placement
 from sparse_zero.zero.defaults import with_defaults
 from sparse_zero.zero.optimizers import OptimizerConfig
 from tests.models.tiny import tiny_llama
+from tests.models.tiny_families import FAMILIES
 from tests.sparse_zero.helpers import mixed_selection
 from tests.sparse_zero.quantizing import quantize
 
@@ -30,7 +31,13 @@ PHASES = ("forward", "backward", "step")
 
 
 def _job(
-    stage: int, placement: Placement, checkpointing: bool, accumulation: int, low: bool, method: Method
+    stage: int,
+    placement: Placement,
+    checkpointing: bool,
+    accumulation: int,
+    low: bool,
+    method: Method,
+    experts: str | None,
 ) -> dict[str, Any]:
     """What both do: the settings, and functions from a model to an engine and to a batch."""
     settings: dict[str, Any] = {
@@ -45,7 +52,7 @@ def _job(
     def prepare(model: nn.Module) -> nn.Module:
         if method == "selection":
             # Codes do not tell of the shape of what they stand for.
-            sz.sparsify(model, mixed_selection(_model(False, False, device="meta"), block_size=16), placement)
+            sz.sparsify(model, mixed_selection(_model(False, False, experts, device="meta"), block_size=16), placement)
         else:
             make_peer(model, method, rank=4, targets=("q_proj", "v_proj", "down_proj"))
         if checkpointing:
@@ -61,7 +68,8 @@ def _job(
         )[0]
 
     def make_batch() -> dict[str, torch.Tensor]:
-        tokens = torch.zeros(2, 48, dtype=torch.int64)
+        # Different ones: they are spread over experts.
+        tokens = torch.arange(96).view(2, 48) % 64
         return {"input_ids": tokens, "labels": tokens}
 
     return {"settings": settings, "prepare": prepare, "make_engine": make_engine, "make_batch": make_batch}
@@ -72,9 +80,13 @@ def _loss(engine: Any, batch: Any) -> torch.Tensor:
     return loss
 
 
-def _model(low: bool, quantized: bool, device: str = "cpu") -> Any:
+def _mixture(experts: str) -> Any:
+    return FAMILIES["mixtral"].make(hidden_size=64, head_dim=16, intermediate_size=96, experts_implementation=experts)
+
+
+def _model(low: bool, quantized: bool, experts: str | None, device: str = "cpu") -> Any:
     with torch.device(device):
-        model = tiny_llama(layers=3)
+        model = tiny_llama(layers=3) if experts is None else _mixture(experts)
     model = model.bfloat16() if low else model
     if not quantized:
         return model
@@ -95,10 +107,12 @@ def _report(timeline: Timeline) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def real(low: bool = False, quantized: bool = False, method: Method = "selection", **job: Any) -> dict[str, Any]:
+def real(
+    low: bool = False, quantized: bool = False, method: Method = "selection", experts: str | None = None, **job: Any
+) -> dict[str, Any]:
     """Two steps on this rank, with data."""
-    found = _job(low=low, method=method, **job)
-    model = found["prepare"](_model(low, quantized))
+    found = _job(low=low, method=method, experts=experts, **job)
+    model = found["prepare"](_model(low, quantized, experts))
     with MemoryRecorder() as recorder:
         with recorder.phase("load"):
             tag_model(recorder, model)
@@ -117,11 +131,12 @@ def simulated(
     low: bool = False,
     quantized: bool = False,
     method: Method = "selection",
+    experts: str | None = None,
     **job: Any,
 ) -> None:
     """The same, without data, in a process of its own; writes what :func:`real` returns."""
-    found = _job(low=low, method=method, **job)
-    model = _model(low, quantized, device="meta")
+    found = _job(low=low, method=method, experts=experts, **job)
+    model = _model(low, quantized, experts, device="meta")
     found["prepare"](model)
     with masks_of_fake_tensors(needed=False):
         timeline = simulate_training(

@@ -24,14 +24,16 @@ def job(stage: int, placement: str = "inplace", **changes: Any) -> dict[str, Any
 
 
 CASES = [
-    job(1, "delta"), job(2, checkpointing=True), job(3), job(2, method="dora"), job(3, method="lora"),
+    job(1, "delta"), job(2, checkpointing=True), job(3), job(2, method="dora"),
 ]  # fmt: skip
 MORE_CASES = [
     job(0), job(2, accumulation=2), job(2, low=True), job(3, "delta", checkpointing=True), job(3, low=True),
     *(job(stage, method="full", low=True) for stage in (0, 1, 2, 3)), job(2, method="full"), job(3, method="full"),
-    job(2, method="lora", low=True), job(2, method="lora", checkpointing=True), job(3, method="dora"),
+    job(2, method="lora", low=True), job(2, method="lora", checkpointing=True), job(3, method="lora"),
+    job(3, method="dora"),
     job(2, "delta", quantized=True, low=True), job(2, method="lora", quantized=True),
     job(2, method="dora", quantized=True, low=True),
+    job(2, experts="grouped_mm", low=True), job(2, experts="eager"), job(3, experts="grouped_mm"),
 ]  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def content(**changes: Any) -> dict[str, Any]:
     memory: dict[str, Any] = {
         "world_size": 2,
         "device": "cpu",
+        "offloads": True,
         "ranks": [rank(100), rank(96, 75)],
         "forecast": {
             "phases": {
@@ -86,6 +87,7 @@ def test_each_phase_is_that_of_the_fullest_rank_and_differences_are_from_what_wa
     assert rows["forward"]["simulation_bytes"] is None
     # On a CPU, what is offloaded lies in the same memory.
     assert rows["backward"]["forecast_bytes"] == 90 * MIB
+    assert content(offloads=False)["comparison"]["peak"]["forecast_bytes"] == 84 * MIB
     assert rows["backward"]["simulation_difference"] == pytest.approx(-0.01)
     assert rows["backward"]["process_bytes"] == 170 * MIB
     assert rows["calibration"]["measured_bytes"] is None

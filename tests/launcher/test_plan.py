@@ -77,7 +77,7 @@ def test_a_run_is_planned_without_weights_data_or_ranks(
 
 
 def test_stage_3_is_planned_with_its_shards(shapes: Path) -> None:
-    found = simulate_run(parse_config(mapping(shapes, zero={"stage": 3})), 4)
+    found = simulate_run(parse_config(mapping(shapes, zero={"stage": 3})), 4, calibration=None)
     kinds = found["phases"]["forward"]["by_kind"]
     # A quarter of them, of 4 bytes each.
     assert kinds["weights"] == pytest.approx(found["parameters"], rel=0.05)

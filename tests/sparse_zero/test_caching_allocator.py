@@ -8,9 +8,13 @@ import random
 
 import pytest
 
-from sparse_zero.memory.caching_allocator import MIB, Block, CachingAllocator
-from sparse_zero.memory.device import replay
+from models.decoder_shapes import decoder_shape
+from sparse_zero.errors import InputError
+from sparse_zero.memory.caching_allocator import MIB, Block, CachingAllocator, DoesNotFitError
+from sparse_zero.memory.device import CONTEXT_BYTES, WORKSPACE_BYTES, device_overhead, needed_bytes, replay
+from sparse_zero.memory.job import MemoryJob
 from sparse_zero.memory.timeline import Span, Storage, Timeline
+from tests.models.tiny import tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -148,3 +152,48 @@ def test_a_replayed_run_takes_segments_for_what_lies_on_the_device() -> None:
     assert timeline.peak(place="host").num_bytes == 500 * MIB
     # One range of 40 MiB holds both large ones.
     assert replay(timeline, expandable_segments=True).reserved_bytes == (40 + 2) * MIB
+
+
+def test_at_its_limit_the_allocator_gives_back_whole_segments_only() -> None:
+    allocator = CachingAllocator(limit_bytes=60 * MIB)
+    large, _, part = allocator.allocate(30 * MIB), allocator.allocate(8 * MIB), allocator.allocate(8 * MIB)
+    assert allocator.reserved_bytes == 50 * MIB
+    allocator.release(large)
+    allocator.release(part)
+    # 30 MiB are free as a whole, 12 beside others: 40 fit, once the first went back.
+    found = allocator.allocate(40 * MIB)
+    assert allocator.reserved_bytes == 60 * MIB
+    allocator.release(found)
+    with pytest.raises(DoesNotFitError, match="beside"):
+        allocator.allocate(41 * MIB)
+    with pytest.raises(InputError, match="expandable_segments"):
+        CachingAllocator(expandable_segments=True, limit_bytes=MIB)
+
+
+def test_what_a_run_needs_is_less_than_what_it_would_take() -> None:
+    # Each of four tensors comes when the one before has gone.
+    storages = [
+        Storage(num_bytes=(20 + 20 * number) * MIB, born=2 * number, died=2 * number + 1, module="", kind="temporaries")
+        for number in range(4)
+    ]
+    timeline = Timeline(storages, [Span(phase="forward", role="forward", first=0, end=8)], [""] * 8)
+    assert replay(timeline).reserved_bytes == (20 + 40 + 60 + 80) * MIB
+    assert needed_bytes(timeline) == 80 * MIB
+    assert replay(timeline, limit_bytes=80 * MIB).reserved_bytes == 80 * MIB
+    with pytest.raises(DoesNotFitError):
+        replay(timeline, limit_bytes=80 * MIB - 1)
+
+
+def test_the_estimate_follows_the_largest_tensor_that_comes_and_goes() -> None:
+    shape = decoder_shape(tiny_llama(vocab=8000))
+
+    def fragments(**job: object) -> int:
+        return device_overhead(shape, MemoryJob(**{"micro_batch": 2, "length": 512, **job})).fragment_bytes  # type: ignore[arg-type]
+
+    # Logits in fp32, of all positions but the last, or of fewer.
+    assert fragments() == int(1.75 * 4 * 2 * 511 * 8000)
+    assert fragments(label_positions=100) == int(1.75 * 4 * 2 * 100 * 8000)
+    # One bucket of all gradients.
+    assert fragments(method="full", length=1) == int(1.75 * 2 * shape.num_parameters)
+    found = device_overhead(shape, MemoryJob(micro_batch=1, length=8))
+    assert found.num_bytes == CONTEXT_BYTES + WORKSPACE_BYTES + found.fragment_bytes

@@ -4,7 +4,8 @@ Gradients of what is trained are let go at once, which leaves the activations. F
 layers hold the most, and not the loss.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from models.peer_models import make_peer
 from sparse_zero.layers.sparsify import sparsify
 from sparse_zero.memory.activations import activation_moments
 from sparse_zero.memory.job import MemoryJob
+from sparse_zero.memory.moments import Moment
 from sparse_zero.memory.simulate import simulated
 from sparse_zero.memory.trained import trained_of
+from sparse_zero.selection.candidates import expand_braces
 from sparse_zero.selection.config import RegionConfig, SelectionConfig
 from sparse_zero.selection.select import select
 from tests.models.decoders import decoder
@@ -38,6 +41,13 @@ def regions(name: str) -> tuple[RegionConfig, ...]:
         "columns": (("column", (*ATTENTION, *MLP), {"per_matrix": 3}),),
         "mixed": (("block", ATTENTION, {"block_size": 16, "per_matrix": 3}), ("row", MLP[:1], {"per_matrix": 2})),
         "many": (("block", (*ATTENTION, *MLP), {"blocks_per_side": 8, "per_matrix": 8}),),
+        # By hooks on the parameters.
+        "vectors": (
+            ("block", ATTENTION[:1], {"block_size": 16, "per_matrix": 3}),
+            ("whole", ("*layernorm*",), {}),
+        ),
+        "embedding": (("row", ("*embed_tokens",), {"per_matrix": 3}),),
+        "experts": (("block", ("*experts*",), {"block_size": 16, "per_matrix": 2}),),
         "top": (("block", ("*.1.mlp.*",), {"block_size": 8, "per_matrix": 4}),),
     }
     return tuple(RegionConfig(kind=kind, modules=list(modules), **more) for kind, modules, more in made[name])  # type: ignore[arg-type]
@@ -68,17 +78,14 @@ def held(family: str, recipe: str, job: MemoryJob, **changes: Any) -> tuple[dict
 
 def matching(region: RegionConfig, names: list[str]) -> RegionConfig:
     """The region config with those of its patterns that match."""
-    import dataclasses
-    from fnmatch import fnmatchcase
-
-    from sparse_zero.selection.candidates import expand_braces
-
-    modules = [
+    if region.kind == "whole":
+        return region
+    modules = tuple(
         pattern
         for whole in region.modules
         for pattern in expand_braces(whole)
         if any(fnmatchcase(name, pattern) for name in names)
-    ]
+    )
     return dataclasses.replace(region, modules=modules)
 
 
@@ -107,7 +114,7 @@ def drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def forecast(moments: Any) -> Mapping[str, int]:
+def forecast(moments: list[Moment]) -> dict[str, int]:
     """By the closed form."""
     peaks = {
         phase: max(moment.num_bytes() for moment in moments if moment.phase == phase)
@@ -140,10 +147,15 @@ CASES = [
     ("llama", "", job(method="lora", stage=3)),
     ("llama", "", job(method="dora")),
     ("llama", "", job(method="dora", stage=3, gradient_checkpointing=True)),
+    ("llama", "", job(method="dora", gradient_checkpointing=True, length=400)),
+    ("llama", "", job(method="lora", stage=3, gradient_checkpointing=True, length=400)),
+    ("llama", "vectors", job()),
+    ("llama", "embedding", job()),
     ("mistral", "blocks", job(micro_batch=1)),
     ("qwen2", "rows", job()),
     ("qwen3", "blocks", job()),
     ("mixtral", "blocks", job()),
+    ("mixtral", "experts", job(placement="delta")),
     ("mixtral", "", job(method="full")),
     ("qwen3_moe", "blocks", job(gradient_checkpointing=True)),
     ("bloom", "rows", job()),
@@ -163,6 +175,8 @@ def name_of(case: Any) -> str:
     return case if isinstance(case, str) else f"{case.method}-{case.precision}-{case.gradient_checkpointing}"
 
 
+# Of transformers, which PEFT asks.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("family", "recipe", "job"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
