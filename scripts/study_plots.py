@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 GIB = 2**30
 # Inches, of the pictures with two panels and many lines: a file of less than 100 kB.
-_WIDTH = 0.95 * WIDTH_INCHES
+_WIDTH = 0.9 * WIDTH_INCHES
 # What this package trains is drawn through, what it is compared with in dashes.
 PEERS = ("full", "lora", "dora", "qlora")
 # Okabe and Ito's colours; the same for a method in every picture.
