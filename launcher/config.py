@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher.cluster_config import ClusterConfig
-from launcher.memory_config import MemoryConfig
+from launcher.memory.memory_config import MemoryConfig
+from launcher.starting.cluster_config import ClusterConfig
 from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig
 from launcher.yaml_files import dump_yaml, parse_yaml, read_mapping
 from models.data import DataConfig

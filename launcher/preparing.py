@@ -21,7 +21,7 @@ from launcher.deepspeed_config import (
 )
 from launcher.exporting import save_model_folder
 from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
-from launcher.measuring import RunMemory
+from launcher.memory.measuring import RunMemory
 from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
 from launcher.same_input import check_same_input

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import metrics, plots, summary
-from launcher.memory_report import load_memory
+from launcher.memory.report import load_memory
 from launcher.page import note, picture, section, table, write_page
 from launcher.run_folder import SCORES_NAME, SELECTION_NAME
 from launcher.selection_map import PLURALS
@@ -221,8 +221,8 @@ def _selection_section(selection: "Selection", scores: "RegionScores | None", fo
 
 
 def _memory_section(memory: Mapping[str, Any], folder: Path) -> str:
-    from launcher import memory_report
-    from launcher.comparison_plot import comparison_figure
+    from launcher.memory import report as memory_report
+    from launcher.memory.comparison_plot import comparison_figure
 
     description = (
         "What the tensors of the fullest rank took at most in each phase: as forecast, simulated and measured, by "

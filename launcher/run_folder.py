@@ -65,7 +65,7 @@ class RunFolder:
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation"
         self.summary = self.path / "summary.json"
-        # Measured, forecast and simulated; see launcher.memory_report.
+        # Measured, forecast and simulated; see launcher.memory.report.
         self.memory = self.path / "memory.json"
 
     def checkpoint(self, step: int) -> Path:

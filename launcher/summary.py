@@ -218,7 +218,7 @@ def print_summary(run_folder: Path, console: "Console | None" = None) -> None:
     """
     from rich.console import Console
 
-    from launcher.memory_report import comparison_notes, is_worth_showing, load_memory, memory_table
+    from launcher.memory.report import comparison_notes, is_worth_showing, load_memory, memory_table
 
     summary, memory = load_summary(run_folder), load_memory(run_folder)
     console = Console() if console is None else console

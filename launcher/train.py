@@ -18,10 +18,9 @@ from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.ending import code_of, tell_notes
 from launcher.evaluating import evaluate_model
 from launcher.exporting import save_model_folder
-from launcher.measuring import RunMemory
-from launcher.memory_notes import MemoryNotes
+from launcher.memory.measuring import RunMemory
+from launcher.memory.notes import MemoryNotes
 from launcher.metrics import MetricsLog
-from launcher.node_guard import write_exit_record
 from launcher.preparing import (
     Phases,
     Prepared,
@@ -36,6 +35,7 @@ from launcher.report import FOLDER_NAME, PAGE_NAME, write_report
 from launcher.run_folder import RunFolder, RunLock
 from launcher.selection_terminal import save_choice
 from launcher.shared_folder import find_folders
+from launcher.starting.node_guard import write_exit_record
 from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_SIGNAL, Stopped, StopRequest, stoppable
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the YAML file of the run")
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    # Where `sparse-zero launch` reads how each rank ended; see launcher.node_guard.
+    # Where `sparse-zero launch` reads how each rank ended; see launcher.starting.node_guard.
     parser.add_argument("--exit_record", default=None, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(argv)
     try:

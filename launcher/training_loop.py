@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from launcher.checkpointing import RunCheckpoints
 from launcher.config import RunConfig
-from launcher.measuring import RunMemory
-from launcher.memory_notes import MemoryNotes
+from launcher.memory.measuring import RunMemory
+from launcher.memory.notes import MemoryNotes
 from launcher.metrics import MetricsLog
 from launcher.progress import TrainingProgress, training_progress
 from launcher.reselecting import check_selection_now, describe_check

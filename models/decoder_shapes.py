@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from models import compat
 from sparse_zero.errors import InputError
-from sparse_zero.memory.decoder_shape import DecoderShape, LinearShape, Reads
+from sparse_zero.memory.closed_form.decoder_shape import DecoderShape, LinearShape, Reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

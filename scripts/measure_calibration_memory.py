@@ -28,7 +28,7 @@ from models.loading import checkpoint_activations
 from scripts.benchmarking import exit_code, in_own_process, peak_of
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
-from sparse_zero.memory.simulate import simulated
+from sparse_zero.memory.simulation.simulate import simulated
 from sparse_zero.selection.calibration import Observation
 from sparse_zero.selection.observers import observe
 from sparse_zero.selection.scores import resolve_score

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher.config import apply_override, parse_as
 from launcher.yaml_files import read_mapping
 from scripts.benchmarking import exit_code
-from scripts.study_config import StudyConfig
+from scripts.memory.study_config import StudyConfig
 from sparse_zero.errors import InputError
 
 DEFAULT_OUT = Path("runs/memory-study")
@@ -44,9 +44,9 @@ def _simulate(config: StudyConfig, points: Mapping[str, Any], forecasts: Any, ou
     """Results of simulations by the names of their points."""
     from launcher.config import resolved_yaml
     from launcher.yaml_files import parse_yaml
-    from scripts.in_processes import in_fork, preloaded_context, run_all
-    from scripts.simulated_jobs import simulate_mapping
-    from scripts.study_points import config_of_point
+    from scripts.memory.in_processes import in_fork, preloaded_context, run_all
+    from scripts.memory.simulated_jobs import simulate_mapping
+    from scripts.memory.study_points import config_of_point
 
     task = progress.add_task("simulations", total=len(points))
     context = preloaded_context()
@@ -83,8 +83,8 @@ def study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from scripts.study_frontier import frontier
-    from scripts.study_points import Forecasts, is_simulated, points_of, simulated_columns
+    from scripts.memory.study_frontier import frontier
+    from scripts.memory.study_points import Forecasts, is_simulated, points_of, simulated_columns
 
     forecasts, points = Forecasts(), list(points_of(config))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -120,7 +120,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do the study that the command line asks for."""
-    from scripts import study_report
+    from scripts.memory import study_report
     from sparse_zero.files import atomic_write_text
 
     config = load_study(options.config, options.overrides)

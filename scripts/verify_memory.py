@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher.config import resolved_yaml
 from launcher.yaml_files import parse_yaml
 from scripts.benchmarking import exit_code
-from scripts.in_processes import PRELOADED, in_fork, preloaded_context, run_all
-from scripts.memory_cases import QUICK, TINY_CONFIGS, Case, covering_cases
-from scripts.memory_errors import Compared, compare, print_comparison
-from scripts.ranks_in_forks import on_forked_ranks
-from scripts.simulated_jobs import simulate_mapping
+from scripts.memory.in_processes import PRELOADED, in_fork, preloaded_context, run_all
+from scripts.memory.memory_cases import QUICK, TINY_CONFIGS, Case, covering_cases
+from scripts.memory.memory_errors import Compared, compare, print_comparison
+from scripts.memory.ranks_in_forks import on_forked_ranks
+from scripts.memory.simulated_jobs import simulate_mapping
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 
@@ -53,7 +53,7 @@ def written_shape(model: str, parent: Path) -> str:
 
 
 def arguments_of(case: Case, folder: str) -> dict[str, Any]:
-    """Of :func:`scripts.simulated_jobs.simulate_mapping`."""
+    """Of :func:`scripts.memory.simulated_jobs.simulate_mapping`."""
     mapping = parse_yaml(resolved_yaml(case.config(folder)), "the case")
     return {"mapping": mapping, "world_size": case.world_size, "changes": case.changes()}
 
@@ -65,8 +65,8 @@ class Forecaster:
         self._shapes: dict[tuple[str, str, str, str], Any] = {}
 
     def forecast(self, case: Case, folder: str) -> Any:
-        """What :func:`launcher.forecasting.forecast_run` gives for a case."""
-        from launcher.forecasting import forecast_run, shapes_of
+        """What :func:`launcher.plan.forecasting.forecast_run` gives for a case."""
+        from launcher.plan.forecasting import forecast_run, shapes_of
 
         config = case.config(folder)
         key = (folder, case.precision, case.attention, config.model.quantization)
@@ -129,18 +129,18 @@ def verify_forecast(options: argparse.Namespace, shapes: Path) -> bool:
 
 def verify_measured(options: argparse.Namespace) -> bool:
     """Simulate, run on real ranks, compare and show. Returns whether the bounds are met."""
-    from scripts.measured_cases import QUICK as QUICK_RUNS
-    from scripts.measured_cases import judge, measured_cases, print_measured, write_models
+    from scripts.memory.measured_cases import QUICK as QUICK_RUNS
+    from scripts.memory.measured_cases import judge, measured_cases, print_measured, write_models
 
     cases = {case.name: case for case in matching(QUICK_RUNS if options.quick else measured_cases(), options.only)}
     results = options.out / "measured.jsonl"
     if options.fresh:
         results.unlink(missing_ok=True)
     folders = write_models(options.out / "models", sorted({case.model for case in cases.values()}))
-    context = preloaded_context((*PRELOADED, "scripts.memory_on_ranks"))
+    context = preloaded_context((*PRELOADED, "scripts.memory.memory_on_ranks"))
 
     def measure(name: str) -> dict[str, Any]:
-        from scripts.memory_on_ranks import measure_case
+        from scripts.memory.memory_on_ranks import measure_case
 
         case, start = cases[name], time.perf_counter()
         simulated = in_fork(context, simulate_mapping, arguments_of(case, folders[case.model]), TIMEOUT_SECONDS)

@@ -16,9 +16,9 @@ from sparse_zero.integrations.peft import register_peft
 from sparse_zero.layers.merge import MergeUndo, merge, unmerge
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparsify import num_retired, parameter_groups, sparsify, trainable_parameters, write_back
-from sparse_zero.memory.decoder_shape import DecoderShape, LinearShape
-from sparse_zero.memory.forecast import forecast_memory
-from sparse_zero.memory.job import MemoryJob
+from sparse_zero.memory.closed_form.decoder_shape import DecoderShape, LinearShape
+from sparse_zero.memory.closed_form.forecast import forecast_memory
+from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.module_map import ModuleMap, default_module_map
 from sparse_zero.reselection.migrate import migrate
 from sparse_zero.reselection.reselect import Reselection, config_at, reselect

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher import runner
 
-from launcher.cluster_config import ClusterConfig
 from launcher.config import load_config, parse_config, resolved_yaml
-from launcher.start_files import exported_variables
-from launcher.supervising import environment_of_start
+from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.start_files import exported_variables
+from launcher.starting.supervising import environment_of_start
 from launcher.yaml_files import dump_yaml
 from models.word_problems import write_word_problems
 from sparse_zero.checkpoint.headers import sealed

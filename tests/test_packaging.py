@@ -82,7 +82,7 @@ def test_metadata(wheel: Path, installed: Path) -> None:
 def test_command_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
     command = str(installed / "bin" / "sparse-zero")
     assert "sparse-zero COMMAND --help" in run(sys.executable, command, "--help", cwd=tmp_path, pythonpath=installed)
-    code = "import launcher.command_line as c, sparse_zero; print(sparse_zero.__file__, c.worker_script(), sep='\\n')"
+    code = "import launcher.starting.command_line as c, sparse_zero; print(sparse_zero.__file__, c.worker_script(), sep='\\n')"
     lines = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=installed).splitlines()
     assert lines == [str(installed / "sparse_zero" / "__init__.py"), str(installed / "launcher" / "train.py")]
 

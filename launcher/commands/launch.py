@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from launcher.cluster_config import ClusterConfig
-from launcher.command_line import check_remote_shell, script_file, ssh_options, worker_by_hand, worker_command
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
-from launcher.find_mpirun import mpirun_first
 from launcher.process_ranks import free_port
 from launcher.run_folder import RunFolder
-from launcher.slurm import nodes_of_allocation, on_allocated_node
-from launcher.start_files import exported_variables, files_of_run
-from launcher.supervising import Limits, Node, Reach, Start, Supervisor, limits_of, master_of, read_nodes
+from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.command_line import check_remote_shell, script_file, ssh_options, worker_by_hand, worker_command
+from launcher.starting.find_mpirun import mpirun_first
+from launcher.starting.slurm import nodes_of_allocation, on_allocated_node
+from launcher.starting.start_files import exported_variables, files_of_run
+from launcher.starting.supervising import Limits, Node, Reach, Start, Supervisor, limits_of, master_of, read_nodes
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
@@ -178,7 +178,7 @@ def _print_plan(
     """What would run, line by line as a shell would take it, and in comments what it would be given."""
     chosen = tuple(nodes[: config.cluster.num_nodes])
     start = Start(nodes=chosen, restarts=0, record="/tmp/sparse-zero-RANDOM")
-    guard = [sys.executable, script_file("launcher.node_guard")]
+    guard = [sys.executable, script_file("launcher.starting.node_guard")]
     with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder:
         line = shlex.join(command(start, Path(folder)))
         print("# on every node a guard, which writes the config and the environment for the ranks, and ends them")

@@ -12,9 +12,9 @@ from sparse_zero.files import atomic_write_json
 
 if TYPE_CHECKING:
     from launcher.config import RunConfig
-    from launcher.planned_run import PlannedRun
+    from launcher.plan.planned_run import PlannedRun
 
-# The same words as launcher.plan_defaults and launcher.plan_questions have: those import torch.
+# The same words as launcher.plan.defaults and launcher.plan.questions have: those import torch.
 _METHODS = ("smt", "rocoft-rows", "rocoft-columns", "mixed", "diablo", "full", "lora", "dora", "qlora")
 _QUESTIONS = ("gpus", "batch", "length", "budget", "stage")
 _EXAMPLES = """
@@ -128,8 +128,8 @@ def _planned(args: argparse.Namespace) -> "tuple[PlannedRun, str]":
     import dataclasses
 
     from launcher.config import parse_config
-    from launcher.plan_defaults import LORA_RANK, SELECTIONS, default_run, described, peer_changes, selection_for
-    from launcher.planned_run import plan_run
+    from launcher.plan.defaults import LORA_RANK, SELECTIONS, default_run, described, peer_changes, selection_for
+    from launcher.plan.planned_run import plan_run
     from launcher.yaml_files import read_mapping
 
     if args.model is not None:
@@ -150,9 +150,9 @@ def _planned(args: argparse.Namespace) -> "tuple[PlannedRun, str]":
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; 1 if what is asked for does not fit."""
     _check(args)
-    from launcher import plan_answers  # heavy: torch and transformers
-    from launcher.plan_defaults import LORA_RANK
-    from launcher.planned_run import Gpu
+    from launcher.plan import answers as plan_answers  # heavy: torch and transformers
+    from launcher.plan.defaults import LORA_RANK
+    from launcher.plan.planned_run import Gpu
 
     gpu = None if args.gpu_memory is None else Gpu(gib=args.gpu_memory)
     if args.fits:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_zero.memory.caching_allocator import MIB, CachingAllocator, DoesNotFitError
-from sparse_zero.memory.decoder_shape import DecoderShape
-from sparse_zero.memory.job import MemoryJob
-from sparse_zero.memory.timeline import Timeline
+from sparse_zero.memory.closed_form.decoder_shape import DecoderShape
+from sparse_zero.memory.closed_form.job import MemoryJob
+from sparse_zero.memory.simulation.timeline import Timeline
 
 # What a process takes on a GPU before its first tensor, with the kernels loaded: about, for CUDA 12. Not measured here.
 CONTEXT_BYTES = 500 * MIB

@@ -13,12 +13,12 @@ from models.compat import masks_of_fake_tensors
 from models.loading import checkpoint_activations
 from models.peer_models import make_peer
 from models.quantized_shapes import quantize_shapes
-from sparse_zero.memory.fake_world import fake_world
-from sparse_zero.memory.job import Method
-from sparse_zero.memory.peers import peer_engine
-from sparse_zero.memory.recorder import MemoryRecorder, tag_model
-from sparse_zero.memory.simulate_training import record_step, simulate_training
-from sparse_zero.memory.timeline import Timeline
+from sparse_zero.memory.closed_form.job import Method
+from sparse_zero.memory.simulation.fake_world import fake_world
+from sparse_zero.memory.simulation.peers import peer_engine
+from sparse_zero.memory.simulation.recorder import MemoryRecorder, tag_model
+from sparse_zero.memory.simulation.simulate_training import record_step, simulate_training
+from sparse_zero.memory.simulation.timeline import Timeline
 from sparse_zero.zero.config import Placement
 from sparse_zero.zero.defaults import with_defaults
 from sparse_zero.zero.optimizers import OptimizerConfig

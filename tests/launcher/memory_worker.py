@@ -13,7 +13,7 @@ from tests.distributed.rank_main import become_rank
 def plant(step: int) -> None:
     """Limit the address space to what is taken already, when backward of the given step begins, counted from one."""
     import launcher.training_loop
-    from launcher.memory_room import held_bytes
+    from launcher.memory.room import held_bytes
 
     begun = 0
     loop: Any = launcher.training_loop

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig, parse_config
-from launcher.forecasting import job_of
-from launcher.planning import config_of, without_scores
-from launcher.simulating import simulate_calibration_here, simulate_here
-from sparse_zero.memory.job import MemoryJob
+from launcher.plan.forecasting import job_of
+from launcher.plan.simulating import simulate_calibration_here, simulate_here
+from launcher.plan.simulation import config_of, without_scores
+from sparse_zero.memory.closed_form.job import MemoryJob
 
 
 def mapping(folder: str, selection: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster_config import ClusterConfig
-from launcher.command_line import check_remote_shell, script_file, worker_by_hand, worker_command
-from launcher.slurm import nodes_of_allocation
+from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.command_line import check_remote_shell, script_file, worker_by_hand, worker_command
+from launcher.starting.slurm import nodes_of_allocation
 from sparse_zero.errors import InputError
 
 WORKER = ["/s/start_rank.py", "/tmp/record", "--checkpoint.resume=auto"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.find_mpirun import find_mpirun, mpirun_first
+from launcher.starting.find_mpirun import find_mpirun, mpirun_first
 from sparse_zero.errors import InputError
 
 OPEN_MPI, HYDRA = "mpirun (Open MPI) 4.1.4", "HYDRA build details:"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.find_mpirun import find_mpirun
+from launcher.starting.find_mpirun import find_mpirun
 from sparse_zero.errors import InputError
 from tests.distributed.cluster import Cluster, skip_without_cluster
 from tests.distributed.slurm import Slurm, skip_without_slurm

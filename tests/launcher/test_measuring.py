@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.config import RunConfig
-from launcher.measuring import PhasePeaks, RunMemory, label_positions, shape_of
-from launcher.memory_config import MemoryConfig
+from launcher.memory.measuring import PhasePeaks, RunMemory, label_positions, shape_of
+from launcher.memory.memory_config import MemoryConfig
 from models.collate import collate
 from models.data import IGNORED, TokenizedSample
 from scripts import tiny_run as tiny

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from launcher import plots
-from launcher.comparison_plot import comparison_figure, shown_phases
 from launcher.config import load_config
-from launcher.memory_report import (
+from launcher.memory.comparison_plot import comparison_figure, shown_phases
+from launcher.memory.report import (
     compare,
     comparison_head,
     comparison_notes,
@@ -27,8 +27,8 @@ from launcher.memory_report import (
     load_memory,
     memory_table,
 )
+from launcher.memory.simulating_beside import SimulationBeside
 from launcher.report import write_report
-from launcher.simulating_beside import SimulationBeside
 from launcher.summary import TABLE_WIDTH, print_summary
 from scripts import tiny_run as tiny
 from sparse_zero.errors import InputError
@@ -179,7 +179,7 @@ def test_no_line_of_the_table_is_wider_than_a_terminal() -> None:
 _PARENT = """
 import sys, time
 from launcher.config import load_config
-from launcher.simulating_beside import SimulationBeside
+from launcher.memory.simulating_beside import SimulationBeside
 beside = SimulationBeside(load_config(sys.argv[1]), 2, {})
 print(beside.pid, flush=True)
 time.sleep(60)

@@ -8,9 +8,9 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.config import RunConfig, parse_config
-from launcher.plan_answers import verdict
-from launcher.planned_run import Gpu
-from launcher.planning import check_can_simulate, simulate_run, without_scores
+from launcher.plan.answers import verdict
+from launcher.plan.planned_run import Gpu
+from launcher.plan.simulation import check_can_simulate, simulate_run, without_scores
 from launcher.yaml_files import dump_yaml
 from sparse_zero.errors import InputError
 from tests.models.tiny import tiny_llama

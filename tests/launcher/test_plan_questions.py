@@ -10,10 +10,11 @@ import yaml
 from launcher.__main__ import main
 from launcher.commands import plan as command
 from launcher.config import load_config
-from launcher.plan_answers import about
-from launcher.plan_comparisons import compared, models_that_fit
-from launcher.plan_defaults import PLAN_METHODS, SELECTIONS, default_run, described, peer_changes
-from launcher.plan_questions import (
+from launcher.plan.answers import about
+from launcher.plan.comparisons import compared, models_that_fit
+from launcher.plan.defaults import PLAN_METHODS, SELECTIONS, default_run, described, peer_changes
+from launcher.plan.planned_run import SAFE_SHARE, Gpu, PlannedRun, plan_run
+from launcher.plan.questions import (
     QUESTIONS,
     at_stage,
     fewest,
@@ -22,11 +23,10 @@ from launcher.plan_questions import (
     largest_budget,
     largest_length,
 )
-from launcher.plan_settings import judge, possible, settings_that_fit
-from launcher.planned_run import SAFE_SHARE, Gpu, PlannedRun, plan_run
+from launcher.plan.settings import judge, possible, settings_that_fit
 from models.known_shapes import KNOWN_SHAPES
 from sparse_zero.errors import InputError
-from sparse_zero.memory.forecast import forecast_memory
+from sparse_zero.memory.closed_form.forecast import forecast_memory
 
 METHODS = Path(__file__).parents[2] / "configs" / "methods"
 

@@ -6,7 +6,7 @@ import pytest
 
 from launcher.config import load_config, parse_config, resolved_yaml
 from launcher.deepspeed_config import deepspeed_config
-from launcher.planned_run import Gpu, plan_run
+from launcher.plan.planned_run import Gpu, plan_run
 from launcher.yaml_files import merge, parse_yaml, read_mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"

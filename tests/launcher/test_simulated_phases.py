@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from launcher.config import parse_config
-from launcher.forecasting import forecast_run
-from launcher.planning import simulate_run
-from sparse_zero.memory.forecast import Forecast
-from sparse_zero.memory.moments import Phase
+from launcher.plan.forecasting import forecast_run
+from launcher.plan.simulation import simulate_run
+from sparse_zero.memory.closed_form.forecast import Forecast
+from sparse_zero.memory.closed_form.moments import Phase
 from tests.distributed.test_simulation import in_child
 from tests.launcher.phase_workers import calibration, mapping, training
 from tests.models.tiny import tiny_llama

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from launcher import node_guard
-from launcher.cluster_config import ClusterConfig
 from launcher.config import load_config, parse_config
-from launcher.start_files import CONFIG_NAME, ENVIRONMENT_NAME, exported_variables, files_of_run
+from launcher.starting import node_guard
+from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.start_files import CONFIG_NAME, ENVIRONMENT_NAME, exported_variables, files_of_run
 from sparse_zero.errors import InputError
 
 HOSTILE = "a b'c\"d$(touch hacked)`touch hacked`;touch hacked\nnext %h \\ ż --x=1"

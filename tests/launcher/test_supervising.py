@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.cluster_config import ClusterConfig
 from launcher.commands.launch import cluster_of_start, overrides_of_start, write_hostfile
 from launcher.config import parse_config
-from launcher.supervising import (
+from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.supervising import (
     Limits,
     Node,
     Outcome,
@@ -226,7 +226,7 @@ while True:
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from launcher.node_guard import write_exit_record
+from launcher.starting.node_guard import write_exit_record
 record, folder = sys.argv[1].partition("=")[2], Path(sys.argv[2])
 rank = os.environ["RANK"]
 (folder / f"pid-{rank}").write_text(str(os.getpid()))

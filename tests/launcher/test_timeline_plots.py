@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from launcher.timeline_plots import kept_figure, plot_timeline, read_timeline, timeline_figure
+from launcher.memory.timeline_plots import kept_figure, plot_timeline, read_timeline, timeline_figure
 from sparse_zero.files import atomic_write_json
 
 GIB = 2**30

@@ -13,7 +13,7 @@ from models.loading import ModelConfig, load_model
 from models.quantization import adopt_quantized
 from models.quantized_shapes import quantize_shapes
 from models.skeleton import load_shapes
-from sparse_zero.memory.quantized_bases import constants_of
+from sparse_zero.memory.simulation.quantized_bases import constants_of
 from tests.models.tiny import write_tiny_llama
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from scripts import memory_study, study_report
+from scripts import memory_study
+from scripts.memory import study_report
 from scripts.memory_study import load_study
 from sparse_zero.errors import InputError
 

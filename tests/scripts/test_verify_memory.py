@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts import covering, measured_cases, memory_cases, verify_memory
-from scripts.in_processes import finished, run_all
-from scripts.memory_errors import Compared, PhaseCompared, compare, print_comparison
-from sparse_zero.memory.forecast import Forecast
-from sparse_zero.memory.moments import Moment, Term
+from scripts import verify_memory
+from scripts.memory import covering, measured_cases, memory_cases
+from scripts.memory.in_processes import finished, run_all
+from scripts.memory.memory_errors import Compared, PhaseCompared, compare, print_comparison
+from sparse_zero.memory.closed_form.forecast import Forecast
+from sparse_zero.memory.closed_form.moments import Moment, Term
 
 
 def test_every_pair_of_settings_meets() -> None:

@@ -11,9 +11,9 @@ import pytest
 from models.decoder_shapes import decoder_shape
 from sparse_zero.errors import InputError
 from sparse_zero.memory.caching_allocator import MIB, Block, CachingAllocator, DoesNotFitError
+from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.device import CONTEXT_BYTES, WORKSPACE_BYTES, device_overhead, needed_bytes, replay
-from sparse_zero.memory.job import MemoryJob
-from sparse_zero.memory.timeline import Span, Storage, Timeline
+from sparse_zero.memory.simulation.timeline import Span, Storage, Timeline
 from tests.models.tiny import tiny_llama
 
 

@@ -18,11 +18,11 @@ from models.loading import checkpoint_activations
 from models.loss import nll_at
 from models.peer_models import make_peer
 from sparse_zero.layers.sparsify import sparsify
-from sparse_zero.memory.activations import activation_moments
-from sparse_zero.memory.job import MemoryJob
-from sparse_zero.memory.moments import Moment
-from sparse_zero.memory.simulate import simulated
-from sparse_zero.memory.trained import trained_of
+from sparse_zero.memory.closed_form.activations import activation_moments
+from sparse_zero.memory.closed_form.job import MemoryJob
+from sparse_zero.memory.closed_form.moments import Moment
+from sparse_zero.memory.closed_form.trained import trained_of
+from sparse_zero.memory.simulation.simulate import simulated
 from sparse_zero.selection.candidates import expand_braces
 from sparse_zero.selection.config import RegionConfig, SelectionConfig
 from sparse_zero.selection.select import select

@@ -14,16 +14,16 @@ from models.decoder_shapes import decoder_shape
 from models.peer_models import make_peer
 from models.quantized_shapes import quantize_shapes
 from sparse_zero.layers.carriers import carriers
-from sparse_zero.memory.base_weights import base_of, constant_bytes
-from sparse_zero.memory.forecast import Forecast, forecast_memory
-from sparse_zero.memory.gathers import Limits, Module, Parameter, walk
-from sparse_zero.memory.job import MemoryJob
-from sparse_zero.memory.moments import Moment, Phase, Term
-from sparse_zero.memory.optimizer_states import moments_bytes
-from sparse_zero.memory.partitions import partitions_of, zero_sizes
-from sparse_zero.memory.quantized_bases import constants_of
-from sparse_zero.memory.states import held_states
-from sparse_zero.memory.trained import Trained, TrainedTensor, trained_of
+from sparse_zero.memory.closed_form.base_weights import base_of, constant_bytes
+from sparse_zero.memory.closed_form.forecast import Forecast, forecast_memory
+from sparse_zero.memory.closed_form.gathers import Limits, Module, Parameter, walk
+from sparse_zero.memory.closed_form.job import MemoryJob
+from sparse_zero.memory.closed_form.moments import Moment, Phase, Term
+from sparse_zero.memory.closed_form.optimizer_states import moments_bytes
+from sparse_zero.memory.closed_form.partitions import partitions_of, zero_sizes
+from sparse_zero.memory.closed_form.states import held_states
+from sparse_zero.memory.closed_form.trained import Trained, TrainedTensor, trained_of
+from sparse_zero.memory.simulation.quantized_bases import constants_of
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.defaults import with_defaults
@@ -68,8 +68,8 @@ def simulate(out: str, **changes: Any) -> None:
     """What a rank holds, by phase, in a process of its own; ``changes`` are of the job."""
     from models.compat import masks_of_fake_tensors
     from models.loading import checkpoint_activations
-    from sparse_zero.memory.peers import peer_engine
-    from sparse_zero.memory.simulate_training import simulate_training
+    from sparse_zero.memory.simulation.peers import peer_engine
+    from sparse_zero.memory.simulation.simulate_training import simulate_training
 
     job = make_job(**changes)
     model = on_meta(job.precision)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import sparse_zero as sz
-from sparse_zero.memory.recorder import MemoryRecorder
-from sparse_zero.memory.simulate import simulated
+from sparse_zero.memory.simulation.recorder import MemoryRecorder
+from sparse_zero.memory.simulation.simulate import simulated
 from tests.sparse_zero.helpers import TinyModel, mixed_selection, tiny_loss
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_zero.memory.recorder import MemoryRecorder
-from sparse_zero.memory.timeline import Span, Storage, Timeline
+from sparse_zero.memory.simulation.recorder import MemoryRecorder
+from sparse_zero.memory.simulation.timeline import Span, Storage, Timeline
 
 
 def storage(num_bytes: int, born: int, died: int | None, module: str = "", **fields: object) -> Storage:

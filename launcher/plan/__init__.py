@@ -1,0 +1,1 @@
+"""What does `sparse-zero plan` answer, from a config and shapes alone?"""

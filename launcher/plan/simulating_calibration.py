@@ -1,0 +1,90 @@
+"""What does the calibration of a run hold on one rank, by its real code on tensors without data?
+
+Runs in a process of its own, see :func:`launcher.plan.simulation.simulate_run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from launcher.config import RunConfig
+from launcher.deepspeed_config import deepspeed_config
+from models.compat import masks_of_fake_tensors
+from models.families import module_map
+from models.loading import checkpoint_activations
+from models.loss import nll_at
+from models.quantization import adopt_quantized
+from models.quantized_shapes import quantize_shapes
+from models.skeleton import load_shapes
+from sparse_zero.memory.closed_form.job import CalibrationJob, MemoryJob
+from sparse_zero.memory.simulation.simulate_calibration import calibrating
+from sparse_zero.memory.simulation.simulate_training import simulate
+from sparse_zero.memory.simulation.timeline import Timeline
+from sparse_zero.selection.config import SelectionConfig
+
+# Of each rank: after the second, nothing is held that was not held before. With full weights, two make a step.
+_MICRO_BATCHES = 2
+
+
+def _selection(config: SelectionConfig, wanted: CalibrationJob, world_size: int) -> SelectionConfig:
+    """The part of a run's selection that calibration reads, for as few micro-batches as show what it holds."""
+    per_rank = max(1, min(_MICRO_BATCHES, wanted.full.batches_per_step // world_size))
+    full = dataclasses.replace(wanted.full, batches_per_step=per_rank * world_size, keep_weights_in=None)
+    steps = _MICRO_BATCHES if wanted.weights == "frozen" else _MICRO_BATCHES * per_rank
+    return dataclasses.replace(
+        config,
+        score=wanted.score,
+        accumulate=wanted.accumulate,
+        accumulator_dtype=wanted.accumulator_dtype,
+        # Mapped from a disk, it takes memory, too, as much as there is.
+        accumulator_folder=None,
+        calibration_weights=wanted.weights,
+        calibration_batch_size=wanted.micro_batch,
+        calibration_batches=steps * world_size,
+        full_calibration=full,
+        reselect=None,
+    )
+
+
+def simulate_calibration(config: RunConfig, job: MemoryJob) -> Timeline:
+    """Load and calibrate; in a process that has no process group.
+
+    Args:
+        config: of the run, with the scores it calibrates for.
+        job: with a calibration.
+    """
+    wanted, world_size = job.calibration, job.world_size
+    assert wanted is not None
+    selection = _selection(config.selection, wanted, world_size)
+    settings = deepspeed_config(config, world_size)
+    model: Any = load_shapes(config.model)
+    quantize_shapes(model, job.quantization, config.model.double_quantization, getattr(torch, config.model.dtype))
+    if job.quantization != "none":
+        adopt_quantized(model)
+    family = module_map(model)
+    # Loaded in shards, the base is frozen; where all is trained, every rank loads all of it.
+    for parameter in model.parameters():
+        parameter.requires_grad_(wanted.weights == "full" and parameter.is_floating_point())
+    if job.gradient_checkpointing:
+        checkpoint_activations(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {id(module): name for name, module in model.named_modules()}
+    samples = wanted.micro_batch
+    shape = (1, samples * job.length) if job.batching == "pack" else (samples, job.length)
+    other = "position_ids" if job.batching == "pack" else "attention_mask"
+    positions = shape[1] - 1 if job.label_positions is None else min(job.label_positions, shape[1])
+
+    def batch() -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels", other)}
+
+    def loss(called: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
+        return nll_at(called, tensors, torch.arange(positions, device=tensors["labels"].device)) / positions
+
+    part = calibrating(selection, family, batch, loss, settings=settings)
+    loads = {**settings, "zero_optimization": {"stage": 0}} if wanted.weights == "full" else settings
+    with masks_of_fake_tensors(needed=samples > 1 and job.attention != "flash_attention_2"):
+        return simulate(model, [part], settings=loads, world_size=world_size, head=names.get(id(head)))

@@ -1,0 +1,178 @@
+"""How much memory would each rank of a run hold?
+
+Found by running its code without weights, data, GPUs or other ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config import RunConfig, resolved_yaml
+from launcher.deepspeed_config import OFFLOADS, deepspeed_config
+from launcher.yaml_files import parse_yaml
+from sparse_zero.errors import InputError
+from sparse_zero.zero.unsupported import offload_device
+
+if TYPE_CHECKING:
+    from sparse_zero.memory.closed_form.job import MemoryJob
+
+
+def without_scores(config: RunConfig) -> RunConfig:
+    """The run with regions chosen at random: as many and as large, which is all that memory asks for.
+
+    They lie elsewhere, so that other columns of inputs are kept for backward; of the order of a percent.
+    """
+    selection = config.selection
+    if selection.file is not None:
+        return config
+    regions = tuple(dataclasses.replace(region, score=None, pick="max") for region in selection.regions)
+    changed = dataclasses.replace(
+        selection, regions=regions, score="random", calibration_weights="frozen", reselect=None
+    )
+    return dataclasses.replace(config, selection=changed)
+
+
+def config_of(config: RunConfig, job: MemoryJob) -> RunConfig:
+    """The run with everything that a job decides as the job has it.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    model, training, zero = config.model, config.training, config.zero
+    dtype = model.dtype
+    if job.precision != training.precision:
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[job.precision]  # type: ignore[assignment]
+    # From the second micro-batch on, each holds what the one before held. An own config of DeepSpeed names the batch.
+    batch = training.global_batch_size
+    if zero.config is None or batch < job.micro_batch:
+        batch = job.micro_batch * job.world_size * min(job.accumulation, 2)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            dtype=dtype,
+            attention=job.attention,
+            quantization=job.quantization,
+            double_quantization=job.double_quantization and job.quantization == "nf4",
+        ),
+        data=dataclasses.replace(config.data, max_length=job.length, batching=job.batching),
+        training=dataclasses.replace(
+            training,
+            micro_batch_size=job.micro_batch,
+            global_batch_size=batch,
+            gradient_checkpointing=job.gradient_checkpointing,
+            precision=job.precision,
+            optimizer=job.optimizer,
+        ),
+        zero=dataclasses.replace(
+            zero,
+            stage=job.stage,
+            placement=job.placement,
+            offload_optimizer=job.offload_optimizer,
+            offload_base=job.offload_base,
+            options=dict(job.zero_options),
+        ),
+    )
+
+
+def check_can_simulate(config: RunConfig, method: str = "selection") -> None:
+    """Refuse what the simulation does not know.
+
+    Args:
+        config: of the run.
+        method: see :class:`~sparse_zero.memory.closed_form.job.MemoryJob`.
+
+    Raises:
+        InputError: names the field.
+    """
+    if config.model.quantization != "none" and config.zero.stage == 3:
+        raise InputError(
+            f"model.quantization is {config.model.quantization!r} at zero.stage 3, which would cut packed numbers into "
+            "shards: use stage 0, 1 or 2, or none"
+        )
+    if config.model.quantization == "int8" and method != "selection":
+        raise InputError(
+            f"model.quantization is 'int8' with method {method!r}, whose product bitsandbytes computes otherwise on "
+            "every kind of device: use nf4, or none"
+        )
+    settings = deepspeed_config(config, None)
+    for section, field in OFFLOADS.items():
+        device = offload_device(settings, section)
+        if device not in (None, "cpu"):
+            raise InputError(
+                f"{field} is {device!r}: what goes to a disk is not simulated; plan the run with cpu, or by the closed "
+                "form"
+            )
+
+
+def _in_a_child(mapping: dict[str, Any], job: MemoryJob, timeline: str | None) -> dict[str, Any]:
+    """In the child: heavy libraries are imported there, and not here."""
+    from launcher.plan.simulating import simulate_here
+
+    return simulate_here(mapping, job, timeline)
+
+
+def _calibration_in_a_child(mapping: dict[str, Any], job: MemoryJob) -> dict[str, Any]:
+    from launcher.plan.simulating import simulate_calibration_here
+
+    return simulate_calibration_here(mapping, job)
+
+
+def _with_calibration(found: dict[str, Any], phases: dict[str, Any]) -> dict[str, Any]:
+    """What was found of training, with the phase of calibration after loading, where a run has it."""
+    load, *others = found["phases"].items()
+    calibration = phases["calibration"]
+    return {
+        **found,
+        "peak_bytes": max(found["peak_bytes"], calibration["peak_bytes"]),
+        "phases": dict([load, ("calibration", calibration), *others]),
+    }
+
+
+def simulate_run(
+    config: RunConfig, world_size: int, *, timeline: str | Path | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Bytes of tensors on one rank, by part of the run and by kind, for samples of ``data.max_length`` tokens.
+
+    Not counted: the interpreter, the CUDA context, what kernels use inside of an operation, and what the allocator
+    loses to fragments; see :mod:`sparse_zero.memory.device`.
+
+    Args:
+        config: of the run; its model's folder needs no weights.
+        world_size: ranks.
+        timeline: a JSON file to write what lived when to, without calibration; see
+            :meth:`sparse_zero.memory.simulation.timeline.Timeline.sampled`.
+        changes: fields of :class:`~sparse_zero.memory.closed_form.job.MemoryJob` that shall differ from the run's:
+            another method, stage, length and so on.
+
+    Raises:
+        InputError: see :func:`check_can_simulate`; or the config does not fit the model.
+    """
+    from launcher.plan.forecasting import job_of
+
+    job = job_of(config, world_size, **changes)
+    with_scores, config = config_of(config, job), config_of(without_scores(config), job)
+    check_can_simulate(config, job.method)
+    mapping = parse_yaml(resolved_yaml(config), "the run")
+    file = None if timeline is None else str(timeline)
+    # A process makes one world, and no other after it.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        try:
+            found = pool.submit(_in_a_child, mapping, job, file).result()
+            if job.calibration is None:
+                return found
+            mapping = parse_yaml(resolved_yaml(with_scores), "the run")
+            return _with_calibration(found, pool.submit(_calibration_in_a_child, mapping, job).result())
+        except BrokenProcessPool as error:
+            raise InputError(
+                "the simulation was killed, perhaps for want of memory: plan a smaller model, or fewer ranks"
+            ) from error
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise

@@ -1,0 +1,321 @@
+"""Which processes of a run live on this node, how did its ranks end, and how is all of it ended?
+
+`sparse-zero launch` starts this script once on every node, here or over ssh, and speaks with it in lines:
+
+    in   {"record": FOLDER, "before": [FOLDERS of earlier starts], "checkpoints": FOLDER, "silence": SECONDS or null,
+          "files": {NAME: TEXT to be written for the ranks, see node_folder}}
+         beat    a sign of life
+         stop N  signal N to the ranks, which then write a checkpoint and end
+         end     kill what is left, say so, and leave
+    out  {"ranks": {RANK: STATE}, "oom_kills": NUMBER}, twice a second; a state is "running", "lost", or an exit code;
+         the number is that of processes which the kernel has ended for want of memory; in the first one also
+         "addresses": {INTERFACE: IPv4 address}
+         {"ended": true, "left": [NAMES], "step": NEWEST CHECKPOINT or null, "ranks": ...}, last
+
+When the other side is gone, or silent for too long, everything is killed as well: nothing of a run outlives its
+launcher, and a node that was cut off stops before the run goes on elsewhere. What belongs to the run is known by the
+record folder, whose name stands in the command line of launchers and ranks and is never used twice.
+
+The record folder also holds each rank's exit code, in a file named as the rank: launchers tell one code for all of
+them, and some tell 0 for a failure.
+"""
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Between two looks.
+_INTERVAL_SECONDS = 0.5
+# For new ranks it is looked among all processes of the node, of which there may be thousands: as often in the first
+# minutes, in which they start, and seldom later.
+_STARTING_SECONDS, _SELDOM_SECONDS = 300.0, 10.0
+# What tells a process its rank, by launcher: DeepSpeed's and torch's, Open MPI, MPICH, Slurm.
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+# Slurm numbers the steps that are no tasks of srun (a batch script, which has a SLURM_PROCID as well) from here on.
+_SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+# For killed processes to be gone.
+_KILL_SECONDS = 10.0
+
+
+def _rank(environment: Mapping[str, str]) -> str:
+    """The rank that launchers' variables tell; empty if they tell none."""
+    step = environment.get("SLURM_STEP_ID", "")
+    is_task = step.isdecimal() and int(step) < _SLURM_FIRST_SPECIAL_STEP
+    names = _RANK_VARIABLES if is_task else _RANK_VARIABLES[:-1]
+    return next((environment[name] for name in names if name in environment), "")
+
+
+def write_exit_record(folder: str | None, code: int) -> None:
+    """Tell the guard of this node with which code this rank ends; nothing without a folder or without a guard."""
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            Path(folder, _rank(os.environ) or "0").write_text(str(code), encoding="utf-8")
+
+
+def _exit_code(record: Path, rank: int) -> int | None:
+    try:
+        return int((record / str(rank)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def oom_counter(pid: int | str = "self", proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Path:
+    """The file that counts how many processes the kernel has ended for want of memory in the control group of ``pid``.
+
+    Where groups do not tell, that of the whole machine.
+    """
+    names: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            names.update({each: path.lstrip("/") for each in controllers.split(",")})
+    # Version 1, version 2, and either where a container sees its own group as the root.
+    old, new = groups / "memory" / names.get("memory", ""), groups / names.get("", "")
+    candidates = (old / "memory.oom_control", new / "memory.events", groups / "memory" / "memory.oom_control")
+    return next((path for path in candidates if _counted(path) is not None), proc / "vmstat")
+
+
+def _counted(counter: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        match = re.search(r"^oom_kill (\d+)$", counter.read_text(encoding="utf-8"), re.MULTILINE)
+        return int(match[1]) if match else None
+    return None
+
+
+def oom_kills(counter: Path) -> int:
+    """How many processes the kernel has ended for want of memory, by a file of :func:`oom_counter`."""
+    return _counted(counter) or 0
+
+
+def newest_step(checkpoints: Path) -> int | None:
+    """Step of the newest complete checkpoint in a folder, by name only; None if there is none."""
+    try:
+        names = [path.name for path in checkpoints.iterdir() if (path / "manifest.json").is_file()]
+    except OSError:
+        return None
+    return max((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), default=None)
+
+
+def processes_of(record: str) -> list[psutil.Process]:
+    """Processes whose command line names ``record``, and all that they have started; never this one or its parents."""
+    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    children: dict[int, list[psutil.Process]] = {}
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["ppid", "cmdline", "status"]):
+        if process.info["status"] == psutil.STATUS_ZOMBIE or process.pid in mine:
+            continue
+        children.setdefault(process.info["ppid"], []).append(process)
+        if any(record in argument for argument in process.info["cmdline"] or ()):
+            found[process.pid] = process
+    waiting = list(found)
+    while waiting:
+        for child in children.get(waiting.pop(), ()):
+            if child.pid not in found:
+                found[child.pid] = child
+                waiting.append(child.pid)
+    return list(found.values())
+
+
+def _environment(process: psutil.Process) -> Mapping[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class Watch:
+    """What a guard knows of the run on its node.
+
+    Args:
+        record: the run's record folder on this node.
+        files: names of what was written into it for the ranks.
+    """
+
+    def __init__(self, record: Path, files: Collection[str] = ()) -> None:
+        self._record, self._files = record, tuple(files)
+        # The first process of every rank: what it forks has its command line and environment too.
+        self._ranks: dict[int, psutil.Process] = {}
+        # Of each rank: the kernel's counter of processes that it ended for want of memory, and where it stood.
+        self._oom_kills: dict[int, tuple[Path, int]] = {}
+        self._started = self._searched = time.monotonic()
+
+    def look(self) -> dict[str, Any]:
+        """The ranks' states."""
+        now = time.monotonic()
+        if now - self._started < _STARTING_SECONDS or now - self._searched > _SELDOM_SECONDS:
+            self._searched = now
+            self._search()
+        return {"ranks": self._states(), "oom_kills": self.oom_kills()}
+
+    def _search(self) -> None:
+        """Find ranks that have started."""
+        processes = processes_of(str(self._record))
+        parents = {process.pid: process.info["ppid"] for process in processes}
+        for process in processes:
+            rank = _rank(_environment(process))
+            # Launchers have the record in their command line and no rank; what a rank starts has its parent's rank.
+            if rank.isdecimal() and int(rank) not in self._ranks:
+                parent = next((other for other in processes if other.pid == parents[process.pid]), None)
+                if parent is None or _rank(_environment(parent)) != rank:
+                    self._ranks[int(rank)] = process
+                    counter = oom_counter(process.pid)
+                    self._oom_kills[int(rank)] = (counter, oom_kills(counter))
+
+    def _states(self) -> dict[str, Any]:
+        states: dict[str, Any] = {}
+        for rank, process in self._ranks.items():
+            if _is_alive(process):
+                states[str(rank)] = "running"
+            else:
+                code = _exit_code(self._record, rank)
+                states[str(rank)] = "lost" if code is None else code
+        return states
+
+    def oom_kills(self) -> int:
+        """Processes that the kernel has ended for want of memory beside the ranks, or as one of them."""
+        return max((oom_kills(counter) - before for counter, before in self._oom_kills.values()), default=0)
+
+    def stop(self, number: int) -> None:
+        """Send the ranks a signal; before there are any, everything."""
+        ranks = [process for process in self._ranks.values() if _is_alive(process)]
+        for process in ranks or processes_of(str(self._record)):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+
+    def forget(self) -> None:
+        """Remove what the ranks of this node have left in the record folder, and the folder after the last of them."""
+        folder = node_folder(self._record)
+        for path in (*(self._record / str(rank) for rank in self._ranks), *(folder / name for name in self._files)):
+            path.unlink(missing_ok=True)
+        for left in (folder, self._record):
+            with contextlib.suppress(OSError):
+                left.rmdir()
+
+    def end(self) -> dict[str, Any]:
+        """Kill everything; the last states, and the names of what could not be killed."""
+        before = self.look()["ranks"]
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (left := processes_of(str(self._record))) and time.monotonic() < deadline:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(0.05)
+        # What was running until now has been ended, which is no loss; what came between is told as it was.
+        after = self._states()
+        ranks = {
+            rank: state if state == "running" and after[rank] == "lost" else after[rank]
+            for rank, state in before.items()
+        }
+        return {
+            "ended": True,
+            "left": [f"{process.pid} {process.name()}" for process in left if _is_alive(process)],
+            "ranks": ranks,
+            "oom_kills": self.oom_kills(),
+        }
+
+
+def _say(report: Mapping[str, Any]) -> None:
+    print(json.dumps(report), flush=True)
+
+
+def _serve(watch: Watch, silence: float | None) -> None:
+    """Report and obey until told to end, or until nobody tells anything any more."""
+    heard, unread = time.monotonic(), b""
+    while silence is None or time.monotonic() - heard < silence:
+        if select.select([0], [], [], _INTERVAL_SECONDS)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                return
+            heard = time.monotonic()
+            *words, unread = (unread + data).split(b"\n")
+            if b"end" in words:
+                return
+            for word in words:
+                if word.startswith(b"stop "):
+                    watch.stop(int(word[5:]))
+        _say(watch.look())
+
+
+def node_folder(record: str | Path) -> Path:
+    """Where in the record folder, which nodes may share, this node's files are."""
+    return Path(record, socket.gethostname())
+
+
+def _write_files(record: Path, files: Mapping[str, str]) -> None:
+    """Write what the ranks of this node read, for their user alone."""
+    folder = node_folder(record)
+    folder.mkdir(mode=0o700)
+    for name, text in files.items():
+        with os.fdopen(
+            os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+
+
+def _addresses() -> dict[str, str]:
+    """The IPv4 address of every interface that other nodes may reach."""
+    found: dict[str, str] = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family == socket.AF_INET and not each.address.startswith("127."):
+                found.setdefault(name, each.address)
+    return found
+
+
+def _first_line() -> bytes:
+    """Read without a buffer, which would keep from ``select`` what follows."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):
+        line += byte
+    return line
+
+
+def main() -> int:
+    """Guard until told to end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # They are for the run, and its launcher decides what follows.
+    setup = json.loads(_first_line() or b"null")
+    if setup is None:
+        return 1
+    # Of a node that was cut off, and is back before it has noticed. One look for all: there may be hundreds.
+    arguments = [each for process in psutil.process_iter(["cmdline"]) for each in process.info["cmdline"] or ()]
+    for earlier in setup["before"]:
+        if any(earlier in argument for argument in arguments):
+            Watch(Path(earlier)).end()
+    record = Path(setup["record"])
+    record.mkdir(mode=0o700, exist_ok=True)  # Nodes may share it.
+    watch = Watch(record, setup["files"])
+    try:
+        _write_files(record, setup["files"])
+        # Also when this write fails, because the other side is gone already.
+        with contextlib.suppress(BrokenPipeError):
+            _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"])), "addresses": _addresses()})
+            _serve(watch, setup["silence"])
+    finally:
+        last = watch.end()
+        watch.forget()
+    with contextlib.suppress(BrokenPipeError):
+        _say({**last, "step": newest_step(Path(setup["checkpoints"]))})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

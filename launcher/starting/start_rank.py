@@ -1,0 +1,36 @@
+"""The worker as `sparse-zero launch` starts it: ``start_rank.py FOLDER``, with what the guard of this node wrote there.
+
+By hand, start ``launcher/train.py --config FILE`` instead.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# As a script, its own folder is the first of sys.path; the package is installed, or in PYTHONPATH.
+from launcher.starting.node_guard import node_folder
+
+
+def main(argv: Sequence[str]) -> int:
+    """Set the environment, then do as ``launcher/train.py``.
+
+    Args:
+        argv: the record folder; ``--meet=ADDRESS:PORT``, where the launcher does not tell ranks where they meet;
+            overrides ``--section.key=value`` of this start.
+    """
+    record, *overrides = argv
+    folder = node_folder(record)
+    # Before torch is imported, which reads some of it then.
+    os.environ.update(json.loads(Path(folder, "environment.json").read_text(encoding="utf-8")))
+    if overrides and overrides[0].startswith("--meet="):
+        address, _, port = overrides.pop(0).removeprefix("--meet=").rpartition(":")
+        os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": port, "SPARSE_ZERO_TOLD_ALL": "1"})
+    from launcher.train import main as train
+
+    return train(["--config", str(Path(folder, "config.yaml")), "--exit_record", record, *overrides])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

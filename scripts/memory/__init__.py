@@ -1,0 +1,1 @@
+"""What ``scripts/verify_memory.py`` and ``scripts/memory_study.py`` are made of."""

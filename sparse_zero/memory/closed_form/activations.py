@@ -1,0 +1,182 @@
+"""At which moments of forward and backward may a rank hold most, and what of it are activations?
+
+A pass is: embedding, layers, norm, head and loss, and the same backwards. What layers keep grows in forward and shrinks
+in backward, while gradients of what is trained grow; so the moments are the loss, the last layer, the first one that
+is trained, and between them any that holds more than both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparse_zero.memory.closed_form.decoder_shape import DecoderShape
+from sparse_zero.memory.closed_form.job import MemoryJob
+from sparse_zero.memory.closed_form.kept_activations import INPUTS, Held, Layer, Pass
+from sparse_zero.memory.closed_form.layer_activations import NORMS, keeps_stream
+from sparse_zero.memory.closed_form.moments import Moment, Phase, Term
+from sparse_zero.memory.closed_form.trained import Trained
+
+
+class _Moments(Pass):
+    """The moments of a pass."""
+
+    def forward(self) -> Iterator[Moment]:
+        """The moments of forward."""
+        sizes, shape, last = self.sizes, self.shape, self.layers[-1]
+        batch = 3 * 8 * sizes.tokens
+        shared = self.masks() + batch + self.embedded()
+        shared += 0 if self.keeps_positions else sizes.position_embeddings
+        held = self.below(last.index)
+        best: dict[str, tuple[int, Held, int]] = {}
+        for step in last.steps:
+            if not self.checkpoints:
+                held.add(step.kept)
+            # A checkpointed layer's input is what a step alone counts as held.
+            extra = step.forward if last.is_reached and not self.checkpoints else step.alone
+            total = held.num_bytes + extra
+            if step.name not in best or total > best[step.name][0]:
+                best[step.name] = (total, held.copy(), extra)
+        for name, (_, kept, extra) in best.items():
+            yield self._moment("forward", last.index, name, kept.terms(), extra + shared)
+        held = self.below(shape.num_layers)
+        own = self.ends()
+        held.add({NORMS: own.of.get(NORMS, 0)})
+        is_kept = self.has_graph and keeps_stream(sizes)
+        is_low_rms = shape.norm == "rms" and sizes.is_low and not self.trains("norm", "ln_f")
+        norm = (0 if is_kept else sizes.stream) + sizes.stream * (1 + is_low_rms)
+        norm += 4 * sizes.tokens * shape.hidden_size if shape.norm == "rms" else 0
+        yield self._moment("forward", None, "norm", held.terms(), norm + shared)
+        held = self.below(shape.num_layers)
+        held.add(own.of)
+        logits = self.job.logit_rows * shape.vocab_size
+        numbers = logits * (8 + (sizes.element if sizes.is_low else 0))
+        yield Moment(
+            phase="forward",
+            name="loss",
+            terms=(
+                *held.terms(),
+                Term(name="logits and loss", kind="logits", num_bytes=numbers + batch),
+            ),
+        )
+
+    def backward(self) -> Iterator[Moment]:
+        """The moments of backward."""
+        sizes, shape = self.sizes, self.shape
+        held = self.below(shape.num_layers)
+        held.add(self.ends().of)
+        logits = self.job.logit_rows * shape.vocab_size
+        # The softmax is kept from forward; its gradient, and that of what the loss reads.
+        yield Moment(
+            phase="backward",
+            name="loss",
+            terms=(
+                *held.terms(),
+                Term(name="logits and loss", kind="logits", num_bytes=4 * logits),
+                Term(name="gradients of the logits", kind="temporaries", num_bytes=8 * logits),
+            ),
+        )
+        if not self.has_graph and not self.trains_head:
+            return
+        head = logits * sizes.element + self.job.logit_rows * shape.hidden_size * sizes.element
+        if self.job.method == "full" or (shape.tied and self.trains_embedding):
+            head += shape.vocab_size * shape.hidden_size * sizes.element
+        yield self._moment("backward", None, "head", held.terms(), head)
+        if not self.has_graph:
+            return
+        wide = 4 * sizes.tokens * shape.hidden_size
+        norm = 2 * sizes.stream
+        if shape.norm == "rms":
+            norm = 5 * wide - (sizes.stream if self.trains("norm", "ln_f") else 0)
+        yield self._moment("backward", None, "norm", held.terms(), norm)
+        yield from self._layers_backward()
+        if self.trains_embedding:
+            dense = shape.vocab_size * shape.hidden_size * sizes.element
+            yield self._moment("backward", None, "embedding", self.outer().terms(), dense + sizes.stream)
+
+    def _layers_backward(self) -> Iterator[Moment]:
+        reached = [layer for layer in self.layers if layer.is_reached]
+        if not reached:
+            return
+        above = self._entries_above()
+        first, last = reached[0].index, reached[-1].index
+        # What is below each layer, and the most that it takes: of layers that are alike it is found once.
+        below, own = self.outer().num_bytes, dict[int, int]()
+        most: dict[int, int] = {}
+        for layer in self.layers:
+            if layer.is_reached:
+                if id(layer.steps) not in own:
+                    own[id(layer.steps)] = max(each[0] for each in self._tops(layer, Held()).values())
+                most[layer.index] = below + own[id(layer.steps)] + above[layer.index] * self.sizes.element
+            below += sum(self.kept(layer).values())
+        bar = max(most[first], most[last])
+        held = self.outer()
+        for layer in self.layers:
+            if layer.index in (first, last):
+                yield from self._layer_backward(layer, held)
+            elif most.get(layer.index, 0) > bar:
+                yield max(self._layer_backward(layer, held), key=lambda moment: moment.num_bytes())
+            held.add(self.kept(layer))
+
+    def _entries_above(self) -> dict[int, int]:
+        """Trained entries whose gradients are there when backward has gone through a layer."""
+        found: dict[int, int] = dict.fromkeys(range(-1, self.shape.num_layers + 1), 0)
+        for tensor in self.trained.tensors():
+            found[tensor.layer] = found.get(tensor.layer, 0) + tensor.numel
+        total = 0
+        for index in sorted(found, reverse=True):
+            total += found[index]
+            found[index] = total
+        return found
+
+    def _tops(self, layer: Layer, below: Held) -> dict[str, tuple[int, Held, int, int]]:
+        """The most of each module of a layer: in all, what is kept, what is repeated, and what dies at once."""
+        held, made = below.copy(), 0
+        if self.checkpoints:
+            held.add({INPUTS: self.sizes.stream})
+            # What a norm keeps of the stream is the kept input itself.
+            made = -self.sizes.stream if keeps_stream(self.sizes) and layer.has_graph else 0
+        best: dict[str, tuple[int, Held, int, int]] = {}
+        for step in layer.steps:
+            if self.checkpoints:
+                made += step.kept_bytes
+            else:
+                held.add(step.kept)
+            if step.backward is None:
+                continue
+            extra = step.backward
+            if self.checkpoints:
+                # Repeated, the step takes what it took in forward, beside the gradient that waits.
+                unrepeated = step.unrepeated if step is layer.steps[-1] else 0
+                extra = max(extra, step.forward - unrepeated + self.waiting())
+            total = held.num_bytes + made + extra
+            if step.name not in best or total > best[step.name][0]:
+                best[step.name] = (total, held.copy(), made, extra)
+        return best
+
+    def _layer_backward(self, layer: Layer, below: Held) -> Iterator[Moment]:
+        """The most of each module of a layer; of checkpointed ones, whose steps are repeated, with what that makes."""
+        for name, (_, kept, repeated, extra) in self._tops(layer, below).items():
+            terms = kept.terms()
+            if repeated > 0:
+                terms += (Term(name="recomputed activations", kind="temporaries", num_bytes=repeated),)
+            yield self._moment("backward", layer.index, name, terms, extra)
+
+    def _moment(self, phase: Phase, layer: int | None, name: str, terms: tuple[Term, ...], extra: int) -> Moment:
+        what = "gradients on their way" if phase == "backward" else "outputs on their way"
+        where = name if layer is None else f"layer {layer}, {name}"
+        return Moment(
+            phase=phase,
+            name=where,
+            terms=(*terms, Term(name=what, kind="temporaries", num_bytes=extra)),
+            module="" if layer is None else f"{self.shape.layers_name}.{layer}.{name}",
+        )
+
+
+def activation_moments(shape: DecoderShape, job: MemoryJob, trained: Trained) -> list[Moment]:
+    """The moments of forward and backward at which most may be held, without the states.
+
+    Names are "loss", "head", "norm" and "embedding", and "layer 31, mlp.down_proj" for a module of a layer, whose full
+    name is :attr:`~sparse_zero.memory.closed_form.moments.Moment.module`.
+    """
+    found = _Moments(shape, job, trained)
+    return [*found.forward(), *found.backward()]
