@@ -82,9 +82,17 @@ def test_metadata(wheel: Path, installed: Path) -> None:
 def test_command_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
     command = str(installed / "bin" / "sparse-zero")
     assert "sparse-zero COMMAND --help" in run(sys.executable, command, "--help", cwd=tmp_path, pythonpath=installed)
-    code = "import launcher.starting.command_line as c, sparse_zero; print(sparse_zero.__file__, c.worker_script(), sep='\\n')"
+    code = (
+        "from launcher.starting.command_line import script_file as f; import sparse_zero; "
+        "print(sparse_zero.__file__, f('launcher.train'), f('launcher.starting.start_rank'), sep='\\n')"
+    )
+    start = installed / "launcher" / "starting" / "start_rank.py"
     lines = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=installed).splitlines()
-    assert lines == [str(installed / "sparse_zero" / "__init__.py"), str(installed / "launcher" / "train.py")]
+    assert lines == [
+        str(installed / "sparse_zero" / "__init__.py"),
+        str(installed / "launcher" / "train.py"),
+        str(start),
+    ]
 
 
 def requirements() -> list[Requirement]:

@@ -88,7 +88,7 @@ class ClusterConfig:
         if self.launcher == "local" and self.num_nodes > 1:
             raise InputError(
                 f"cluster.num_nodes is {self.num_nodes} with cluster.launcher local: "
-                "use pdsh, openmpi, mpich or torchrun for several nodes"
+                "use pdsh, openmpi, mpich, slurm or torchrun for several nodes"
             )
         self._check_reaching()
         if self.launcher == "torchrun" and self.num_nodes > 1 and self.master_address is None:

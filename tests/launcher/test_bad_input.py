@@ -164,7 +164,7 @@ CONFIG_CASES = [
     Case(name="best without data", overrides=["--checkpoint.keep_best=validation_loss"], says=["checkpoint.keep_best is 'validation_loss'", "data.validation is missing"]),
     Case(name="pdsh without hostfile", overrides=["--cluster.launcher=pdsh"], says=["cluster.hostfile is missing"]),
     Case(name="missing hostfile", command="launch", overrides=["--cluster.launcher=pdsh", "--cluster.hostfile=hosts"], says=["cluster.hostfile is hosts", "no file"]),
-    Case(name="several nodes locally", overrides=["--cluster.num_nodes=2"], says=["cluster.num_nodes is 2", "pdsh or torchrun"]),
+    Case(name="several nodes locally", overrides=["--cluster.num_nodes=2"], says=["cluster.num_nodes is 2", "use pdsh, openmpi, mpich, slurm or torchrun"]),
     # an own DeepSpeed config
     Case(name="missing DeepSpeed config", overrides=["--zero.config=ds.json"], says=["zero.config ds.json does not exist"]),
     Case(name="DeepSpeed config not JSON", overrides=["--zero.config=ds.json"], files={"ds.json": "{,}"}, says=["zero.config ds.json is not valid JSON"]),

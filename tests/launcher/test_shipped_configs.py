@@ -1,5 +1,6 @@
 """Does every YAML that is shipped hold, in itself and as the method that its name promises?"""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,14 @@ def test_a_run_named_after_its_gpus_fits_on_them(path: Path) -> None:
 @pytest.mark.parametrize("path", [run for run in RUNS if run.stem.endswith("-1x8")], ids=name)
 def test_two_nodes_train_the_same_as_one(path: Path) -> None:
     one, two = load_config(path), load_config(path.with_name(path.name.replace("1x8", "2x8")))
-    assert (one.model, one.data, one.selection, one.zero) == (two.model, two.data, two.selection, two.zero)
+    assert (one.model, one.data, one.zero) == (two.model, two.data, two.zero)
+    # The same samples for the scores, which add up over micro-batches.
+    samples = {run.selection.calibration_batches * run.selection.calibration_batch_size for run in (one, two)}
+    assert len(samples) == 1
+    size = one.selection.calibration_batch_size
+    batches = one.selection.calibration_batches
+    selection = dataclasses.replace(two.selection, calibration_batch_size=size, calibration_batches=batches)
+    assert one.selection == selection
     assert one.training.global_batch_size == two.training.global_batch_size
     assert one.training.learning_rate == two.training.learning_rate
 
