@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
     parser.add_argument("--simulate", action="store_true", help="also run the real code on tensors without data")
     parser.add_argument("--lora-rank", type=int, metavar="R", help="of LoRA, DoRA and QLoRA; default: 32")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
-    parser.add_argument("--plot", metavar="FILE", help="also draw what each phase holds, a PNG (extra: plots)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also draw what each phase holds, a PNG; with --simulate a step, too (extra: plots)",
+    )
     return parser
 
 
@@ -150,6 +155,13 @@ def _planned(args: argparse.Namespace) -> "tuple[PlannedRun, str]":
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; 1 if what is asked for does not fit."""
     _check(args)
+    if args.plot is None or not args.simulate:
+        return _answer(args, None)
+    with tempfile.TemporaryDirectory(prefix="sparse_zero_plan_") as folder:
+        return _answer(args, Path(folder) / "timeline.json")
+
+
+def _answer(args: argparse.Namespace, timeline: Path | None) -> int:
     from launcher.plan import answers as plan_answers  # heavy: torch and transformers
     from launcher.plan.defaults import LORA_RANK
     from launcher.plan.planned_run import Gpu
@@ -168,11 +180,12 @@ def run(args: argparse.Namespace) -> int:
             find=args.find,
             compare=args.compare,
             simulate=args.simulate,
+            timeline=timeline,
             lora_rank=args.lora_rank or LORA_RANK,
         )
     if args.json is not None:
         atomic_write_json(Path(args.json), answer.found)
     if args.plot is not None:
-        answer.draw(Path(args.plot))
+        answer.draw(Path(args.plot), timeline)
     answer.show()
     return 0 if answer.fits else 1

@@ -42,9 +42,15 @@ class Answer:
         for each in self.shown:
             out.print(each)
 
-    def draw(self, file: Path) -> None:
-        """Write the picture of the phases, a PNG."""
+    def draw(self, file: Path, timeline: Path | None = None) -> None:
+        """Write the picture of the phases, a PNG; and of a step and what it keeps, beside it, where it was simulated.
+
+        Args:
+            file: of the first; the others' names end with ``-step`` and ``-step-kept``.
+            timeline: what :func:`launcher.plan.simulation.simulate_run` wrote.
+        """
         from launcher.memory.plots import phases_figure, terms_by_phase
+        from launcher.memory.timeline_plots import plot_timeline, read_timeline
         from launcher.plots import to_png
 
         assert self.run is not None
@@ -61,6 +67,9 @@ class Answer:
         )
         with atomic_path(file) as temporary:
             temporary.write_bytes(picture)
+        if timeline is not None and timeline.is_file():
+            step = file.with_name(f"{file.stem}-step{file.suffix}")
+            plot_timeline(read_timeline(timeline), step, heading=self.name)
 
 
 def about(
@@ -72,6 +81,7 @@ def about(
     find: str | None = None,
     compare: bool = False,
     simulate: bool = False,
+    timeline: Path | None = None,
     lora_rank: int = LORA_RANK,
 ) -> Answer:
     """The answer about one run.
@@ -84,6 +94,7 @@ def about(
         find: one of ``launcher.plan.questions.QUESTIONS``; None: only whether it fits.
         compare: show other methods beside it.
         simulate: run the real code on tensors without data, too.
+        timeline: a JSON file for what it held when.
         lora_rank: of the other methods.
 
     Raises:
@@ -108,7 +119,7 @@ def about(
         "phases": run.forecast.to_json(),
     }
     if find is None:
-        _add_forecast(answer, run, gpu, simulate=simulate)
+        _add_forecast(answer, run, gpu, simulate=simulate, timeline=timeline)
     if find is not None and gpu is not None:
         _find(answer, run, gpu, find)
     if compare:
@@ -118,11 +129,13 @@ def about(
     return answer
 
 
-def _add_forecast(answer: Answer, run: PlannedRun, gpu: Gpu | None, *, simulate: bool) -> None:
+def _add_forecast(answer: Answer, run: PlannedRun, gpu: Gpu | None, *, simulate: bool, timeline: Path | None) -> None:
     if simulate:
         from launcher.plan.simulation import simulate_run  # heavy, and a process of its own
 
-        answer.simulated = answer.found["simulation"] = simulate_run(run.config, run.world_size, **run.changes)
+        answer.simulated = answer.found["simulation"] = simulate_run(
+            run.config, run.world_size, timeline=timeline, **run.changes
+        )
     answer.shown.append(tables.phases_table(run, answer.name, answer.simulated))
     if gpu is None:
         return

@@ -49,8 +49,10 @@ def test_a_run_is_planned_without_weights_data_or_ranks(
 ) -> None:
     file, out = tmp_path / "run.yaml", tmp_path / "plan.json"
     file.write_text(dump_yaml(mapping(shapes)))
-    code = main(["plan", "--config", str(file), "--ranks", "4", "--gpu-memory", "8", "--simulate", "--json", str(out)])
-    assert code == 0
+    asked = ["plan", "--config", str(file), "--ranks", "4", "--gpu-memory", "8", "--simulate", "--json", str(out)]
+    assert main([*asked, "--plot", str(tmp_path / "plan.png")]) == 0
+    pictures = [path for path in tmp_path.glob("*.*") if path.read_bytes().startswith(b"\x89PNG")]
+    assert {path.name for path in pictures} == {"plan.png", "plan-step.png", "plan-step-kept.png"}
     written = json.loads(out.read_text())
     assert (written["world_size"], written["micro_batch"]) == (4, [2, 32])
     found = written["simulation"]

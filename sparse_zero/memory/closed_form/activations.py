@@ -87,6 +87,8 @@ class _Moments(Pass):
         norm = 2 * sizes.stream
         if shape.norm == "rms":
             norm = 5 * wide - (sizes.stream if self.trains("norm", "ln_f") else 0)
+        held = self.below(shape.num_layers)
+        held.add({NORMS: self.ends().of.get(NORMS, 0)})
         yield self._moment("backward", None, "norm", held.terms(), norm)
         yield from self._layers_backward()
         if self.trains_embedding:

@@ -153,7 +153,7 @@ class Pass:
             is_trained = self.trains("norm", "ln_f")
             own = sizes.stream + 8 * sizes.tokens if self.shape.norm == "layer" else wide + 4 * sizes.tokens
             held.add({NORMS: own + (sizes.stream if is_trained and self.shape.norm == "rms" else 0)})
-        if self.trains_head:
+        if self.trains_head or (sizes.keeps_inputs and self.has_graph):
             held.add({"for trained parts": self.job.logit_rows * self.shape.hidden_size * sizes.element})
         return held
 

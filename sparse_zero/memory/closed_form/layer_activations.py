@@ -77,6 +77,7 @@ def layer_steps(
     steps.append(norm_step(sizes, names[1], beside, has_graph=reached, is_trained=second))
     is_normed = reached or second
     inputs, outputs = shape.reading("mlp_input"), shape.reading("mlp_output")
+    uses = {name: use.given(is_normed) for name, use in uses.items()}
     of_experts, of_router = _is_trained("mlp.experts", trained), _is_trained("mlp.gate", trained)
     is_kept = any(uses[each.name].keeps_input for each in inputs)
     beside = beside.plus(0 if is_kept or of_router else stream, alone=stream)
@@ -103,6 +104,7 @@ def _attention_half(
 ) -> tuple[list[Step], bool]:
     shape, stream = sizes.shape, sizes.stream
     inputs, outputs = shape.reading("attention_input"), shape.reading("attention_output")
+    uses = {name: use.given(has_graph) for name, use in uses.items()}
     keepers = [each for each in inputs if uses[each.name].keeps_input]
     beside = beside.plus(0 if keepers else stream, alone=stream)
     steps: list[Step] = []
@@ -122,7 +124,7 @@ def _attention_half(
     if not outputs:
         return steps, reached
     output = outputs[0]
-    use = uses[output.name]
+    use = uses[output.name].given(reached)
     # Torch's kernels keep their output, which is this input; the eager products make a copy.
     is_copy = sizes.attention == "eager" or not reached
     kept = use.kept + (sizes.queries if use.keeps_input and is_copy else 0)

@@ -7,7 +7,7 @@ as an engine for 16 bits has them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparse_zero.memory.closed_form.decoder_shape import LinearShape
 from sparse_zero.memory.closed_form.steps import Sizes
@@ -24,6 +24,8 @@ class LinearUse:
     is_trained: bool = False
     # Whether backward keeps its whole input, which others may keep as well.
     keeps_input: bool = False
+    # Whether that is so wherever the input requires grad, for a weight that needs none of it.
+    keeps_graph: bool = False
     # Kept beside the input: slices of it, outputs of adapters.
     kept: int = 0
     # Held in forward beside input, output and what is kept; negative where the output comes after the most is held.
@@ -35,6 +37,10 @@ class LinearUse:
     # Held in backward beside the gradient of the output: with a gradient of the input to form, and without.
     backward: int = 0
     backward_first: int = 0
+
+    def given(self, has_graph: bool) -> LinearUse:
+        """The same linear, of whose input it is known whether it requires grad."""
+        return replace(self, keeps_input=True) if self.keeps_graph and has_graph else self
 
 
 def linear_use(sizes: Sizes, linear: LinearShape, trained: TrainedLinear | None) -> LinearUse:
@@ -67,7 +73,9 @@ def _dense_form(sizes: Sizes, linear: LinearShape) -> int:
 
 def _frozen(sizes: Sizes, linear: LinearShape) -> LinearUse:
     dense = _dense_form(sizes, linear)
-    return LinearUse(forward=dense, alone=dense, backward=dense + sizes.of(linear.in_features))
+    return LinearUse(
+        keeps_graph=sizes.keeps_inputs, forward=dense, alone=dense, backward=dense + sizes.of(linear.in_features)
+    )
 
 
 def _full(sizes: Sizes, linear: LinearShape) -> LinearUse:
@@ -164,6 +172,7 @@ def _lora(sizes: Sizes, linear: LinearShape) -> LinearUse:
     return LinearUse(
         is_trained=True,
         keeps_input=not of.is_wide,
+        keeps_graph=sizes.keeps_inputs,
         kept=of.inner + of.wide_input,
         # The output without and with the adapter, and the adapter's, scaled.
         forward=max(2 * of.wide_output, dense),
@@ -199,6 +208,7 @@ def _dora(sizes: Sizes, linear: LinearShape) -> LinearUse:
     return LinearUse(
         is_trained=True,
         keeps_input=not of.is_wide,
+        keeps_graph=sizes.keeps_inputs,
         kept=kept,
         forward=dense + unit + max(norm, scaled),
         # Two of the three scaled outputs.

@@ -42,7 +42,7 @@ def mlp_steps(
     else:
         steps = _plain(sizes, uses, first, wide, beside, has_graph)
     has_graph = has_graph or any(uses[each.name].is_trained for each in inputs)
-    use = uses[last.name]
+    use = uses[last.name].given(has_graph)
     kept = use.kept + (wide if use.keeps_input else 0)
     return [
         *steps,

@@ -120,6 +120,15 @@ class Sizes:
         return self.positions_squared * self.shape.num_heads
 
     @cached_property
+    def keeps_inputs(self) -> bool:
+        """Whether frozen linears keep inputs that require grad.
+
+        At stage 3 DeepSpeed puts a function of its own in the place of torch's linear, which does
+        (``runtime/zero/linear.py: LinearFunctionForZeroStage3``); this package's linears are no part of that.
+        """
+        return self.job.stage == 3 and self.job.method in ("lora", "dora")
+
+    @cached_property
     def position_embeddings(self) -> int:
         """Cosines and sines of the positions, which all layers share."""
         if self.shape.positions != "rope":
