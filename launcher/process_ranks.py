@@ -304,13 +304,18 @@ def _meet_through_mpi(ranks: Ranks, environ: Mapping[str, str]) -> Rendezvous:
     return Rendezvous(address=told[0], port=told[1], source=told[2])
 
 
+def slurm_port(job: int, step: int) -> int:
+    """The same port for all ranks of a job's step, and most likely another one for those of other jobs."""
+    return _SLURM_FIRST_PORT + (31 * job + step) % _SLURM_NUM_PORTS
+
+
 def _meet_through_slurm(environ: Mapping[str, str]) -> Rendezvous:
     """Rank 0 runs on the step's first node; job and step number give all tasks the same port."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise InputError("SLURM_STEP_NODELIST is missing in the environment: set MASTER_ADDR and MASTER_PORT")
     job, step = _number(environ, "SLURM_JOB_ID") or 0, _number(environ, "SLURM_STEP_ID") or 0
-    port = _SLURM_FIRST_PORT + (31 * job + step) % _SLURM_NUM_PORTS
+    port = slurm_port(job, step)
     return Rendezvous(
         address=environ.get("MASTER_ADDR") or first_host(nodes), port=_port(environ) or port, source="Slurm"
     )

@@ -252,15 +252,15 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             peak = memory.peaks.peak("train")
             everyone = _gather([loss, input_tokens, request.signal, peak, checkpoints.has_failed])
             seconds = time.perf_counter() - started
-            if memory.end_step() or (memory.is_measuring and step + 1 == num_steps):
+            applied = step_was_applied(state.engine)
+            if memory.end_step(applied=applied) or (memory.is_measuring and step + 1 == num_steps):
                 _tell_memory(state, memory, seconds * (num_steps - step - 1))
             if everyone[:, 4].any():
                 checkpoints.wait()  # Raises, on all ranks together.
             sums = everyone.sum(0)
             result.step, result.final_loss = step + 1, float(sums[0])
             result.peak_memory_bytes = [int(peak) for peak in everyone[:, 3]]
-            skipped = not step_was_applied(state.engine)
-            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if step > state.first_step:
                 result.tokens, result.seconds = result.tokens + float(sums[1]), result.seconds + seconds
             norm = state.engine.get_global_grad_norm()
@@ -275,10 +275,12 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "step_seconds": seconds,
                 "peak_memory_bytes": max(result.peak_memory_bytes),
                 "epoch": (step + 1) / sampler.steps_per_epoch,
-                "skipped": skipped,
+                "skipped": not applied,
             }
             progress.update(row)
-            if metrics is not None and ((step + 1) % config.output.log_every == 0 or step + 1 == num_steps or skipped):
+            if metrics is not None and (
+                (step + 1) % config.output.log_every == 0 or step + 1 == num_steps or not applied
+            ):
                 metrics.write(row)
             if skipped_in_a_row >= config.training.max_nonfinite_steps:
                 raise NonFiniteError(

@@ -58,7 +58,9 @@ def decoder_shape(model: PreTrainedModel) -> DecoderShape:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is None or head.weight is embedding
     total = sum(each.numel() for each in model.parameters())
-    heads = int(config.num_attention_heads)
+    if not isinstance(getattr(config, "num_attention_heads", None), int):
+        raise InputError(f"{kind} models have no attention heads: they have no closed form")
+    heads = config.num_attention_heads
     num_experts, intermediate = _experts(layers[0])
     outputs = [each.in_features for each in linears if each.reads == "mlp_output"]
     if not num_experts:

@@ -149,7 +149,7 @@ def verify_measured(options: argparse.Namespace) -> bool:
         found = on_forked_ranks(
             context,
             measure_case,
-            {"case": dataclasses.asdict(case), "folder": folders[case.model], "tiny_folder": folders["tiny"]},
+            {"case": dataclasses.asdict(case), "folder": folders[case.model]},
             world_size=case.world_size,
             timeout=TIMEOUT_SECONDS,
         )

@@ -216,7 +216,7 @@ def test_secrets_do_not_reach_the_command_lines_that_deepspeed_logs() -> None:
     across = ClusterConfig(launcher="pdsh", hosts=("a slots=1",))
     given = {**kept, **secret, "RANK": "1", "PYTHONPATH": "/p", "NCCL_DEBUG": "$(touch x)"}
     told = environment_of_start(given, across)
-    assert told == {"HF_TOKEN": TOKEN, "PATH": "/bin", "PYTHONPATH": "/p"}
+    assert told == {"HF_TOKEN": TOKEN, "PATH": "/bin", "PYTHONPATH": "/p", "DS_ENV_FILE": os.devnull}
     # Nothing but that path is left of what DeepSpeed exports.
     beginnings = [*runner.EXPORT_ENVS, "NCCL"]
     assert runner.EXPORT_ENVS == ["MLFLOW", "PYTHON", "MV2", "UCX"]

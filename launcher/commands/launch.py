@@ -14,14 +14,24 @@ from pathlib import Path
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
-from launcher.process_ranks import free_port
+from launcher.process_ranks import free_port, slurm_port
 from launcher.run_folder import RunFolder
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.command_line import check_remote_shell, script_file, ssh_options, worker_by_hand, worker_command
 from launcher.starting.find_mpirun import mpirun_first
 from launcher.starting.slurm import nodes_of_allocation, on_allocated_node
 from launcher.starting.start_files import exported_variables, files_of_run
-from launcher.starting.supervising import Limits, Node, Reach, Start, Supervisor, limits_of, master_of, read_nodes
+from launcher.starting.supervising import (
+    Limits,
+    Node,
+    Reach,
+    Start,
+    Supervisor,
+    choose_nodes,
+    limits_of,
+    master_of,
+    read_nodes,
+)
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
@@ -52,14 +62,19 @@ def run(args: argparse.Namespace) -> int:
     num_gpus, devices = _ranks(config)
     nodes = _nodes(config.cluster, num_gpus)
     limits = limits_of(config.cluster, nodes) if nodes else Limits(least=1, most=1)
-    ranks = sum(node.slots for node in nodes[: config.cluster.num_nodes]) or (num_gpus or 0) * config.cluster.num_nodes
+    ranks = sum(node.slots for node in choose_nodes(nodes, limits)) or (num_gpus or 0) * config.cluster.num_nodes
     if ranks:
         # Found here, a contradiction is one line; found by the workers, it is one for every rank.
         deepspeed_config(config, ranks)
 
     cluster = config.cluster
     if cluster.reaches_nodes:
-        check_remote_shell(python=sys.executable, folder=str(Path.cwd()), python_path=os.environ.get("PYTHONPATH", ""))
+        check_remote_shell(
+            python=sys.executable,
+            folder=str(Path.cwd()),
+            python_path=os.environ.get("PYTHONPATH", ""),
+            package=script_file("launcher.starting.start_rank"),
+        )
     environment = exported_variables(cluster, os.environ)
     remote, port = _remote(cluster), _master_port(config)
 
@@ -81,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     if args.dry_run:
-        _print_plan(args, config, nodes, remote, environment, command)
+        _print_plan(args, config, nodes, limits, remote, environment, command)
         return 0
     with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
         supervisor = Supervisor(
@@ -101,7 +116,12 @@ def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
     if cluster.launcher == "slurm":
         return nodes_of_allocation(cluster, os.environ)
     if cluster.names_nodes:
-        return [Node(node.name, ranks_per_node or node.slots) for node in read_nodes(cluster)]
+        nodes = [Node(node.name, ranks_per_node or node.slots) for node in read_nodes(cluster)]
+        if cluster.launcher == "mpich" and len({node.slots for node in nodes}) > 1:
+            raise InputError(
+                "cluster.launcher is mpich, and the nodes have different numbers of slots: set cluster.ranks_per_node"
+            )
+        return nodes
     if cluster.num_nodes > 1:
         return []
     import torch
@@ -171,18 +191,19 @@ def _print_plan(
     args: argparse.Namespace,
     config: RunConfig,
     nodes: Sequence[Node],
+    limits: Limits,
     remote: Reach | None,
     environment: Mapping[str, str],
     command: Callable[[Start, Path], Sequence[str]],
 ) -> None:
     """What would run, line by line as a shell would take it, and in comments what it would be given."""
-    chosen = tuple(nodes[: config.cluster.num_nodes])
+    chosen = choose_nodes(nodes, limits)
     start = Start(nodes=chosen, restarts=0, record="/tmp/sparse-zero-RANDOM")
     guard = [sys.executable, script_file("launcher.starting.node_guard")]
     with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder:
         line = shlex.join(command(start, Path(folder)))
         print("# on every node a guard, which writes the config and the environment for the ranks, and ends them")
-        for node in chosen or (None,):
+        for node in nodes or (None,):
             print(shlex.join(remote(node.name, guard) if remote and node else guard))
         if environment:
             print(f"# variables for every rank: {', '.join(sorted(environment))}")
@@ -215,6 +236,8 @@ def _master_port(config: RunConfig) -> int:
     cluster = config.cluster
     if cluster.master_port is not None:
         return cluster.master_port
+    if cluster.launcher == "slurm" and os.environ.get("SLURM_JOB_ID", "").isdecimal():
+        return slurm_port(int(os.environ["SLURM_JOB_ID"]), 0)  # Jobs may share a node.
     if cluster.num_nodes > 1:
         return _PORT_ACROSS_NODES
     return free_port()

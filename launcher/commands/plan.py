@@ -132,7 +132,7 @@ def _planned(args: argparse.Namespace) -> "tuple[PlannedRun, str]":
     """The run that is asked about, and what its method is called."""
     import dataclasses
 
-    from launcher.config import parse_config
+    from launcher.config import apply_override, parse_config
     from launcher.plan.defaults import LORA_RANK, SELECTIONS, default_run, described, peer_changes, selection_for
     from launcher.plan.planned_run import plan_run
     from launcher.yaml_files import read_mapping
@@ -146,6 +146,8 @@ def _planned(args: argparse.Namespace) -> "tuple[PlannedRun, str]":
         values = described(config.model.name_or_path, field="model.name_or_path")
         if method in SELECTIONS:
             mapping = {**read_mapping(args.config), "selection": selection_for(method, values)}
+            for override in args.overrides:
+                apply_override(mapping, override)
             replaced = parse_config(mapping, source=args.config)
             config = dataclasses.replace(config, selection=replaced.selection)
     changes = peer_changes(method, str(values.get("model_type", "llama")), args.lora_rank or LORA_RANK)

@@ -111,6 +111,7 @@ def shape_of(samples: Sequence[TokenizedSample], batching: Literal["pad", "pack"
         "label_positions": label_positions(samples, batching),
         "tokens": sum(lengths),
         "accumulation": accumulation,
+        "samples": len(samples),
     }
 
 
@@ -241,10 +242,14 @@ class RunMemory:
             stack.enter_context(recorder.phase(name))
             yield
 
-    def end_step(self) -> bool:
-        """An optimizer step is done; whether it was the last one to be measured."""
+    def end_step(self, *, applied: bool = True) -> bool:
+        """An optimizer step is done; whether it was the last one to be measured.
+
+        Args:
+            applied: whether it changed anything. One that was discarded makes no moments, and does not count.
+        """
         self._is_measured = False
-        if not self.is_measuring:
+        if not self.is_measuring or not applied:
             return False
         self._steps_left -= 1
         self._num_steps += 1

@@ -31,7 +31,27 @@ class MemoryDifferenceWarning(UserWarning):
 
 def job_changes(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a memory job for a micro-batch that was measured."""
-    return {name: micro_batch[name] for name in ("micro_batch", "length", "label_positions", "accumulation")}
+    names = ("micro_batch", "length", "label_positions", "accumulation", "samples")
+    return {name: micro_batch[name] for name in names}
+
+
+# Forecasts of a large model take up to a second, while other ranks may wait.
+_MAX_FORECASTS = 4
+
+
+def _largest(micro_batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that no other one exceeds in everything that decides about memory, by tokens, and no more than a few."""
+
+    def sides(each: Mapping[str, Any]) -> tuple[int, ...]:
+        labels = each["micro_batch"] * each["label_positions"]
+        return each["micro_batch"], each["length"], labels, each["accumulation"], each["samples"]
+
+    def exceeds(other: Mapping[str, Any], each: Mapping[str, Any]) -> bool:
+        pairs = list(zip(sides(other), sides(each), strict=True))
+        return sides(other) != sides(each) and all(more >= less for more, less in pairs)
+
+    found = [each for each in micro_batches if not any(exceeds(other, each) for other in micro_batches)]
+    return sorted(found, key=lambda each: -each["micro_batch"] * each["length"])[:_MAX_FORECASTS]
 
 
 def forecast_measured(
@@ -101,6 +121,7 @@ class MemoryNotes:
         micro_batches: list[Mapping[str, Any]] = []
         for rank in self._ranks:
             micro_batches += [each for each in rank["micro_batches"] if each not in micro_batches]
+        micro_batches = _largest(micro_batches)
         try:
             forecast, most = forecast_measured(self._config, self._world_size, micro_batches, selection=self._selection)
         except InputError as error:

@@ -18,6 +18,7 @@ from launcher.plan.search import Change, changes_that_fit
 from launcher.plan.settings import settings_that_fit, why
 from launcher.summary import format_bytes
 from sparse_zero.files import atomic_path
+from sparse_zero.memory.device import device_overhead
 
 
 @dataclass(kw_only=True)
@@ -170,7 +171,7 @@ def _changes(run: PlannedRun, gpu: Gpu) -> list[Change]:
         gpu.usable_bytes,
         run.shapes,
         run.selection,
-        overhead_bytes=run.overhead.num_bytes,
+        overhead=lambda job: device_overhead(run.shapes.shape, job).num_bytes,
         most=2,
         **run.changes,
     )

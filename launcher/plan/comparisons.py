@@ -68,12 +68,11 @@ class ModelFit:
 
 
 def _as_fast_as_it_fits(run: PlannedRun, gpu: Gpu) -> tuple[PlannedRun, bool]:
-    least = at_stage(run, 3).but(gradient_checkpointing=True)
-    if not least.fits(gpu):
-        return least, False
-    tried = [at_stage(run, stage).but(gradient_checkpointing=each) for stage in (2, 3) for each in (False, True)]
-    tried.sort(key=lambda each: judge(each).seconds)
-    return next((each for each in tried if each.fits(gpu)), least), True
+    tried = [at_stage(run, stage).but(gradient_checkpointing=each) for stage in (2, 3) for each in (True, False)]
+    fitting = [each for each in tried if each.fits(gpu)]
+    if not fitting:  # On few ranks stage 3 may take more than stage 2, for what it gathers.
+        return min(tried, key=lambda each: each.needed_bytes), False
+    return min(fitting, key=lambda each: judge(each).seconds), True
 
 
 def models_that_fit(

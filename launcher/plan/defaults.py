@@ -6,6 +6,7 @@ installed with the packages, so they stand here, too.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -149,7 +150,8 @@ def selection_for(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
         }
         for region in recipe["regions"]
     ]
-    return {**recipe, "regions": regions}
+    # Overrides are written into it.
+    return copy.deepcopy({**recipe, "regions": regions})
 
 
 def default_run(model: str, method: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,12 +11,13 @@ from typing import Any
 
 from launcher.config import RunConfig, apply_override, parse_config, resolved_yaml
 from launcher.deepspeed_config import check_own_config
-from launcher.plan.forecasting import Shapes, forecast_run, planned_selection
+from launcher.plan.forecasting import Shapes, forecast_run, job_of, planned_selection
 from launcher.plan.options import Option, dimensions
 from launcher.run_folder import FREE_KEYS
 from launcher.yaml_files import parse_yaml
 from sparse_zero.errors import InputError
 from sparse_zero.memory.closed_form.forecast import Forecast
+from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.selection.selection import Selection
 
 # Forecasts that a search may make; one takes milliseconds.
@@ -79,6 +80,7 @@ class Change:
     # Whether a run that has begun can go on with it; else it starts anew, in another output.folder.
     can_continue: bool
     config: RunConfig
+    job: MemoryJob
     forecast: Forecast
 
 
@@ -175,6 +177,7 @@ class _Search:
             selection = self._selection_of(changed)
             job = _batch_of(self._config, changed, self._job, self._filled)
             forecast = forecast_run(changed, self._world_size, shapes=self._shapes, selection=selection, **job)
+            changed_job = job_of(changed, self._world_size, **job)
         except InputError:
             return None
         return Change(
@@ -184,6 +187,7 @@ class _Search:
             changes_result=any(option.penalty for option in options),
             can_continue=_can_continue(overrides),
             config=changed,
+            job=changed_job,
             forecast=forecast,
         )
 
@@ -195,7 +199,7 @@ def changes_that_fit(
     shapes: Shapes,
     selection: Selection | None = None,
     *,
-    overhead_bytes: float = 0,
+    overhead: Callable[[MemoryJob], float] = lambda job: 0.0,
     on_host: bool = False,
     most: int = 3,
     filled_fraction: float = 1.0,
@@ -211,21 +215,21 @@ def changes_that_fit(
         memory_bytes: that one rank has.
         shapes: of the run's model.
         selection: the run's; None: one as large, at random.
-        overhead_bytes: see :func:`fits`.
+        overhead: what else lies there beside a job's tensors, see :func:`fits`.
         on_host: the run is on a CPU.
         most: changes to find.
         filled_fraction: of the tokens of a padded micro-batch, those that are no padding.
         job: fields of :class:`~sparse_zero.memory.closed_form.job.MemoryJob` in which the run differs from its
             config: the micro-batch that was looked at (micro_batch, length, label_positions), no calibration.
     """
-    if selection is None:
+    if selection is None and job.get("method", "selection") == "selection":
         selection = planned_selection(config, shapes)
     search = _Search(config, world_size, shapes, selection, on_host, job, filled_fraction)
 
     def has_room(point: tuple[int, ...]) -> bool:
         change = search.look(point)
         return change is not None and fits(
-            change.forecast, memory_bytes, overhead_bytes=overhead_bytes, on_host=on_host
+            change.forecast, memory_bytes, overhead_bytes=overhead(change.job), on_host=on_host
         )
 
     start = (0,) * len(search.dimensions)

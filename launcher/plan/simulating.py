@@ -75,11 +75,14 @@ def simulate_here(mapping: Mapping[str, Any], job: MemoryJob, timeline: str | No
 
 
 def simulate_calibration_here(mapping: Mapping[str, Any], job: MemoryJob) -> dict[str, Any]:
-    """The phases of loading and calibration; as :func:`simulate_here`."""
+    """The phases of loading and calibration, as :func:`simulate_here`; calibration's row has ``needed_bytes``."""
     from launcher.plan.simulating_calibration import simulate_calibration
 
     with _quietly():
-        return simulate_calibration(parse_config(mapping), job).to_json()
+        timeline = simulate_calibration(parse_config(mapping), job)
+        phases = timeline.to_json()
+        phases["calibration"]["needed_bytes"] = needed_bytes(timeline, tolerance=0.01)
+        return phases
 
 
 def _model(config: RunConfig, job: MemoryJob) -> _Model:

@@ -126,10 +126,12 @@ def _calibration_in_a_child(mapping: dict[str, Any], job: MemoryJob) -> dict[str
 def _with_calibration(found: dict[str, Any], phases: dict[str, Any]) -> dict[str, Any]:
     """What was found of training, with the phase of calibration after loading, where a run has it."""
     load, *others = found["phases"].items()
-    calibration = phases["calibration"]
+    calibration = dict(phases["calibration"])
+    needed = calibration.pop("needed_bytes")
     return {
         **found,
         "peak_bytes": max(found["peak_bytes"], calibration["peak_bytes"]),
+        "needed_bytes": max(found["needed_bytes"], needed),
         "phases": dict([load, ("calibration", calibration), *others]),
     }
 
@@ -160,6 +162,7 @@ def simulate_run(
     check_can_simulate(config, job.method)
     mapping = parse_yaml(resolved_yaml(config), "the run")
     file = None if timeline is None else str(timeline)
+    before = multiprocessing.active_children()
     # A process makes one world, and no other after it.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
@@ -174,5 +177,6 @@ def simulate_run(
             ) from error
         except BaseException:
             for child in multiprocessing.active_children():
-                child.kill()
+                if child not in before:
+                    child.kill()
             raise

@@ -111,10 +111,14 @@ class ClusterConfig:
             )
         if self.ssh_port is not None and not 1 <= self.ssh_port <= 65535:
             raise InputError(f"cluster.ssh_port is {self.ssh_port}: it must lie in 1 to 65535")
-        for name, remedy in (("ssh_user", "the name of a user"), ("network_interface", "a name such as eth0")):
+        for name, remedy in (
+            ("ssh_user", "the name of a user"),
+            ("network_interface", "a name such as eth0"),
+            ("master_address", "a name or an address"),
+        ):
             value = getattr(self, name)
-            # They become part of command lines of ssh and mpirun.
-            if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*", value):
+            # They become part of command lines of ssh, pdsh and mpirun.
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9_:][A-Za-z0-9_.:@-]*", value):
                 raise InputError(f"cluster.{name} is {value!r}: give {remedy}")
 
     @property

@@ -13,7 +13,7 @@ from sparse_zero.errors import InputError
 
 # DeepSpeed's backends put the current folder, the interpreter and PYTHONPATH into a remote command line as they are, or
 # in double quotes, and pdsh replaces %h, %n and the like.
-_SAFE_IN_SHELL = re.compile(r"[\w@+=:,./-]*")
+_SAFE_IN_SHELL = re.compile(r"[\w@+=:./-]*")
 
 
 def script_file(module: str) -> str:
@@ -136,13 +136,18 @@ def ssh_options(cluster: ClusterConfig) -> list[str]:
     return [*port, *([] if cluster.ssh_user is None else ["-l", cluster.ssh_user])]
 
 
-def check_remote_shell(*, python: str, folder: str, python_path: str) -> None:
+def check_remote_shell(*, python: str, folder: str, python_path: str, package: str) -> None:
     """Refuse paths that DeepSpeed's launcher would let a remote shell take apart or run.
 
     Raises:
         InputError: names what has to be moved.
     """
-    for name, value in (("the current folder", folder), ("the interpreter", python), ("PYTHONPATH", python_path)):
+    for name, value in (
+        ("the current folder", folder),
+        ("the interpreter", python),
+        ("PYTHONPATH", python_path),
+        ("the package's folder", package),
+    ):
         if not _SAFE_IN_SHELL.fullmatch(value):
             raise InputError(
                 f"{name} is {value!r}, which DeepSpeed's launcher cannot pass to other nodes as it is: use a path of "

@@ -25,6 +25,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -141,6 +142,12 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def _signalled(process: psutil.Process) -> list[psutil.Process]:
+    """What gets the signals for a rank: DeepSpeed starts MPICH's through a process that passes none on."""
+    is_helper = any(argument.endswith("launcher_helper.py") for argument in process.cmdline())
+    return (process.children() if is_helper else []) or [process]
+
+
 class Watch:
     """What a guard knows of the run on its node.
 
@@ -194,18 +201,28 @@ class Watch:
         return max((oom_kills(counter) - before for counter, before in self._oom_kills.values()), default=0)
 
     def stop(self, number: int) -> None:
-        """Send the ranks a signal; before there are any, everything."""
+        """Send the ranks a signal; before there are any, end everything."""
         ranks = [process for process in self._ranks.values() if _is_alive(process)]
-        for process in ranks or processes_of(str(self._record)):
+        for process in ranks:
             with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
+                for each in _signalled(process):
+                    each.send_signal(number)
+        if not ranks:  # Launchers only. DeepSpeed's, told to end, would end other runs of its user's as well.
+            for process in processes_of(str(self._record)):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+    def remove_files(self) -> None:
+        """Remove what was written for the ranks, which have read it, or are not to start any more."""
+        for name in self._files:
+            (node_folder(self._record) / name).unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Remove what the ranks of this node have left in the record folder, and the folder after the last of them."""
-        folder = node_folder(self._record)
-        for path in (*(self._record / str(rank) for rank in self._ranks), *(folder / name for name in self._files)):
-            path.unlink(missing_ok=True)
-        for left in (folder, self._record):
+        self.remove_files()
+        for rank in self._ranks:
+            (self._record / str(rank)).unlink(missing_ok=True)
+        for left in (node_folder(self._record), self._record):
             with contextlib.suppress(OSError):
                 left.rmdir()
 
@@ -262,7 +279,10 @@ def node_folder(record: str | Path) -> Path:
 def _write_files(record: Path, files: Mapping[str, str]) -> None:
     """Write what the ranks of this node read, for their user alone."""
     folder = node_folder(record)
-    folder.mkdir(mode=0o700)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        sys.exit(f"{socket.gethostname()} has a guard of this start already: name each machine once")
     for name, text in files.items():
         with os.fdopen(
             os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
@@ -277,7 +297,9 @@ def _addresses() -> dict[str, str]:
         for each in addresses:
             if each.family == socket.AF_INET and not each.address.startswith("127."):
                 found.setdefault(name, each.address)
-    return found
+    # First the one that ssh came by: others may be bridges of containers, which every node has.
+    reached = os.environ.get("SSH_CONNECTION", "").split()[2:3]
+    return dict(sorted(found.items(), key=lambda item: item[1] not in reached))
 
 
 def _first_line() -> bytes:
@@ -300,11 +322,15 @@ def main() -> int:
     for earlier in setup["before"]:
         if any(earlier in argument for argument in arguments):
             Watch(Path(earlier)).end()
+        # Its guard may have been killed before it could.
+        shutil.rmtree(earlier, ignore_errors=True)
     record = Path(setup["record"])
     record.mkdir(mode=0o700, exist_ok=True)  # Nodes may share it.
+    _write_files(record, setup["files"])
     watch = Watch(record, setup["files"])
+    # A batch system sends it to all processes that it is about to kill.
+    signal.signal(signal.SIGTERM, lambda *_: watch.remove_files())
     try:
-        _write_files(record, setup["files"])
         # Also when this write fails, because the other side is gone already.
         with contextlib.suppress(BrokenPipeError):
             _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"])), "addresses": _addresses()})

@@ -22,9 +22,13 @@ CONFIG_NAME, ENVIRONMENT_NAME = "config.yaml", "environment.json"
 # Variables with these beginnings go to all nodes: libraries that the ranks use read them. DeepSpeed's launcher would
 # forward those of NCCL, UCX and Python only.
 _FORWARDED = re.compile(
-    r"(?!CUDA_VISIBLE_DEVICES$)(NCCL|GLOO|UCX|TORCH|CUDA|OMP|MKL|DS|DEEPSPEED|HF|TRANSFORMERS|TOKENIZERS|MLFLOW|WANDB)_.*"
+    r"(?!CUDA_VISIBLE_DEVICES$)(NCCL|GLOO|UCX|TORCH|PYTORCH|CUDA|OMP|MKL|DS|DEEPSPEED|HF|TRANSFORMERS|TOKENIZERS|MLFLOW|WANDB)_.*"
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OF_LAUNCHERS = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES"
+    r"|(OMPI_COMM_WORLD|PMI|PMIX|SLURM|TORCHELASTIC)_.*"
+)
 
 
 def _entry(text: str, source: str, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -32,6 +36,8 @@ def _entry(text: str, source: str, environ: Mapping[str, str]) -> tuple[str, str
     name, equals, value = text.partition("=")
     if not _NAME.fullmatch(name):
         raise InputError(f"{source} has {text!r}: write NAME, or NAME=value")
+    if _OF_LAUNCHERS.fullmatch(name):
+        raise InputError(f"{source} has {name}, which launchers set for each rank: take it out")
     if "\0" in value:
         raise InputError(f"{source} has {name} with a NUL character: no environment can hold it")
     if not equals and name not in environ:

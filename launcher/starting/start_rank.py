@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # As a script, its own folder is the first of sys.path; the package is installed, or in PYTHONPATH.
 from launcher.starting.node_guard import node_folder
 
 
-def main(argv: Sequence[str]) -> int:
-    """Set the environment, then do as ``launcher/train.py``.
+def main(argv: Sequence[str]) -> NoReturn:
+    """Set the environment, then become ``launcher/train.py``: some of it is read when an interpreter starts.
 
     Args:
         argv: the record folder; ``--meet=ADDRESS:PORT``, where the launcher does not tell ranks where they meet;
@@ -22,15 +23,14 @@ def main(argv: Sequence[str]) -> int:
     """
     record, *overrides = argv
     folder = node_folder(record)
-    # Before torch is imported, which reads some of it then.
     os.environ.update(json.loads(Path(folder, "environment.json").read_text(encoding="utf-8")))
     if overrides and overrides[0].startswith("--meet="):
         address, _, port = overrides.pop(0).removeprefix("--meet=").rpartition(":")
         os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": port, "SPARSE_ZERO_TOLD_ALL": "1"})
-    from launcher.train import main as train
-
-    return train(["--config", str(Path(folder, "config.yaml")), "--exit_record", record, *overrides])
+    script, config = Path(__file__).parents[1] / "train.py", folder / "config.yaml"
+    worker = [str(script), "--config", str(config), "--exit_record", record, *overrides]
+    os.execv(sys.executable, [sys.executable, "-u", *worker])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -40,7 +40,10 @@ _GRACE_SECONDS = 120.0
 # A guard is sent a line a second; kills take up to ten.
 _BEAT_SECONDS, _END_SECONDS, _LOOK_SECONDS = 1.0, 15.0, 0.05
 # What a surrounding launcher has told this process is not for the ranks that it starts.
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_RANK_VARIABLES = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|TORCHELASTIC_RUN_ID|OMPI_COMM_WORLD_.*|(PMI|PMIX)_(RANK|SIZE)"
+    r"|MPI_LOCAL(RANKID|NRANKS)|SLURM_(PROCID|LOCALID|NODEID|STEP_?ID|STEP_NUM_TASKS|STEP_TASKS_PER_NODE)"
+)
 # What DeepSpeed's launcher forwards of its own accord begins with these.
 _TOLD_BY_DEEPSPEED = ("MLFLOW", "NCCL", "PYTHON", "MV2", "UCX", "CUDA")
 
@@ -59,8 +62,10 @@ def environment_of_start(environ: Mapping[str, str], cluster: ClusterConfig) -> 
     found = {
         name: value
         for name, value in environ.items()
-        if name not in _RANK_VARIABLES and (name == "PYTHONPATH" or not name.startswith(told))
+        if not _RANK_VARIABLES.fullmatch(name) and (name == "PYTHONPATH" or not name.startswith(told))
     }
+    if cluster.reaches_nodes:  # DeepSpeed's own file of variables, too, goes to command lines.
+        found["DS_ENV_FILE"] = os.devnull
     ssh = ssh_options(cluster)
     if cluster.launcher == "mpich" and ssh:
         found["HYDRA_LAUNCHER_EXTRA_ARGS"] = " ".join(ssh)
@@ -196,6 +201,8 @@ def master_of(cluster: ClusterConfig, usual: Node, start: Start) -> str:
     if cluster.master_address is not None and start.nodes[0] == usual:
         return cluster.master_address
     found = start.addresses.get(start.nodes[0].name, {})
+    if cluster.launcher == "slurm" and cluster.network_interface is None:
+        return start.nodes[0].name
     if cluster.network_interface is not None and cluster.network_interface in found:
         return found[cluster.network_interface]
     return next(iter(found.values()), start.nodes[0].name.rpartition("@")[2])
@@ -498,12 +505,11 @@ class Supervisor:
                 if self._hurry:
                     break
                 if self._signal and not told:
+                    if process.poll() is None and not any(_states(guard) for guard in guards):
+                        break  # Nothing to save. DeepSpeed's launcher, told to end, would end other runs as well.
                     deadline, told = now + _GRACE_SECONDS, True
                     for guard in guards:
                         guard.send(f"stop {self._signal}")
-                    if process.poll() is None and not any(_states(guard) for guard in guards):
-                        with suppress(ProcessLookupError):
-                            os.killpg(process.pid, signal.SIGTERM)
                 # Here nothing can be cut off, and after a pause of this process the reports are yet to be read.
                 gone = [
                     guard

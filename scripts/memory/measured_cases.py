@@ -52,8 +52,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama-284m": _llama(32000, 1024, 3072, 16, 16, 16, False),
 }
 _PARAMETERS = {"llama-21m": 21e6, "llama-61m": 61e6, "llama-98m": 98e6, "smollm2-135m": 135e6, "llama-284m": 284e6}
-# Trained for a step before a measurement: wide enough for every method.
-TINY: Mapping[str, Any] = _llama(256, 256, 384, 2, 4, 2, False)
 
 FACTORS: Mapping[str, tuple[Any, ...]] = {
     "model": tuple(CONFIGS),
@@ -99,21 +97,21 @@ QUICK: tuple[Case, ...] = (
 
 
 def write_models(folder: Path, models: Sequence[str]) -> dict[str, str]:
-    """Folders with weights, of each model and of "tiny", made where they are not there; SmolLM2's own if at hand."""
+    """Folders with weights, of each model, made where they are not there; SmolLM2's own if at hand."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from models.smollm2 import NAME, default_cache
 
     found = {}
-    for name in (*models, "tiny"):
+    for name in models:
         own = default_cache() / NAME
         if name == "smollm2-135m" and (own / "model.safetensors").is_file():
             found[name] = str(own)
             continue
         path = folder / name
         if not (path / "model.safetensors").is_file():
-            values = dict(TINY if name == "tiny" else CONFIGS[name])
+            values = dict(CONFIGS[name])
             torch.manual_seed(0)
             config = AutoConfig.for_model(values.pop("model_type"), **values)
             AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)

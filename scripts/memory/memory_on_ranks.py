@@ -31,6 +31,7 @@ from sparse_zero.layers.sparsify import sparsify
 from sparse_zero.memory.allocator import return_freed_blocks
 from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.measure import PeakMemory
+from sparse_zero.memory.simulation.fake_world import reducing_in_place
 from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.memory.simulation.recorder import MemoryRecorder, tag_model
 from sparse_zero.memory.simulation.simulate_training import NUM_STEPS, record_step
@@ -68,32 +69,33 @@ def _engine(model: Any, config: RunConfig, job: MemoryJob) -> Any:
 
 
 class _Batches:
-    """Micro-batches of random tokens, all of full length."""
+    """Micro-batches of random tokens, all of full length, with a mask where a simulation has one."""
 
     def __init__(self, job: MemoryJob, vocabulary: int) -> None:
-        self.shape, self.vocabulary, self.packs = (job.rows, job.row_length), vocabulary, job.batching == "pack"
+        self.job, self.shape, self.vocabulary = job, (job.rows, job.row_length), vocabulary
         self.positions = torch.arange(job.logit_rows // job.rows)
 
     def make(self) -> dict[str, Tensor]:
         tokens = torch.randint(0, self.vocabulary, self.shape)
-        if self.packs:
-            return {"input_ids": tokens, "labels": tokens.clone(), "position_ids": torch.arange(self.shape[1])[None]}
-        # Without any padding there would be no mask, which a simulation takes to be there.
+        if self.job.batching == "pack":
+            positions = torch.arange(self.job.length).repeat(self.job.micro_batch)
+            return {"input_ids": tokens, "labels": tokens.clone(), "position_ids": positions[None]}
         mask = torch.ones_like(tokens)
-        mask[-1, -1] = 0
+        if self.job.needs_mask:
+            # Without any padding, none would be made.
+            mask[-1, -1] = 0
         return {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": mask}
 
     def loss(self, engine: Any, batch: Any) -> Tensor:
         return nll_at(engine, batch, self.positions)
 
 
-def _train(config: RunConfig, job: MemoryJob, memory: PeakMemory | None = None) -> Any:
+def _train(config: RunConfig, job: MemoryJob, memory: PeakMemory) -> Any:
     """An engine, trained; ``memory`` starts to measure when the engine is there. Collective."""
     engine = _engine(_model(config, job), config, job)
     batches = _Batches(job, engine.module.get_input_embeddings().num_embeddings)
     gc.collect()
-    if memory is not None:
-        memory.reset()
+    memory.reset()
     for _ in range(NUM_STEPS * engine.gradient_accumulation_steps()):
         engine.backward(batches.loss(engine, batches.make()))
         engine.step()
@@ -131,16 +133,16 @@ def _resident_kinds() -> dict[str, int]:
     return {name: int(found[name][0]) * 1024 for name in _PRIVATE if name in found}
 
 
-def measure_case(case: dict[str, Any], folder: str, tiny_folder: str) -> dict[str, Any]:
+def measure_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """What one rank of a case holds. Collective.
 
-    Before the measurement a tiny model is trained in the same way, so that what libraries load and allocate when they
-    are first used is no part of the growth.
+    It is trained twice. What libraries load and set aside when they are first used, such as the code that oneDNN writes
+    for each shape of a product, is there after the recorded run, and no part of the growth in the second. Neither is
+    the copy in which gloo alone scatters gradients, in both.
 
     Args:
         case: fields of :class:`~scripts.memory.memory_cases.Case`.
         folder: of its model, with weights.
-        tiny_folder: of the tiny model.
 
     Returns:
         "phases" as of a simulation, "growth_bytes" of the resident size from before loading to the peak of training,
@@ -152,7 +154,16 @@ def measure_case(case: dict[str, Any], folder: str, tiny_folder: str) -> dict[st
     known = Case(**case)
     config = without_scores(known.config(folder))
     job = job_of(config, known.world_size, **known.changes())
-    detach_engine(_train(without_scores(known.config(tiny_folder)), job))
+    with reducing_in_place():
+        phases = _record(config, job)
+        return {"phases": phases, **_growth(config, job)}
+
+
+def _growth(config: RunConfig, job: MemoryJob) -> dict[str, Any]:
+    """Of the resident size; see :func:`measure_case`. Collective."""
+    # It fills what is allocated without values: of a bucket that is larger than what is in it, the system would give no
+    # page for the rest. On a GPU there is no such thing.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     gc.collect()
     _give_back()
     with PeakMemory("cpu") as memory:
@@ -162,12 +173,4 @@ def measure_case(case: dict[str, Any], folder: str, tiny_folder: str) -> dict[st
         source = memory.source
     after = {name: size - kinds[name] for name, size in _resident_kinds().items()}
     detach_engine(engine)
-    del engine
-    gc.collect()
-    return {
-        "growth_bytes": peak - before,
-        "before_bytes": before,
-        "source": source,
-        "after": after,
-        "phases": _record(config, job),
-    }
+    return {"growth_bytes": peak - before, "before_bytes": before, "source": source, "after": after}

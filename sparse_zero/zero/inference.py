@@ -38,10 +38,10 @@ def sharded_forward(model: nn.Module, config: Mapping[str, Any]) -> Iterator[Non
     section = {name: value for name, value in config["zero_optimization"].items() if name not in _OF_TRAINING_IN_ZERO}
     settings = {name: value for name, value in config.items() if name not in _OF_TRAINING}
     settings["zero_optimization"] = with_defaults(model, section)
-    # Backward comes through frozen linears when calibration reads gradients.
-    freeze_linears(model)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     try:
+        # Backward comes through frozen linears when calibration reads gradients.
+        freeze_linears(model)
         yield
     except BaseException:
         # A weight may be on its way: what went wrong in the block is what counts.

@@ -14,7 +14,7 @@ from models.loading import checkpoint_activations
 from models.peer_models import make_peer
 from models.quantized_shapes import quantize_shapes
 from sparse_zero.memory.closed_form.job import Method
-from sparse_zero.memory.simulation.fake_world import fake_world
+from sparse_zero.memory.simulation.fake_world import fake_world, reducing_in_place
 from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.memory.simulation.recorder import MemoryRecorder, tag_model
 from sparse_zero.memory.simulation.simulate_training import record_step, simulate_training
@@ -110,7 +110,7 @@ def _report(timeline: Timeline) -> dict[str, Any]:
 def real(
     low: bool = False, quantized: bool = False, method: Method = "selection", experts: str | None = None, **job: Any
 ) -> dict[str, Any]:
-    """Two steps on this rank, with data."""
+    """Two steps on this rank, with data, and without the copy in which gloo alone scatters gradients."""
     found = _job(low=low, method=method, experts=experts, **job)
     model = found["prepare"](_model(low, quantized, experts))
     with MemoryRecorder() as recorder:
@@ -119,10 +119,28 @@ def real(
         with recorder.phase("engine"):
             engine = found["make_engine"](model)
             tag_model(recorder, engine.module)
-        for _ in range(2):
-            record_step(recorder, engine, found["make_batch"], _loss)
+        with reducing_in_place():
+            for _ in range(2):
+                record_step(recorder, engine, found["make_batch"], _loss)
         dist.barrier()
     return _report(recorder.timeline("lm_head"))
+
+
+def scattered_in_place() -> list[list[list[float]]]:
+    """All ranks' parts of two gradients, filled up with zeros: in DeepSpeed's own way, and reduced where they lie."""
+    from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+
+    def parts() -> list[list[float]]:
+        # Of an odd number of entries, and of an even one.
+        made = [torch.arange(size, dtype=torch.float32) * (dist.get_rank() + 1) for size in (5, 4)]
+        own = torch.cat(reduce_scatter_coalesced(made))
+        found = [torch.zeros(5) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, torch.cat([own, own.new_zeros(5 - len(own))]))
+        return [part.tolist() for part in found]
+
+    found = [parts()]
+    with reducing_in_place():
+        return [*found, parts()]
 
 
 def simulated(

@@ -29,6 +29,7 @@ CASES = [
 MORE_CASES = [
     job(0), job(2, accumulation=2), job(2, low=True), job(3, "delta", checkpointing=True), job(3, low=True),
     *(job(stage, method="full", low=True) for stage in (0, 1, 2, 3)), job(2, method="full"), job(3, method="full"),
+    job(3, method="full", checkpointing=True),
     job(2, method="lora", low=True), job(2, method="lora", checkpointing=True), job(3, method="lora"),
     job(3, method="dora"),
     job(2, "delta", quantized=True, low=True), job(2, method="lora", quantized=True),
@@ -51,6 +52,12 @@ def test_a_simulated_step_holds_what_a_real_one_does(case: dict[str, Any], tmp_p
         assert found[phase]["peak"] == pytest.approx(expected["peak"], rel=0.02), (phase, found[phase], expected)
         # A thread of gloo may hold what it has reduced a moment longer.
         assert found[phase]["end"] == pytest.approx(expected["end"], rel=0.03), (phase, found[phase], expected)
+
+
+def test_gradients_reduced_where_they_lie_are_those_that_gloo_scatters() -> None:
+    # Half of the sum of one and two times 0, 1, ...: of five entries, three and two; of four, two and two.
+    parts = [[0.0, 1.5, 3.0, 0.0, 1.5], [4.5, 6.0, 3.0, 4.5, 0.0]]
+    assert run_ranks("tests.distributed.simulation_workers:scattered_in_place", 2) == [parts, parts]
 
 
 def test_fakes_answer_as_a_healthy_run_would(tmp_path: Path) -> None:

@@ -154,10 +154,11 @@ def test_by_hand_the_config_path_is_absolute(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("path", ["/a b", "/$HOME", "/a`b`", "/%h", "/a;b", '/a"b', "/a\nb"])
 def test_paths_that_deepspeed_would_change_are_refused(path: str) -> None:
-    check_remote_shell(python="/venv-3.11/bin/python", folder="/work/my_runs", python_path="/a:/b")
-    for field in ("python", "folder", "python_path"):
+    fine = {"python": "/venv-3.11/bin/python", "folder": "/home/my_runs", "python_path": "/a:/b", "package": "/p/s.py"}
+    check_remote_shell(**fine)
+    for field in fine:
         with pytest.raises(InputError, match="which DeepSpeed's launcher cannot pass"):
-            check_remote_shell(**{"python": "/p", "folder": "/f", "python_path": "", field: path})
+            check_remote_shell(**{**fine, field: path})
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,7 @@ def test_paths_that_deepspeed_would_change_are_refused(path: str) -> None:
         ({"launcher": "pdsh", "hosts": HOSTS, "ssh_user": "-oProxyCommand=x"}, r"cluster\.ssh_user is"),
         ({"launcher": "openmpi", "hosts": HOSTS, "ssh_user": "a b"}, r"cluster\.ssh_user is 'a b'"),
         ({"network_interface": "$(touch x)"}, r"cluster\.network_interface is"),
+        ({"launcher": "pdsh", "hosts": HOSTS, "master_address": "$(touch x)"}, r"cluster\.master_address is"),
     ],
 )
 def test_what_a_launcher_cannot_do_is_refused(settings: dict[str, Any], said: str) -> None:

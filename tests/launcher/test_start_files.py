@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def test_a_file_of_variables(tmp_path: Path) -> None:
         assert said in str(error.value)
     with pytest.raises(InputError, match=r"cluster\.export has '\$\(x\)=1'"):
         exported_variables(cluster(export=("$(x)=1",)), {})
+    with pytest.raises(InputError, match=r"cluster\.export has RANK, which launchers set"):
+        exported_variables(cluster(export=("RANK=0",)), {})
     with pytest.raises(InputError, match=r"cluster\.export_file"):
         exported_variables(cluster(export_file=str(tmp_path / "gone")), {})
 
@@ -90,15 +94,33 @@ def test_a_guard_writes_them_for_the_ranks_and_removes_them(tmp_path: Path) -> N
     worker = Path(node_guard.__file__).with_name("start_rank.py")
     code = (
         f"import runpy, sys; sys.argv = [{str(worker)!r}]; m = runpy.run_path({str(worker)!r}); "
-        "import launcher.train as t, os, json; "
-        "t.main = lambda argv: print(json.dumps([argv, os.environ['OWN'], os.environ['MASTER_ADDR']])); "
+        "import os, json; "
+        "os.execv = lambda program, argv: print(json.dumps([argv, os.environ['OWN'], os.environ['MASTER_ADDR']])); "
         f"m['main']([{str(record)!r}, '--meet=10.0.0.1:7', '--checkpoint.resume=auto'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    # A shell would write where it is.
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}, cwd=tmp_path
+    )
     argv, own, address = json.loads(done.stdout.splitlines()[-1])
     given = ["--config", str(folder / CONFIG_NAME), "--exit_record", str(record)]
-    assert argv == [*given, "--checkpoint.resume=auto"]
+    train = str(worker.parents[1] / "train.py")
+    assert argv == [sys.executable, "-u", train, *given, "--checkpoint.resume=auto"]
     assert (own, address) == (HOSTILE, "10.0.0.1")
+    # One that is named twice by two names does not disturb the first.
+    twice = subprocess.run(
+        [sys.executable, str(node_guard.__file__)], input=json.dumps(setup) + "\n", capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert twice.returncode == 1
+    assert "has a guard of this start already" in twice.stderr
+    assert (folder / ENVIRONMENT_NAME).is_file()
+    # What is told to end before it is killed leaves nothing that may be secret.
+    guard.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while (folder / ENVIRONMENT_NAME).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(folder.iterdir())
     guard.communicate("end\n", timeout=30)
     assert guard.returncode == 0
     assert not record.exists()

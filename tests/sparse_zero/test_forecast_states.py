@@ -16,8 +16,9 @@ from models.quantized_shapes import quantize_shapes
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.memory.closed_form.base_weights import base_of, constant_bytes
 from sparse_zero.memory.closed_form.forecast import Forecast, forecast_memory
-from sparse_zero.memory.closed_form.gathers import Limits, Module, Parameter, walk
+from sparse_zero.memory.closed_form.gathers import Limits, walk
 from sparse_zero.memory.closed_form.job import MemoryJob
+from sparse_zero.memory.closed_form.module_order import Module, Parameter
 from sparse_zero.memory.closed_form.moments import Moment, Phase, Term
 from sparse_zero.memory.closed_form.optimizer_states import moments_bytes
 from sparse_zero.memory.closed_form.partitions import partitions_of, zero_sizes

@@ -13,6 +13,7 @@ from sparse_zero.memory.closed_form.decoder_shape import DecoderShape
 from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.closed_form.kept_activations import INPUTS, Held, Layer, Pass
 from sparse_zero.memory.closed_form.layer_activations import NORMS, keeps_stream
+from sparse_zero.memory.closed_form.mlp_activations import GATHERED
 from sparse_zero.memory.closed_form.moments import Moment, Phase, Term
 from sparse_zero.memory.closed_form.trained import Trained
 
@@ -33,9 +34,10 @@ class _Moments(Pass):
                 held.add(step.kept)
             # A checkpointed layer's input is what a step alone counts as held.
             extra = step.forward if last.is_reached and not self.checkpoints else step.alone
-            total = held.num_bytes + extra
+            total = held.num_bytes + extra - step.counted
             if step.name not in best or total > best[step.name][0]:
                 best[step.name] = (total, held.copy(), extra)
+                best[step.name][1].add({GATHERED: -step.counted})
         for name, (_, kept, extra) in best.items():
             yield self._moment("forward", last.index, name, kept.terms(), extra + shared)
         held = self.below(shape.num_layers)
@@ -130,14 +132,17 @@ class _Moments(Pass):
             found[index] = total
         return found
 
-    def _tops(self, layer: Layer, below: Held) -> dict[str, tuple[int, Held, int, int]]:
-        """The most of each module of a layer: in all, what is kept, what is repeated, and what dies at once."""
+    def _tops(self, layer: Layer, below: Held) -> dict[tuple[str, bool], tuple[int, Held, int, int]]:
+        """The most of each module of a layer, in its backward and where that repeats its forward.
+
+        That is: in all, what is kept, what was repeated, and what dies at once.
+        """
         held, made = below.copy(), 0
         if self.checkpoints:
             held.add({INPUTS: self.sizes.stream})
             # What a norm keeps of the stream is the kept input itself.
             made = -self.sizes.stream if keeps_stream(self.sizes) and layer.has_graph else 0
-        best: dict[str, tuple[int, Held, int, int]] = {}
+        best: dict[tuple[str, bool], tuple[int, Held, int, int]] = {}
         for step in layer.steps:
             if self.checkpoints:
                 made += step.kept_bytes
@@ -145,25 +150,28 @@ class _Moments(Pass):
                 held.add(step.kept)
             if step.backward is None:
                 continue
-            extra = step.backward
+            extras = {False: step.backward}
             if self.checkpoints:
                 # Repeated, the step takes what it took in forward, beside the gradient that waits.
                 unrepeated = step.unrepeated if step is layer.steps[-1] else 0
-                extra = max(extra, step.forward - unrepeated + self.waiting())
-            total = held.num_bytes + made + extra
-            if step.name not in best or total > best[step.name][0]:
-                best[step.name] = (total, held.copy(), made, extra)
+                extras[True] = step.forward - unrepeated + self.waiting()
+            for repeats, extra in extras.items():
+                total, key = held.num_bytes + made + extra, (step.name, repeats)
+                if key not in best or total > best[key][0]:
+                    best[key] = (total, held.copy(), made, extra)
         return best
 
     def _layer_backward(self, layer: Layer, below: Held) -> Iterator[Moment]:
         """The most of each module of a layer; of checkpointed ones, whose steps are repeated, with what that makes."""
-        for name, (_, kept, repeated, extra) in self._tops(layer, below).items():
+        for (name, repeats), (_, kept, repeated, extra) in self._tops(layer, below).items():
             terms = kept.terms()
             if repeated > 0:
                 terms += (Term(name="recomputed activations", kind="temporaries", num_bytes=repeated),)
-            yield self._moment("backward", layer.index, name, terms, extra)
+            yield self._moment("backward", layer.index, name, terms, extra, repeats=repeats)
 
-    def _moment(self, phase: Phase, layer: int | None, name: str, terms: tuple[Term, ...], extra: int) -> Moment:
+    def _moment(
+        self, phase: Phase, layer: int | None, name: str, terms: tuple[Term, ...], extra: int, *, repeats: bool = False
+    ) -> Moment:
         what = "gradients on their way" if phase == "backward" else "outputs on their way"
         where = name if layer is None else f"layer {layer}, {name}"
         return Moment(
@@ -171,6 +179,7 @@ class _Moments(Pass):
             name=where,
             terms=(*terms, Term(name=what, kind="temporaries", num_bytes=extra)),
             module="" if layer is None else f"{self.shape.layers_name}.{layer}.{name}",
+            repeats=repeats,
         )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from sparse_zero.memory.closed_form.base_weights import BaseTensor
 from sparse_zero.memory.closed_form.decoder_shape import DecoderShape
-from sparse_zero.memory.closed_form.gathers import Module, Parameter
 from sparse_zero.memory.closed_form.job import MemoryJob
+from sparse_zero.memory.closed_form.module_order import Module, Parameter
 from sparse_zero.memory.closed_form.trained import Trained
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -31,8 +31,9 @@ class _Parameters:
     ) -> None:
         self._own: dict[str, list[Parameter]] = defaultdict(list)
         self._adapters: dict[str, list[Parameter]] = defaultdict(list)
-        # Of no linear: norms, of each layer and behind the last.
+        # Of no linear: router, experts and norms of each layer, then what is trained of them; norms behind the last.
         self.loose: dict[int, list[Parameter]] = defaultdict(list)
+        self.num_stacks = sum(1 for each in base if each.layer == 0 and each.is_matrix and not each.module)
         for weight in base:
             made = Parameter(numel=weight.numel, itemsize=weight.itemsize, persists=weight.numel <= threshold)
             (self._own[weight.module] if weight.module else self.loose[weight.layer]).append(made)
@@ -80,7 +81,9 @@ class _Parameters:
 
 def _layer(shape: DecoderShape, number: int, parameters: _Parameters) -> Module:
     blocks: dict[str, list[Module]] = {}
-    vectors = parameters.loose.get(number, [])
+    loose = parameters.loose.get(number, [])
+    stacks = loose[: parameters.num_stacks] if shape.num_experts else []
+    vectors = loose[len(stacks) :]
     split = (len(vectors) + 1) // 2
     for linear in shape.linears:
         block, _, _ = linear.name.rpartition(".")
@@ -94,10 +97,16 @@ def _layer(shape: DecoderShape, number: int, parameters: _Parameters) -> Module:
     for place, (block, members) in enumerate(blocks.items()):
         if place < len(_NORMS):
             own = vectors[:split] if place == 0 else vectors[split:]
-            children.append(Module(name=layer_name(number, _NORMS[place]), parameters=[] if shape.num_experts else own))
+            children.append(Module(name=layer_name(number, _NORMS[place]), parameters=own))
         children.append(Module(name=layer_name(number, block), children=members))
     if shape.num_experts:
-        children.append(Module(name=layer_name(number, "mlp.experts"), parameters=vectors))
+        # The router, if it is told from the experts, is a module of its own.
+        inner = [
+            Module(name=layer_name(number, "mlp.gate"), parameters=stacks[:-2]),
+            Module(name=layer_name(number, "mlp.experts"), parameters=stacks[-2:]),
+        ]
+        children.append(Module(name=layer_name(number, _NORMS[1]), parameters=vectors[split:]))
+        children.append(Module(name=layer_name(number, "mlp"), children=inner))
     return Module(name=layer_name(number), children=children)
 
 

@@ -14,32 +14,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-
-@dataclass(eq=False, kw_only=True)
-class Parameter:
-    """One parameter that the ranks hold in shards."""
-
-    # Entries, and bytes of each.
-    numel: int
-    itemsize: int
-    requires_grad: bool = False
-    # Whether it is small, and stays whole from step to step.
-    persists: bool = False
-
-
-@dataclass(eq=False, kw_only=True)
-class Module:
-    """A module with the parameters that are its own."""
-
-    name: str
-    parameters: Sequence[Parameter] = ()
-    children: Sequence[Module] = ()
-    # Whether its input requires grad: else nothing tells when its backward has ended.
-    input_requires_grad: bool = True
-    has_backward: bool = True
+from sparse_zero.memory.closed_form.module_order import Event, Module, Parameter, backward_events, forward_events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +40,20 @@ class _Handle:
     is_complete: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Event:
-    module: Module
-    begins: bool
-    is_forward: bool
-    # Whether it belongs to the pass of forward, and not to a repetition in backward.
-    in_forward: bool
-
-
 @dataclass(kw_only=True)
 class Gathered:
     """Bytes that are gathered."""
 
-    # The most while a module computes, by its name; "end": when the pass has ended.
+    # The most while a module computes, by its name; "end": when the pass has ended. Attention and MLP, which have no
+    # parameters of their own, compute beside their last linear: before it in forward, and behind it in backward.
     forward: dict[str, int] = field(default_factory=dict)
     backward: dict[str, int] = field(default_factory=dict)
+    # While it computes for the second time, in backward.
+    repeated: dict[str, int] = field(default_factory=dict)
     # The most before it computes, while parameters are copied out of the buffer they arrived in.
     copying_forward: dict[str, int] = field(default_factory=dict)
     copying: dict[str, int] = field(default_factory=dict)
+    copying_repeated: dict[str, int] = field(default_factory=dict)
 
 
 class _Coordinator:
@@ -208,43 +181,6 @@ class _Coordinator:
                 self.num_bytes -= self._own_bytes.pop(p)
 
 
-def _forward(module: Module, in_forward: bool) -> Iterator[_Event]:
-    yield _Event(module=module, begins=True, is_forward=True, in_forward=in_forward)
-    for child in module.children:
-        yield from _forward(child, in_forward)
-    yield _Event(module=module, begins=False, is_forward=True, in_forward=in_forward)
-
-
-def _repetition(module: Module) -> list[_Event]:
-    """Forward of what a checkpointed module calls, up to the last thing that backward needs: that has no end."""
-    events = [event for child in module.children for event in _forward(child, False)]
-    last = max((number for number, event in enumerate(events) if event.begins and event.module.parameters), default=-1)
-    return events[: last + 1]
-
-
-def _backward(module: Module, repeated: frozenset[str], ends_at: str | None) -> Iterator[_Event]:
-    """Last in, first out; a module named in ``repeated`` is computed again when its innermost last one begins."""
-    yield _Event(module=module, begins=True, is_forward=False, in_forward=False)
-    pending = module.name in repeated
-    for event in _children_backward(module, repeated, ends_at):
-        yield event
-        # The first module with parameters of its own asks for what forward has not kept.
-        if pending and event.begins and event.module.parameters:
-            pending = False
-            yield from _repetition(module)
-    if module.input_requires_grad:
-        yield _Event(module=module, begins=False, is_forward=False, in_forward=False)
-
-
-def _children_backward(module: Module, repeated: frozenset[str], ends_at: str | None) -> Iterator[_Event]:
-    for child in reversed(module.children):
-        if not child.has_backward:
-            continue
-        yield from _backward(child, repeated, ends_at)
-        if child.name == ends_at:
-            return
-
-
 def walk(
     root: Module,
     ranks: int,
@@ -268,26 +204,49 @@ def walk(
     found = Gathered()
     if ranks == 1:
         return found
-    events = [*_forward(root, True), *_backward(root, repeated, ends_at)]
+    events = [*forward_events(root, True), *backward_events(root, repeated, ends_at)]
     steps = [event.module for event in events if event.begins]
     order = [(p, step) for step, module in enumerate(steps) for p in module.parameters]
     coordinator = _Coordinator(ranks, limits, order, steps, is_first_step)
     # Of modules that have begun and not ended; a repetition's lie above the one that asked for it.
-    at_work: list[Module] = []
+    at_work: list[Event] = []
     for event in events:
-        held, copying = (found.forward, found.copying_forward) if event.in_forward else (found.backward, found.copying)
         coordinator.peak = coordinator.num_bytes
         if event.begins:
-            at_work.append(event.module)
+            if event.is_forward and at_work and _is_last_of(event.module, at_work[-1].module):
+                _note(found, at_work[-1], coordinator)
+            at_work.append(event)
             coordinator.begin(
                 event.module, is_forward=event.is_forward, repeats=event.is_forward and not event.in_forward
             )
         else:
             coordinator.end(event.module, is_forward=event.is_forward)
             # And what a repetition has begun inside of it.
-            del at_work[at_work.index(event.module) :]
-        name = at_work[-1].name if at_work else "end"
-        held[name] = max(held.get(name, 0), coordinator.num_bytes)
-        copying[name] = max(copying.get(name, 0), coordinator.peak)
-        held["end"] = coordinator.num_bytes
+            begun = [(each.module, each.is_forward) for each in at_work]
+            del at_work[begun.index((event.module, event.is_forward)) :]
+        (found.forward if event.in_forward else found.backward)["end"] = coordinator.num_bytes
+        if not at_work:
+            continue
+        inner, is_end = at_work[-1].module, not event.begins and not event.is_forward
+        if inner.parameters or not inner.children or (is_end and _is_last_of(event.module, inner)):
+            _note(found, at_work[-1], coordinator)
     return found
+
+
+def _is_last_of(module: Module, block: Module) -> bool:
+    """Whether a module is the last of a block that has no parameters of its own."""
+    return not block.parameters and bool(block.children) and block.children[-1] is module
+
+
+def _note(found: Gathered, at_work: Event, coordinator: _Coordinator) -> None:
+    """Bytes while a module is at work."""
+    module, name = at_work.module, at_work.module.name
+    held, copying = found.backward, found.copying
+    if at_work.in_forward:
+        held, copying = found.forward, found.copying_forward
+    elif at_work.is_forward:
+        held, copying = found.repeated, found.copying_repeated
+    # A linear with an adapter adds both up when what is within it has ended.
+    most = 0 if at_work.is_forward and module.children else held.get(name, 0)
+    held[name] = max(most, coordinator.num_bytes)
+    copying[name] = max(copying.get(name, 0), coordinator.peak)

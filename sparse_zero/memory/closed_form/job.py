@@ -61,6 +61,8 @@ class MemoryJob:
     length: int
     # pack: the micro-batch is one row of micro_batch * length tokens.
     batching: Batching = "pad"
+    # Samples that the rows hold together, where packed ones are given as one; None: as many as micro_batch.
+    samples: int | None = None
     # Positions of a row with logits; None: all but the last.
     label_positions: int | None = None
     # Micro-batches between two optimizer steps.
@@ -130,7 +132,7 @@ class MemoryJob:
 
         One sample alone is neither, and flash attention is told of lengths instead.
         """
-        return self.micro_batch > 1 and self.attention != "flash_attention_2"
+        return (self.samples or self.micro_batch) > 1 and self.attention != "flash_attention_2"
 
     @property
     def logit_rows(self) -> int:

@@ -12,6 +12,7 @@ from sparse_zero.memory.closed_form.decoder_shape import DecoderShape
 from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.closed_form.layer_activations import NORMS, keeps_stream, layer_steps
 from sparse_zero.memory.closed_form.linear_activations import linear_use
+from sparse_zero.memory.closed_form.mlp_activations import GATHERED
 from sparse_zero.memory.closed_form.moments import Term
 from sparse_zero.memory.closed_form.steps import Sizes, Step
 from sparse_zero.memory.closed_form.trained import Trained, TrainedLinear
@@ -53,7 +54,9 @@ class Held:
     def terms(self) -> tuple[Term, ...]:
         """One for each name."""
         return tuple(
-            Term(name=f"kept activations: {name}", kind="activations", num_bytes=num_bytes)
+            Term(name=name, kind="gathered", num_bytes=num_bytes)
+            if name == GATHERED
+            else Term(name=f"kept activations: {name}", kind="activations", num_bytes=num_bytes)
             for name, num_bytes in self.of.items()
             if num_bytes
         )

@@ -80,10 +80,12 @@ def layer_steps(
     uses = {name: use.given(is_normed) for name, use in uses.items()}
     of_experts, of_router = _is_trained("mlp.experts", trained), _is_trained("mlp.gate", trained)
     is_kept = any(uses[each.name].keeps_input for each in inputs)
-    beside = beside.plus(0 if is_kept or of_router else stream, alone=stream)
+    # At stage 3 DeepSpeed's linear keeps the input of a router, which is no module of torch's, for any method.
+    is_routed = of_router or (bool(shape.num_experts) and sizes.job.stage == 3 and is_normed)
+    beside = beside.plus(0 if is_kept or is_routed else stream, alone=stream)
     if shape.num_experts:
         steps += expert_steps(
-            sizes, beside, has_graph=is_normed, is_trained=of_experts, keeps_input=of_router and not is_kept
+            sizes, beside, has_graph=is_normed, is_trained=of_experts, keeps_input=is_routed and not is_kept
         )
     steps += mlp_steps(sizes, uses, beside, has_graph=is_normed)
     of_linears = any(uses[each.name].is_trained for each in (*inputs, *outputs))

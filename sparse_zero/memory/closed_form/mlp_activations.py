@@ -13,6 +13,8 @@ MLP = "MLP"
 EXPERTS = "experts"
 INPUTS = "for trained parts"
 COPIES = "weights with values"
+# Of a kind of its own: see :meth:`~sparse_zero.memory.closed_form.kept_activations.Held.terms`.
+GATHERED = "experts that stay gathered"
 
 
 def mlp_steps(
@@ -182,6 +184,10 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
     # Under delta the weights with the values added, which gradients of what they multiply need; stage 3 adds them anew.
     copies = stack if job.method == "selection" and job.placement == "delta" and job.stage != 3 else 0
     held = beside.plus(0 if is_trained else routed, alone=routed + router)
+    # Backward reads views of the gathered stacks, which hold their memory when stage 3 gives them back. While they
+    # compute, they are counted among what is gathered. Checkpointing's repetition keeps them gathered anyway.
+    stays = is_reached and job.stage == 3 and job.world_size > 1 and not job.gradient_checkpointing and not copies
+    viewed = shape.num_experts * shape.intermediate_size * shape.hidden_size * sizes.element if stays else 0
     return [
         Step(
             name="mlp.gate",
@@ -192,8 +198,9 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
         ),
         Step(
             name="mlp.experts",
-            kept={INPUTS: inputs, COPIES: 2 * copies if has_graph else 0} if inputs else {},
+            kept={INPUTS: inputs, COPIES: 2 * copies if has_graph else 0, GATHERED: 2 * viewed},
             forward=held.forward + 2 * wide,
+            counted=2 * viewed,
             alone=held.alone + 2 * wide,
             backward=beside.backward + 2 * stack + 2 * wide + routed if is_reached else None,
         ),
@@ -201,13 +208,15 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
             name="mlp.experts",
             kept={EXPERTS: 3 * wide} if is_reached else {},
             forward=held.forward + wide,
+            counted=2 * viewed,
             alone=held.alone + 4 * wide,
             backward=beside.backward + 3 * wide if is_reached else None,
         ),
         Step(
             name="mlp.experts",
-            kept={INPUTS: wide, COPIES: copies} if is_trained else {},
+            kept={INPUTS: wide if is_trained else 0, COPIES: copies, GATHERED: viewed},
             forward=held.forward + (0 if is_trained else wide) + routed,
+            counted=3 * viewed,
             alone=held.alone + routed + wide,
             backward=beside.backward + stack + routed + wide if is_reached else None,
         ),
@@ -215,6 +224,7 @@ def expert_steps(sizes: Sizes, beside: Beside, *, has_graph: bool, is_trained: b
             name="mlp.experts",
             kept={EXPERTS: routed} if has_graph else {},
             forward=held.forward + 2 * summed + (0 if has_graph else routed),
+            counted=3 * viewed,
             alone=held.alone + routed + 2 * summed,
             backward=beside.backward + 3 * summed + (routed if is_wide else 0) if is_reached else None,
         ),

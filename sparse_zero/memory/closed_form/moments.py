@@ -34,6 +34,8 @@ class Moment:
     # Full name of the module at work, if it is one of a layer: "model.layers.31.mlp.down_proj". In backward, gradients
     # of what comes behind it are there, and its own come into being.
     module: str = ""
+    # Whether that module is computed once more, in a backward whose forward kept nothing of it.
+    repeats: bool = False
 
     def num_bytes(self, place: Place = "device") -> int:
         """The sum of the terms in one place."""

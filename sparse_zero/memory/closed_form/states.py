@@ -4,7 +4,7 @@ The sizes follow from DeepSpeed 0.19.8 and from this package, and each rule stan
 
     base_weights      the base, dense or as codes           trained           what is trained
     partitions        what of it each rank has              optimizer_states  what an optimizer keeps
-    reduction         gradients and their buffers           gathers           what stage 3 gathers
+    reduction         gradients and their buffers           gathers           what stage 3 gathers, by module_order
     engine_states     loading, and making an engine         step_states       a step
 
 ``tests/sparse_zero/test_forecast_states.py`` holds them against simulations.
@@ -12,7 +12,7 @@ The sizes follow from DeepSpeed 0.19.8 and from this package, and each rule stan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparse_zero.memory.closed_form.base_weights import base_of
 from sparse_zero.memory.closed_form.decoder_modules import decoder, layer_name, persistent_bytes
@@ -49,7 +49,7 @@ class HeldStates:
     reduction: Reduction
     # At stage 3: in any step, beside what stays gathered; in the first one, with all.
     gathered: Gathered
-    gathered_first: Gathered
+    gathered_first: tuple[Gathered, ...]
     # Bytes of the parameters that stay gathered from step to step, and of the hidden states between two layers.
     persistent: int
     stream: int
@@ -87,10 +87,8 @@ class HeldStates:
     def _gathered(self, moment: Moment, at_work: str) -> int:
         """In any step; or in the first one, if that is more although there are no moments yet."""
         moments = sum(term.num_bytes for term in self.held if term.name == "moments" and term.place == "device")
-        return max(
-            self.persistent + self._in(self.gathered, moment, at_work),
-            self._in(self.gathered_first, moment, at_work) - moments,
-        )
+        first = [self._in(each, moment, at_work) - moments for each in self.gathered_first]
+        return max([self.persistent + self._in(self.gathered, moment, at_work), *first])
 
     def _in(self, found: Gathered, moment: Moment, at_work: str) -> int:
         """While a module computes, or, if that is more, before: then what it computes is not there yet.
@@ -99,8 +97,14 @@ class HeldStates:
         """
         if not found.forward:
             return 0
-        is_forward = moment.phase == "forward"
-        held, copying = (found.forward, found.copying_forward) if is_forward else (found.backward, found.copying)
+        held, copying = found.backward, found.copying
+        if moment.phase == "forward":
+            held, copying = found.forward, found.copying_forward
+        elif moment.repeats and at_work in found.repeated:
+            held, copying = found.repeated, found.copying_repeated
+        if (moment.phase == "forward" or moment.repeats) and f"{at_work}.magnitude" in held:
+            # DoRA's module adds up, and not the linear around it.
+            at_work = f"{at_work}.magnitude"
         while at_work and at_work not in held:
             # An activation function, say, is a part of its MLP.
             at_work = at_work.rpartition(".")[0]
@@ -166,7 +170,8 @@ def held_states(shape: DecoderShape, job: MemoryJob, trained: Trained) -> HeldSt
         *value_terms(trained, job, partitions),
         *index_terms(trained, job),
     ]
-    gathered, gathered_first, persistent = Gathered(), Gathered(), 0
+    gathered, persistent = Gathered(), 0
+    gathered_first: list[Gathered] = []
     if job.stage == 3:
         root = decoder(shape, base, trained, job, threshold)
         limits = Limits(
@@ -182,7 +187,13 @@ def held_states(shape: DecoderShape, job: MemoryJob, trained: Trained) -> HeldSt
         persistent = persistent_bytes(root, job.world_size)
         # DeepSpeed learns the order in the first micro-batch, and gathers ahead from the second one on.
         if job.accumulation > 1:
-            gathered_first = walk(root, job.world_size, limits, repeated=repeated, ends_at=ends_at, is_first_step=True)
+            first = walk(root, job.world_size, limits, repeated=repeated, ends_at=ends_at, is_first_step=True)
+            gathered_first.append(first)
+        # Until then nothing arrives ahead: what one module reads, such as all experts, is gathered at once.
+        if shape.num_experts:
+            none = replace(limits, prefetch=0, reuse=0)
+            first = walk(root, job.world_size, none, repeated=repeated, ends_at=ends_at, is_first_step=True)
+            gathered_first.append(first)
     held = (*terms, *optimizer_terms(job, trained, partitions))
     loading = load_moments(shape, base, trained, job, terms)
     return HeldStates(
@@ -196,7 +207,7 @@ def held_states(shape: DecoderShape, job: MemoryJob, trained: Trained) -> HeldSt
         shape=shape,
         reduction=reduction,
         gathered=gathered,
-        gathered_first=gathered_first,
+        gathered_first=tuple(gathered_first),
         persistent=persistent,
         stream=job.tokens * shape.hidden_size * job.element_bytes,
         formed=_formed(shape, trained, job.element_bytes),

@@ -25,6 +25,8 @@ class Step:
     kept: Mapping[str, int] = field(default_factory=dict)
     # In forward beside what is kept: outputs on their way to the next step, and what dies at once.
     forward: int = 0
+    # Of what is kept so far, what is counted among what stage 3 has gathered as long as the step is at work in forward.
+    counted: int = 0
     # In forward where nothing is kept: below the graph, and in the first pass of gradient checkpointing.
     alone: int = 0
     # Of ``forward``, what is not come to where gradient checkpointing repeats a layer and this is its last step: the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -187,11 +188,14 @@ def _of_adapters(shape: DecoderShape, job: MemoryJob) -> Trained:
 def _stacks(shape: DecoderShape) -> tuple[int, ...]:
     """Entries of the router and the experts of one layer: of each expert gate and up as one matrix, and down."""
     expert, router = shape.intermediate_size * shape.hidden_size, shape.num_experts * shape.hidden_size
-    inner = (2 if shape.mlp == "gated" else 1) * expert
-    found = (router, shape.num_experts * inner, shape.num_experts * expert)
     if not shape.num_experts:
         return ()
-    return found if sum(found) <= shape.other_parameters else (shape.other_parameters,)
+    # Whether they are gated, their number of entries tells: the shape speaks of linears.
+    for inner in (2 * expert, expert):
+        found = (router, shape.num_experts * inner, shape.num_experts * expert)
+        if sum(found) <= shape.other_parameters:
+            return found
+    return (shape.other_parameters,)
 
 
 def base_tensors(shape: DecoderShape) -> Iterator[tuple[str, int, int, bool]]:
@@ -222,6 +226,11 @@ def base_tensors(shape: DecoderShape) -> Iterator[tuple[str, int, int, bool]]:
         yield "head", shape.vocab_size * width, shape.num_layers, True
 
 
+# What was found of each selection that is still there, by its identity, for which no digest of its indices is needed;
+# and by the shape and the linears that share inputs.
+_KNOWN: dict[int, dict[tuple[DecoderShape, tuple[tuple[str, ...], ...]], Trained]] = {}
+
+
 def trained_of(
     shape: DecoderShape, job: MemoryJob, selection: Selection | None, shared_inputs: Sequence[Sequence[str]] = ()
 ) -> Trained:
@@ -240,4 +249,11 @@ def trained_of(
         return found
     if selection is None:
         raise InputError("the method 'selection' is forecast for a selection: give one, chosen at random if need be")
-    return _of_selection(shape, selection, shared_inputs)
+    # Of a selection it follows from nothing else of the job: a search asks for it again and again.
+    if id(selection) not in _KNOWN:
+        _KNOWN[id(selection)] = {}
+        weakref.finalize(selection, _KNOWN.pop, id(selection), None)
+    known, key = _KNOWN[id(selection)], (shape, tuple(tuple(names) for names in shared_inputs))
+    if key not in known:
+        known[key] = _of_selection(shape, selection, shared_inputs)
+    return known[key]

@@ -222,6 +222,26 @@ def _reduce_scatter(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor
 
 
 @contextmanager
+def reducing_in_place() -> Iterator[None]:
+    """Let real ranks under gloo take for stage 3's gradients what they take under NCCL, and in a simulation.
+
+    gloo reduces and scatters a copy of all that it is given (seen with torch 2.13); NCCL needs none, where the result
+    is a part of what is given. In the block, part after part is reduced where it lies, to the rank that it is for.
+    """
+    from deepspeed.runtime.comm import coalesced_collectives
+
+    def reduce_scatter(source: Tensor, out: Tensor, group: Any = None, **options: Any) -> None:
+        parts, group = source.chunk(dist.get_world_size(group)), group or dist.group.WORLD
+        # DeepSpeed takes a part of what it gives for the result.
+        assert out.data_ptr() == parts[dist.get_rank(group)].data_ptr()
+        for rank, part in enumerate(parts):
+            dist.reduce(part, dist.get_global_rank(group, rank), group=group)
+
+    with patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", reduce_scatter):
+        yield
+
+
+@contextmanager
 def fake_world(world_size: int, rank: int = 0) -> Iterator[FakeRecorder]:
     """Be one rank of a world of ``world_size`` while the block runs, on fake tensors that a recorder sees.
 
