@@ -17,6 +17,11 @@ from sparse_zero.memory.closed_form.mlp_activations import GATHERED
 from sparse_zero.memory.closed_form.moments import Moment, Phase, Term
 from sparse_zero.memory.closed_form.trained import Trained
 
+# Layers before the last one that stage 3 may still hold, or have gathered ahead.
+_LAYERS_AHEAD = 6
+# Entries of a bucket at most, by the rule of sparse_zero.zero.defaults.
+_BUCKET = 500_000_000
+
 
 class _Moments(Pass):
     """The moments of a pass."""
@@ -27,19 +32,11 @@ class _Moments(Pass):
         batch = 3 * 8 * sizes.tokens
         shared = self.masks() + batch + self.embedded()
         shared += 0 if self.keeps_positions else sizes.position_embeddings
-        held = self.below(last.index)
-        best: dict[str, tuple[int, Held, int]] = {}
-        for step in last.steps:
-            if not self.checkpoints:
-                held.add(step.kept)
-            # A checkpointed layer's input is what a step alone counts as held.
-            extra = step.forward if last.is_reached and not self.checkpoints else step.alone
-            total = held.num_bytes + extra - step.counted
-            if step.name not in best or total > best[step.name][0]:
-                best[step.name] = (total, held.copy(), extra)
-                best[step.name][1].add({GATHERED: -step.counted})
-        for name, (_, kept, extra) in best.items():
-            yield self._moment("forward", last.index, name, kept.terms(), extra + shared)
+        yield from self._layer_forward(last, shared)
+        if self.job.stage == 3:
+            # What stage 3 has gathered ahead differs from layer to layer, and may be least in the last one.
+            for layer in self.layers[-1 - _LAYERS_AHEAD : -1]:
+                yield max(self._layer_forward(layer, shared), key=lambda moment: moment.num_bytes())
         held = self.below(shape.num_layers)
         own = self.ends()
         held.add({NORMS: own.of.get(NORMS, 0)})
@@ -97,6 +94,22 @@ class _Moments(Pass):
             dense = shape.vocab_size * shape.hidden_size * sizes.element
             yield self._moment("backward", None, "embedding", self.outer().terms(), dense + sizes.stream)
 
+    def _layer_forward(self, layer: Layer, shared: int) -> Iterator[Moment]:
+        """The most of each module of a layer; ``shared`` bytes are held beside it."""
+        held = self.below(layer.index)
+        best: dict[str, tuple[int, Held, int]] = {}
+        for step in layer.steps:
+            if not self.checkpoints:
+                held.add(step.kept)
+            # A checkpointed layer's input is what a step alone counts as held.
+            extra = step.forward if layer.is_reached and not self.checkpoints else step.alone
+            total = held.num_bytes + extra - step.counted
+            if step.name not in best or total > best[step.name][0]:
+                best[step.name] = (total, held.copy(), extra)
+                best[step.name][1].add({GATHERED: -step.counted})
+        for name, (_, kept, extra) in best.items():
+            yield self._moment("forward", layer.index, name, kept.terms(), extra + shared)
+
     def _layers_backward(self) -> Iterator[Moment]:
         reached = [layer for layer in self.layers if layer.is_reached]
         if not reached:
@@ -113,9 +126,12 @@ class _Moments(Pass):
                 most[layer.index] = below + own[id(layer.steps)] + above[layer.index] * self.sizes.element
             below += sum(self.kept(layer).values())
         bar = max(most[first], most[last])
+        # Where ZeRO first reduces a full bucket, it makes room for all that this rank keeps of the gradients.
+        bucket = min(int(self.job.zero_options.get("reduce_bucket_size", _BUCKET)), _BUCKET)
+        full = max((layer.index for layer in reached if above[layer.index] >= bucket), default=first)
         held = self.outer()
         for layer in self.layers:
-            if layer.index in (first, last):
+            if layer.index in (first, last, full, full - 1) and layer.is_reached:
                 yield from self._layer_backward(layer, held)
             elif most.get(layer.index, 0) > bar:
                 yield max(self._layer_backward(layer, held), key=lambda moment: moment.num_bytes())

@@ -67,7 +67,9 @@ class Reduction:
         if self.stage == 3 or (self.stage == 2 and formed):
             # A bucket is reduced when it is full, and gradients of one that is not wait in it.
             flat = self.copied if self.is_early and formed >= self.copied else 0
-            held = self.kept if self.stage == 3 or self.accumulates else 0
+            # Room for all of this rank's part is made when the first of it is reduced: rank 0's is the last to come.
+            has_begun = bool(flat) and formed > self.whole - self.kept
+            held = self.kept if self.stage == 3 or self.accumulates or has_begun else 0
             return (
                 _gradients(self.bucket, "reduction bucket"),
                 _gradients(held),
