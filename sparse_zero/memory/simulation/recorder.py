@@ -77,7 +77,8 @@ class MemoryRecorder(TorchDispatchMode):
             if found.place == "device":
                 self.live_bytes += found.num_bytes
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._forget, key)
+            # What lives at the end of the process is of no interest: nothing is to run then.
+            weakref.finalize(storage, self._forget, key).atexit = False
         if kind is not None:
             found.kind = kind
 
