@@ -26,6 +26,7 @@ from launcher.summary import format_bytes
 from sparse_zero.collectives import speaking_alone
 from sparse_zero.memory.closed_form.forecast import Forecast
 from sparse_zero.memory.closed_form.moments import Moment
+from sparse_zero.memory.simulation.timeline import PLACES
 from sparse_zero.selection.selection import Selection
 
 _PHASES = {
@@ -128,13 +129,6 @@ def _listed(sizes: Mapping[str, int], most: int) -> str:
     return ", ".join([*shown, f"others {format_bytes(rest)}"] if rest else shown)
 
 
-def _terms(moment: Moment) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for term in moment.terms:
-        found[term.name] = found.get(term.name, 0) + term.num_bytes
-    return found
-
-
 def _moment_of(forecast: Forecast, phase: str) -> tuple[str, Moment]:
     """The moment that a failure in a phase is held against; the peak where the phase has none."""
     for each in forecast.phases():
@@ -171,8 +165,8 @@ def describe(
         lines.append(f"forecast: none ({problem})")
     else:
         name, moment = _moment_of(forecast, failure.phase)
-        total = sum(_terms(moment).values())
-        lines.append(f"{name}: {format_bytes(total)}: {_listed(_terms(moment), _MOST_TERMS)}")
+        terms = moment.by_name(*PLACES)
+        lines.append(f"{name}: {format_bytes(sum(terms.values()))}: {_listed(terms, _MOST_TERMS)}")
         for change in changes:
             goes_on = "" if change.can_continue else "; in another output.folder"
             need = format_bytes(bytes_needed(change.forecast, on_host=room.what != "of the GPU"))

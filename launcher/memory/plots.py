@@ -11,6 +11,8 @@ from launcher.summary import format_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from sparse_zero.memory.closed_form.forecast import Forecast
+
 # Okabe and Ito's colours, and lighter and darker ones of them: neighbours differ in lightness, too.
 _COLOURS = (
     "#0072b2",
@@ -104,13 +106,6 @@ def phases_figure(
     return figure
 
 
-def terms_by_phase(forecast: Any) -> dict[str, dict[str, int]]:
+def terms_by_phase(forecast: Forecast) -> dict[str, dict[str, int]]:
     """The terms on the device at the peak of each phase of a forecast, as :func:`phases_figure` takes them."""
-    found: dict[str, dict[str, int]] = {}
-    for phase in forecast.phases():
-        terms: dict[str, int] = {}
-        for term in forecast.peak(phase).terms:
-            if term.place == "device" and term.num_bytes:
-                terms[term.name] = terms.get(term.name, 0) + term.num_bytes
-        found[phase] = terms
-    return found
+    return {phase: forecast.peak(phase).by_name("device") for phase in forecast.phases()}

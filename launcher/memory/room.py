@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import torch
 
 from launcher.plan.planned_run import Gpu
+from sparse_zero.memory.measure import status_bytes
 
-_STATUS, _MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+_MEMINFO = Path("/proc/meminfo")
 # cgroup version 2 and 1. Without a limit, the one says "max", the other a number near 2**63.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _NO_LIMIT = 2**60
@@ -34,17 +34,9 @@ class Room:
         return max(0, self.num_bytes - self.overhead_bytes)
 
 
-def _read_kib(path: Path, name: str) -> int:
-    try:
-        match = re.search(rf"^{name}:\s*(\d+) kB$", path.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
-
-
 def held_bytes() -> dict[str, int]:
     """What this process holds now: ``address_space`` and ``resident`` bytes; 0 where the system does not tell."""
-    return {"address_space": _read_kib(_STATUS, "VmSize"), "resident": _read_kib(_STATUS, "VmRSS")}
+    return {"address_space": status_bytes("VmSize") or 0, "resident": status_bytes("VmRSS") or 0}
 
 
 def _cgroup_limit() -> int:
@@ -74,7 +66,7 @@ def room_of(device: torch.device, ranks_here: int, overhead: dict[str, int]) -> 
     if limit != resource.RLIM_INFINITY:
         what = "of address space (ulimit -v)"
         rooms.append(Room(num_bytes=limit, what=what, overhead_bytes=overhead["address_space"]))
-    limit, total = _cgroup_limit(), _read_kib(_MEMINFO, "MemTotal")
+    limit, total = _cgroup_limit(), status_bytes("MemTotal", _MEMINFO) or 0
     share = "" if ranks_here == 1 else f", a {ranks_here}th of it" if ranks_here > 3 else f", 1/{ranks_here} of it"
     if limit and (not total or limit < total):
         what = f"by the limit of the container{share}"

@@ -80,11 +80,10 @@ def phases_table(run: PlannedRun, heading: str, simulated: Mapping[str, Any] | N
     for phase in run.forecast.phases():
         peak = run.forecast.peak(phase)
         terms: dict[str, int] = {}
-        for term in peak.terms:
-            if term.place == "device":
-                # "kept activations: attention" and its sisters together.
-                name = term.name.partition(":")[0]
-                terms[name] = terms.get(name, 0) + term.num_bytes
+        for name, num_bytes in peak.by_name("device").items():
+            # "kept activations: attention" and its sisters together.
+            family = name.partition(":")[0]
+            terms[family] = terms.get(family, 0) + num_bytes
         named = sorted(terms.items(), key=lambda each: -each[1])
         shown = [
             f"{term} {format_bytes(num_bytes)}"

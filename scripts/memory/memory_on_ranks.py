@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from scripts.memory.memory_cases import Case
 from sparse_zero.layers.sparsify import sparsify
 from sparse_zero.memory.allocator import return_freed_blocks
 from sparse_zero.memory.closed_form.job import MemoryJob
-from sparse_zero.memory.measure import PeakMemory
+from sparse_zero.memory.measure import PeakMemory, status_bytes
 from sparse_zero.memory.simulation.fake_world import reducing_in_place
 from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.memory.simulation.recorder import MemoryRecorder, tag_model
@@ -128,9 +127,7 @@ def _give_back() -> None:
 
 def _resident_kinds() -> dict[str, int]:
     """This process's resident size by where the pages come from, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    found = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
-    return {name: int(found[name][0]) * 1024 for name in _PRIVATE if name in found}
+    return {name: size for name in _PRIVATE if (size := status_bytes(name)) is not None}
 
 
 def measure_case(case: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -16,14 +16,14 @@ import torch
 # process: the high-water mark since the process started; it cannot be set back.
 Source = Literal["cuda", "kernel", "sampled", "process"]
 
-_STATUS = Path("/proc/self/status")
+PROCESS_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 # The kernel's documented request to set VmHWM back to VmRSS (Documentation/filesystems/proc.rst).
 _RESET_HIGH_WATER_MARK = "5"
 
 
-def _status_bytes(field: str, status: Path) -> int | None:
-    """A memory field of a Linux status file in bytes; None where it is not offered."""
+def status_bytes(field: str, status: Path = PROCESS_STATUS) -> int | None:
+    """A memory field of a Linux status file, by default this process's, in bytes; None where it is not offered."""
     try:
         match = re.search(rf"^{field}:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
     except OSError:
@@ -56,7 +56,7 @@ class PeakMemory:
         device: torch.device | str | None = None,
         *,
         sample_seconds: float = 0.01,
-        status_path: Path = _STATUS,
+        status_path: Path = PROCESS_STATUS,
         clear_refs_path: Path = _CLEAR_REFS,
     ) -> None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ class PeakMemory:
             self.source = "kernel" if self._status("VmHWM") is not None else "process"
 
     def _status(self, field: str) -> int | None:
-        return _status_bytes(field, self._status_path)
+        return status_bytes(field, self._status_path)
 
     def current_bytes(self) -> int | None:
         """Memory held now; None where the system does not tell."""

@@ -48,6 +48,8 @@ def regions(name: str) -> tuple[RegionConfig, ...]:
         ),
         "embedding": (("row", ("*embed_tokens",), {"per_matrix": 3}),),
         "experts": (("block", ("*experts*",), {"block_size": 16, "per_matrix": 2}),),
+        # Nothing below the second layer's queries.
+        "upper": (("row", ("*.1.self_attn.q_proj",), {"per_matrix": 3}),),
         "top": (("block", ("*.1.mlp.*",), {"block_size": 8, "per_matrix": 4}),),
     }
     return tuple(RegionConfig(kind=kind, modules=list(modules), **more) for kind, modules, more in made[name])  # type: ignore[arg-type]
@@ -157,6 +159,8 @@ CASES = [
     ("llama", "columns", job(label_positions=None)),
     ("llama", "many", job(placement="delta", precision="fp32")),
     ("llama", "top", job()),
+    ("llama", "upper", job(gradient_checkpointing=True, length=400)),
+    ("llama", "upper", job(gradient_checkpointing=True, precision="fp32")),
     ("llama", "mixed", job(gradient_checkpointing=True)),
     ("llama", "rows", job(gradient_checkpointing=True, precision="fp32", micro_batch=1)),
     ("llama", "blocks", job(micro_batch=1)),

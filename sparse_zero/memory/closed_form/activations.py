@@ -15,12 +15,11 @@ from sparse_zero.memory.closed_form.kept_activations import INPUTS, Held, Layer,
 from sparse_zero.memory.closed_form.layer_activations import NORMS, keeps_stream
 from sparse_zero.memory.closed_form.mlp_activations import GATHERED
 from sparse_zero.memory.closed_form.moments import Moment, Phase, Term
+from sparse_zero.memory.closed_form.partitions import zero_sizes
 from sparse_zero.memory.closed_form.trained import Trained
 
 # Layers before the last one that stage 3 may still hold, or have gathered ahead.
 _LAYERS_AHEAD = 6
-# Entries of a bucket at most, by the rule of sparse_zero.zero.defaults.
-_BUCKET = 500_000_000
 
 
 class _Moments(Pass):
@@ -127,7 +126,7 @@ class _Moments(Pass):
             below += sum(self.kept(layer).values())
         bar = max(most[first], most[last])
         # Where ZeRO first reduces a full bucket, it makes room for all that this rank keeps of the gradients.
-        bucket = min(int(self.job.zero_options.get("reduce_bucket_size", _BUCKET)), _BUCKET)
+        bucket = zero_sizes((), self.trained, self.job)["reduce_bucket_size"]
         full = max((layer.index for layer in reached if above[layer.index] >= bucket), default=first)
         held = self.outer()
         for layer in self.layers:

@@ -84,10 +84,8 @@ class Pass:
         self._kept: dict[int, dict[str, int]] = {}
         self.trains_embedding = self.trains("embed", "word_embeddings")
         self.trains_head = job.method == "full" or (not shape.tied and self.trains("lm_head", "embed_out"))
-        # Checkpointing makes the embedding's output require grad.
-        self.starts_with_graph = self.checkpoints or self.trains_embedding
         self.layers = tuple(self._layers())
-        self.has_graph = self.starts_with_graph or any(layer.is_reached for layer in self.layers)
+        self.has_graph = self.trains_embedding or any(layer.is_reached for layer in self.layers)
 
     @cached_property
     def keeps_positions(self) -> bool:
@@ -105,7 +103,7 @@ class Pass:
         )
 
     def _layers(self) -> Iterator[Layer]:
-        has_graph, others = self.starts_with_graph, self._others()
+        has_graph, others = self.trains_embedding, self._others()
         # Layers of which as much is trained are alike.
         made: dict[Any, tuple[tuple[Step, ...], bool]] = {}
         for index in range(self.shape.num_layers):
@@ -163,7 +161,8 @@ class Pass:
     def kept(self, layer: Layer) -> dict[str, int]:
         """What a layer leaves behind in forward."""
         if self.checkpoints:
-            return {INPUTS: self.sizes.stream}
+            # Below the lowest trained layer there is nothing to be repeated.
+            return {INPUTS: self.sizes.stream} if layer.is_reached else {}
         if id(layer.steps) not in self._kept:
             found = Held()
             for step in layer.steps:
@@ -189,7 +188,8 @@ class Pass:
 
     def embedded(self) -> int:
         """The embedding's output, which a variable holds until the model returns, where nothing keeps it."""
-        is_kept = self.checkpoints or (self.starts_with_graph and keeps_stream(self.sizes))
+        is_repeated = self.checkpoints and self.layers[0].is_reached
+        is_kept = is_repeated or (self.trains_embedding and keeps_stream(self.sizes))
         return 0 if is_kept and not self.shape.has_embedding_norm else self.sizes.stream
 
     def waiting(self) -> int:

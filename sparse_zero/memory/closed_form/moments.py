@@ -41,6 +41,14 @@ class Moment:
         """The sum of the terms in one place."""
         return sum(term.num_bytes for term in self.terms if term.place == place)
 
+    def by_name(self, *places: Place) -> dict[str, int]:
+        """Sums of the terms in these places, by name; names without any are left out."""
+        found: dict[str, int] = {}
+        for term in self.terms:
+            if term.place in places and term.num_bytes:
+                found[term.name] = found.get(term.name, 0) + term.num_bytes
+        return found
+
     def by_kind(self, place: Place = "device") -> dict[Kind, int]:
         """Sums of the terms by kind; kinds without any are left out."""
         found: dict[Kind, int] = {}
