@@ -31,6 +31,13 @@ _SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _SLURM_FIRST_PORT, _SLURM_NUM_PORTS = 15000, 15000
 
 
+# Variables by which launchers tell a process its place. What Slurm and MPI tell of a whole job is not among them.
+OF_ONE_RANK = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|TORCHELASTIC_RUN_ID|OMPI_COMM_WORLD_.*|(PMI|PMIX)_(RANK|SIZE)"
+    r"|MPI_LOCAL(RANKID|NRANKS)|SLURM_(PROCID|LOCALID|NODEID|STEP_?ID|STEP_NUM_TASKS|STEP_TASKS_PER_NODE)"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """The place of this process in the world."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.config import RunConfig, resolved_yaml
+from launcher.process_ranks import OF_ONE_RANK
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.yaml_files import read_text
 from sparse_zero.errors import InputError
@@ -25,9 +26,9 @@ _FORWARDED = re.compile(
     r"(?!CUDA_VISIBLE_DEVICES$)(NCCL|GLOO|UCX|TORCH|PYTORCH|CUDA|OMP|MKL|DS|DEEPSPEED|HF|TRANSFORMERS|TOKENIZERS|MLFLOW|WANDB)_.*"
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Those of a rank, of where ranks meet, and of a whole job.
 _OF_LAUNCHERS = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_(RANK|SIZE|WORLD_SIZE)|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES"
-    r"|(OMPI_COMM_WORLD|PMI|PMIX|SLURM|TORCHELASTIC)_.*"
+    rf"{OF_ONE_RANK.pattern}|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|(OMPI_COMM_WORLD|PMI|PMIX|SLURM|TORCHELASTIC)_.*"
 )
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launcher.process_ranks import OF_ONE_RANK
 from launcher.starting import node_guard
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.command_line import ssh_options
@@ -39,11 +40,6 @@ from sparse_zero.errors import InputError
 _GRACE_SECONDS = 120.0
 # A guard is sent a line a second; kills take up to ten.
 _BEAT_SECONDS, _END_SECONDS, _LOOK_SECONDS = 1.0, 15.0, 0.05
-# What a surrounding launcher has told this process is not for the ranks that it starts.
-_RANK_VARIABLES = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|TORCHELASTIC_RUN_ID|OMPI_COMM_WORLD_.*|(PMI|PMIX)_(RANK|SIZE)"
-    r"|MPI_LOCAL(RANKID|NRANKS)|SLURM_(PROCID|LOCALID|NODEID|STEP_?ID|STEP_NUM_TASKS|STEP_TASKS_PER_NODE)"
-)
 # What DeepSpeed's launcher forwards of its own accord begins with these.
 _TOLD_BY_DEEPSPEED = ("MLFLOW", "NCCL", "PYTHON", "MV2", "UCX", "CUDA")
 
@@ -62,7 +58,8 @@ def environment_of_start(environ: Mapping[str, str], cluster: ClusterConfig) -> 
     found = {
         name: value
         for name, value in environ.items()
-        if not _RANK_VARIABLES.fullmatch(name) and (name == "PYTHONPATH" or not name.startswith(told))
+        # What a surrounding launcher has told this process is not for the ranks that it starts.
+        if not OF_ONE_RANK.fullmatch(name) and (name == "PYTHONPATH" or not name.startswith(told))
     }
     if cluster.reaches_nodes:  # DeepSpeed's own file of variables, too, goes to command lines.
         found["DS_ENV_FILE"] = os.devnull
