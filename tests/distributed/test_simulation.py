@@ -64,4 +64,4 @@ def test_fakes_answer_as_a_healthy_run_would(tmp_path: Path) -> None:
     from tests.distributed import simulation_workers
 
     found = in_child(simulation_workers.numbers_of_fakes, tmp_path)
-    assert found == [1.0, 0, True, False, [2, 1], 4, False]
+    assert found == [1.0, 0, True, False, [2, 1], 4, False, True]
