@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -11,14 +10,12 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 from sparse_zero.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a simulation imports; importing it takes longer than most simulations.
 PRELOADED = (
     "launcher.plan.simulating",
@@ -29,28 +26,6 @@ PRELOADED = (
 )
 # Of what a failed process said.
 _TOLD_CHARACTERS = 4000
-
-
-def preloaded_context(modules: Sequence[str] = PRELOADED, threads: int = 1) -> ForkServerContext:
-    """What forks processes from one that has imported ``modules`` and done nothing else; call it once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(modules))
-    changes = {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    return context
 
 
 def _child(function: Callable[..., Any], arguments: Mapping[str, Any], out: str, log: str) -> None:
@@ -72,7 +47,7 @@ def in_fork(
     """What ``function(**arguments)`` returns in a process of its own, or "failed" and what it said.
 
     Args:
-        context: see :func:`preloaded_context`.
+        context: see :func:`tests.distributed.spawn.preloaded_context`.
         function: of a module, by whose name the process finds it; returns a mapping for JSON.
         arguments: can be pickled.
         timeout: seconds after which it is killed.

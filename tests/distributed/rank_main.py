@@ -6,7 +6,9 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 def become_rank(environment: dict[str, str], log: Path) -> None:
@@ -26,10 +28,29 @@ def run_rank(description: str, environment: dict[str, str]) -> None:
         environment: replaces that of the process it was forked from.
     """
     job = json.loads(description)
-    become_rank(environment, Path(job["folder"]) / f"rank{environment['RANK']}.log")
+
+    def work() -> None:
+        module, _, name = str(job["function"]).partition(":")
+        warnings.simplefilter("default")
+        result = getattr(importlib.import_module(module), name)(**job["arguments"])
+        if os.environ["RANK"] == "0":
+            Path(job["result"]).write_text(json.dumps(result))
+
+    work_in_world(work, environment, Path(job["folder"]))
+
+
+def work_in_world(work: Callable[[], object], environment: dict[str, str], folder: Path) -> NoReturn:
+    """Do ``work`` as one rank of a world (gloo); ends the process with exit code 0, or 1 on an error.
+
+    Args:
+        work: what the rank does.
+        environment: replaces that of the process it was forked from.
+        folder: of the ranks' rendezvous and logs.
+    """
+    become_rank(environment, folder / f"rank{environment['RANK']}.log")
     code = 0
     try:
-        _run(job)
+        _join_and(work, f"file://{folder}/rendezvous")
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -39,7 +60,7 @@ def run_rank(description: str, environment: dict[str, str]) -> None:
     os._exit(code)
 
 
-def _run(job: dict[str, object]) -> None:
+def _join_and(work: Callable[[], object], rendezvous: str) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -48,19 +69,14 @@ def _run(job: dict[str, object]) -> None:
 
     from sparse_zero.collectives import leave_process_group
 
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,
-        init_method=f"file://{job['rendezvous']}",
-        rank=rank,
-        world_size=world_size,
+        init_method=rendezvous,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
         verbose=False,
     )
-    module, _, name = str(job["function"]).partition(":")
-    warnings.simplefilter("default")
-    result = getattr(importlib.import_module(module), name)(**job["arguments"])  # type: ignore[arg-type]
-    if rank == 0:
-        Path(str(job["result"])).write_text(json.dumps(result))
+    work()
     dist.barrier()
     leave_process_group()

@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,57 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def preloaded_context() -> ForkServerContext:
-    """What starts processes that are forked from one which has imported everything."""
+def preloaded_context(modules: Sequence[str] = PRELOADED) -> ForkServerContext:
+    """What starts processes that are forked from one which has imported ``modules``; it does so at the first call."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with _environment(ENVIRONMENT):
+    context.set_forkserver_preload(list(modules))
+    # A script's own path is not that of the process that imports.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with _environment({**ENVIRONMENT, "PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
+
+
+def environment_of_rank(rank: int, world_size: int) -> dict[str, str]:
+    """That of this process, with what tells a rank its place."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return {**os.environ, **ENVIRONMENT, **place}
+
+
+def wait_for(processes: Sequence[BaseProcess], timeout: float) -> list[int | None]:
+    """Exit codes of ranks, when all have ended, or been ended: one has failed, or it took ``timeout`` seconds.
+
+    Args:
+        processes: started; they are closed.
+        timeout: seconds.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes):
+                time.sleep(2.0)  # Let the others say what they saw before they are ended.
+                break
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+            process.join()
+            process.close()
+    return codes
+
+
+def said_by(folder: Path, codes: Sequence[int | None], characters: int = 6000) -> str:
+    """The end of what each rank wrote to its log in ``folder``."""
+    parts = []
+    for rank, code in enumerate(codes):
+        log = folder / f"rank{rank}.log"
+        said = log.read_text(errors="replace")[-characters:] if log.is_file() else ""
+        parts.append(f"--- rank {rank}, exit code {'none: killed' if code is None else code}\n{said}")
+    return "\n".join(parts)
 
 
 def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **arguments: Any) -> Any:
@@ -77,37 +122,11 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
         }
         processes = []
         for rank in range(world_size):
-            environment = {
-                **os.environ,
-                **ENVIRONMENT,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-            }
+            environment = environment_of_rank(rank, world_size)
             process = context.Process(target=run_rank, args=(json.dumps(job), environment))
             process.start()
             processes.append(process)
-        deadline = time.monotonic() + timeout
-        try:
-            while any(process.is_alive() for process in processes):
-                if any(process.exitcode not in (None, 0) for process in processes):
-                    time.sleep(2.0)  # Let the others say what they saw before they are ended.
-                    break
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
-        finally:
-            codes = [process.exitcode for process in processes]
-            for process in processes:
-                if process.exitcode is None:
-                    process.kill()
-                process.join()
-                process.close()
+        codes = wait_for(processes, timeout)
         if codes != [0] * world_size:
-            logs = "\n".join(
-                f"--- rank {rank}, exit code {code if code is not None else 'none: killed'}\n"
-                + (Path(folder) / f"rank{rank}.log").read_text(errors="replace")[-6000:]
-                for rank, code in enumerate(codes)
-            )
-            raise AssertionError(f"{function} failed on {world_size} ranks\n{logs}")
+            raise AssertionError(f"{function} failed on {world_size} ranks\n{said_by(Path(folder), codes)}")
         return json.loads(result.read_text())
