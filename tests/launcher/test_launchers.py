@@ -13,7 +13,7 @@ from launcher.starting.find_mpirun import find_mpirun
 from sparse_zero.errors import InputError
 from tests.distributed.cluster import Cluster, skip_without_cluster
 from tests.distributed.slurm import Slurm, skip_without_slurm
-from tests.launcher.test_nodes import launch, pythons, rows, variables
+from tests.launcher.test_nodes import launch, losses_of_one_process, pythons, rows, short_run, variables
 from tests.launcher.test_train import run, worker, write_config
 
 STEPS = 6
@@ -25,22 +25,12 @@ PACKAGES = {"openmpi": "openmpi-bin", "mpich": "mpich"}
 
 @pytest.fixture(scope="module")
 def settings():
-    return {
-        "training__steps": STEPS,
-        "training__global_batch_size": 16,
-        "training__micro_batch_size": 4,
-        "training__validation_every": None,
-        "output__evaluate": False,
-        "output__merged": False,
-    }
+    return short_run(STEPS)
 
 
 @pytest.fixture(scope="module")
 def expected(base, settings, tmp_path_factory):
-    """Losses of the run in one process."""
-    folder = tmp_path_factory.mktemp("single")
-    run(worker(write_config(base, folder, **settings)), folder)
-    return [row["loss"] for row in rows(folder / "run")]
+    return losses_of_one_process(base, tmp_path_factory.mktemp("single"), settings)
 
 
 def need(launcher):

@@ -27,23 +27,29 @@ def _can_be_made():
 
 @pytest.fixture(scope="module")
 def settings():
+    return {**short_run(STEPS), "checkpoint__every": 5}
+
+
+@pytest.fixture(scope="module")
+def expected(base, settings, tmp_path_factory):
+    return losses_of_one_process(base, tmp_path_factory.mktemp("single"), settings)
+
+
+def short_run(steps):
+    """Settings of a run that only trains."""
     return {
-        "training__steps": STEPS,
+        "training__steps": steps,
         "training__global_batch_size": 16,
         "training__micro_batch_size": 4,
         "training__validation_every": None,
-        "checkpoint__every": 5,
         "output__evaluate": False,
         "output__merged": False,
     }
 
 
-@pytest.fixture(scope="module")
-def expected(base, settings, tmp_path_factory):
-    """Losses of the run in one process."""
-    folder = tmp_path_factory.mktemp("single")
+def losses_of_one_process(base, folder, settings):
     run(worker(write_config(base, folder, **settings)), folder)
-    return losses(folder / "run")
+    return losses(folder / "run", settings["training__steps"])
 
 
 def rows(run_folder: Path):
@@ -52,9 +58,9 @@ def rows(run_folder: Path):
     return [row for row in map(json.loads, lines) if row["kind"] == "train"]
 
 
-def losses(run_folder: Path):
+def losses(run_folder: Path, steps=STEPS):
     found = rows(run_folder)
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in found] == list(range(1, steps + 1))
     return [row["loss"] for row in found]
 
 
