@@ -26,6 +26,7 @@ from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
 from launcher.same_input import check_same_input
 from launcher.shared_folder import share_newest
+from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
 from models.base_identity import base_identity
 from models.collate import collate
@@ -63,8 +64,6 @@ from sparse_zero.zero.engine import initialize
 from sparse_zero.zero.inference import sharded_forward
 from sparse_zero.zero.optimizers import build_optimizer, check_available, check_kinds
 from sparse_zero.zero.unsupported import offload_device
-
-_DTYPE_OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(kw_only=True)
@@ -136,7 +135,7 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
     """
     check_own_config(config)
     check_can_train_here(config)
-    wanted = _DTYPE_OF_PRECISION[config.training.precision]
+    wanted = DTYPE_OF_PRECISION[config.training.precision]
     if config.model.dtype != wanted:
         raise InputError(
             f"training.precision is {config.training.precision} but model.dtype is {config.model.dtype}: "

@@ -1,11 +1,17 @@
 """How long, how fast and in which batches is trained, and what is kept of it?"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sparse_zero.errors import InputError
 from sparse_zero.zero.optimizers import OptimizerConfig, OptimizerName, PerKindConfig
+
+# What models and weights call the precision of a run.
+DTYPE_OF_PRECISION: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
+    "fp32": "float32", "bf16": "bfloat16", "fp16": "float16",
+}  # fmt: skip
 
 
 def _check_at_least(section: str, minimum: float, **values: float | None) -> None:

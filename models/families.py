@@ -65,6 +65,12 @@ class FamilyWarning(UserWarning):
     """A model's family is not among the known ones; what follows from that is in the message."""
 
 
+def head_name(model: nn.Module) -> str | None:
+    """Name of the module that computes the logits; None where there is none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
 def module_map(model: PreTrainedModel) -> ModuleMap:
     """The map of a model's matrices and vectors: layouts, layers, roles and shared inputs.
 

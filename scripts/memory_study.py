@@ -43,13 +43,15 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def _simulate(config: StudyConfig, points: Mapping[str, Any], forecasts: Any, out: Path, progress: Any) -> Any:
     """Results of simulations by the names of their points."""
     from launcher.config import resolved_yaml
+    from launcher.plan.simulation import with_calibration
     from launcher.yaml_files import parse_yaml
-    from scripts.memory.in_processes import in_fork, preloaded_context, run_all
+    from scripts.memory.in_processes import PRELOADED, in_fork, run_all
     from scripts.memory.simulated_jobs import simulate_mapping
     from scripts.memory.study_points import config_of_point
+    from tests.distributed.spawn import preloaded_context
 
     task = progress.add_task("simulations", total=len(points))
-    context = preloaded_context()
+    context = preloaded_context(PRELOADED)
 
     def one(name: str) -> dict[str, Any]:
         point = points[name]
@@ -64,7 +66,7 @@ def _simulate(config: StudyConfig, points: Mapping[str, Any], forecasts: Any, ou
             before = in_fork(context, simulate_mapping, {**arguments, "part": "calibration"}, _TIMEOUT_SECONDS)
             if "failed" in before:
                 return before
-            found["simulated"]["phases"]["calibration"] = before["simulated"]["calibration"]
+            found["simulated"] = with_calibration(found["simulated"], before["simulated"])
         return found
 
     def told(name: str, found: dict[str, Any]) -> None:

@@ -28,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher.config import resolved_yaml
 from launcher.yaml_files import parse_yaml
 from scripts.benchmarking import exit_code
-from scripts.memory.in_processes import PRELOADED, in_fork, preloaded_context, run_all
+from scripts.memory.in_processes import PRELOADED, in_fork, run_all
 from scripts.memory.memory_cases import QUICK, TINY_CONFIGS, Case, covering_cases
 from scripts.memory.memory_errors import Compared, compare, print_comparison
 from scripts.memory.ranks_in_forks import on_forked_ranks
 from scripts.memory.simulated_jobs import simulate_mapping
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
+from tests.distributed.spawn import preloaded_context
 
 NUM_CASES = 130
 # One simulation is ended after so many seconds.
@@ -105,7 +106,7 @@ def verify_forecast(options: argparse.Namespace, shapes: Path) -> bool:
     if options.fresh:
         results.unlink(missing_ok=True)
     folders = {case.model: written_shape(case.model, shapes) for case in cases.values()}
-    context = preloaded_context()
+    context = preloaded_context(PRELOADED)
 
     def simulate(name: str) -> dict[str, Any]:
         arguments = arguments_of(cases[name], folders[cases[name].model])

@@ -18,6 +18,7 @@ from launcher.memory.room import held_bytes
 from launcher.memory.run_recorder import RunRecorder, named_nodes
 from launcher.starting.node_guard import oom_counter, oom_kills
 from models.data import IGNORED, TokenizedSample
+from models.families import head_name
 from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.memory.simulation.recorder import tag_model
 from sparse_zero.memory.simulation.timeline import KINDS
@@ -173,8 +174,7 @@ class RunMemory:
         """
         if self._recorder is None:
             return
-        head = model.get_output_embeddings()
-        self._head = {id(module): name for name, module in model.named_modules()}.get(id(head))
+        self._head = head_name(model)
         with self._recorder.phase("load"):
             tag_model(self._recorder, model)
 

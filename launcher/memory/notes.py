@@ -23,6 +23,8 @@ from sparse_zero.zero.unsupported import offload_device
 
 # A simulation takes seconds to a minute of one core: nothing beside as much training.
 _WORTH_SECONDS = 300.0
+# Forecasts of a large model take up to a second, while other ranks may wait.
+_MAX_FORECASTS = 4
 
 
 class MemoryDifferenceWarning(UserWarning):
@@ -33,10 +35,6 @@ def job_changes(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a memory job for a micro-batch that was measured."""
     names = ("micro_batch", "length", "label_positions", "accumulation", "samples")
     return {name: micro_batch[name] for name in names}
-
-
-# Forecasts of a large model take up to a second, while other ranks may wait.
-_MAX_FORECASTS = 4
 
 
 def _largest(micro_batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -124,11 +122,9 @@ class MemoryNotes:
         micro_batches = _largest(micro_batches)
         try:
             forecast, most = forecast_measured(self._config, self._world_size, micro_batches, selection=self._selection)
-        except InputError as error:
-            self._forecast = {"problem": str(error)}
-            return max(micro_batches, key=lambda each: each["micro_batch"] * each["length"], default=None)
         except Exception as error:  # The run goes on.
-            self._forecast = {"problem": f"the forecast failed: {error!r}"[:500]}
+            is_told = isinstance(error, InputError)
+            self._forecast = {"problem": str(error) if is_told else f"the forecast failed: {error!r}"[:500]}
             return max(micro_batches, key=lambda each: each["micro_batch"] * each["length"], default=None)
         self._forecast = {"phases": forecast.to_json()}
         return most

@@ -16,11 +16,12 @@ from types import FrameType
 from typing import IO, Any
 
 from launcher.config import RunConfig, parse_config, resolved_yaml
+from launcher.process_ranks import OF_ONE_RANK
 from launcher.yaml_files import parse_yaml
 
 _LOWEST_PRIORITY = 19
-# They are this rank's; the simulation is a rank of a world of its own.
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# With what tells this process its rank, they are this run's; the simulation is a world of its own.
+_OF_THIS_WORLD = ("MASTER_ADDR", "MASTER_PORT")
 # prctl(2): the signal that this process gets when the one that started it ends.
 _PR_SET_PDEATHSIG = 1
 # proc(5): where memory is short, the kernel ends this one first.
@@ -41,7 +42,11 @@ class SimulationBeside:
     def __init__(self, config: RunConfig, world_size: int, changes: Mapping[str, Any]) -> None:
         here = Path(__file__).resolve()
         environment = {
-            **{name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name not in _OF_THIS_WORLD and not OF_ONE_RANK.fullmatch(name)
+            },
             "PYTHONPATH": os.pathsep.join(filter(None, [str(here.parents[2]), os.environ.get("PYTHONPATH")])),
             "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu",

@@ -14,10 +14,10 @@ from launcher.plan.comparisons import compared, models_that_fit
 from launcher.plan.defaults import LORA_RANK
 from launcher.plan.planned_run import SAFE_SHARE, Gpu, PlannedRun
 from launcher.plan.questions import MAX_RANKS, fewest, gpus_needed, largest_batch, largest_budget, largest_length
-from launcher.plan.search import Change, changes_that_fit
+from launcher.plan.search import changes_that_fit
 from launcher.plan.settings import settings_that_fit, why
 from launcher.summary import format_bytes
-from sparse_zero.files import atomic_path
+from sparse_zero.files import atomic_write_bytes
 from sparse_zero.memory.device import device_overhead
 
 
@@ -66,8 +66,7 @@ class Answer:
                 usable_bytes=None if self.gpu is None else self.gpu.usable_bytes - self.run.overhead.num_bytes,
             )
         )
-        with atomic_path(file) as temporary:
-            temporary.write_bytes(picture)
+        atomic_write_bytes(file, picture)
         if timeline is not None and timeline.is_file():
             step = file.with_name(f"{file.stem}-step{file.suffix}")
             plot_timeline(read_timeline(timeline), step, heading=self.name)
@@ -148,8 +147,7 @@ def _add_forecast(answer: Answer, run: PlannedRun, gpu: Gpu | None, *, simulate:
             tensors = int(answer.simulated["peak_bytes"])
             fragments = other - tensors
     cuda = run.overhead.context_bytes + run.overhead.workspace_bytes
-    answer.fits = tensors + fragments + cuda <= gpu.usable_bytes
-    answer.found["fits"] = answer.fits
+    answer.fits = answer.found["fits"] = tensors + fragments + cuda <= gpu.usable_bytes
     answer.shown.append(verdict(tensors, fragments, cuda, gpu))
     if not answer.fits:
         _add_changes(answer, run, gpu)
@@ -164,8 +162,8 @@ def verdict(tensor_bytes: int, fragment_bytes: int, cuda_bytes: int, gpu: Gpu) -
     )
 
 
-def _changes(run: PlannedRun, gpu: Gpu) -> list[Change]:
-    return changes_that_fit(
+def _add_changes(answer: Answer, run: PlannedRun, gpu: Gpu) -> None:
+    changes = changes_that_fit(
         run.config,
         run.world_size,
         gpu.usable_bytes,
@@ -175,10 +173,6 @@ def _changes(run: PlannedRun, gpu: Gpu) -> list[Change]:
         most=2,
         **run.changes,
     )
-
-
-def _add_changes(answer: Answer, run: PlannedRun, gpu: Gpu) -> None:
-    changes = _changes(run, gpu)
     answer.found["changes"] = [
         {"overrides": list(each.overrides), "cost": each.cost, "peak_bytes": each.forecast.peak_bytes}
         for each in changes

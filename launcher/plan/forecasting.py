@@ -29,6 +29,10 @@ class Shapes:
     # On the meta device, dense.
     model: Any
 
+    def forecast(self, job: MemoryJob, selection: Selection | None) -> Forecast:
+        """Of a job; see :func:`~sparse_zero.memory.closed_form.forecast.forecast_memory`."""
+        return forecast_memory(self.shape, job, selection, module_map=self.module_map)
+
 
 def shapes_of(config: RunConfig) -> Shapes:
     """From the model's config.json, or the built-in shapes.
@@ -129,4 +133,4 @@ def forecast_run(
     job = job_of(config, world_size, **changes)
     if selection is None and job.method == "selection":
         selection = planned_selection(config, shapes)
-    return forecast_memory(shapes.shape, job, selection, shared_inputs=shapes.module_map.shared_inputs)
+    return shapes.forecast(job, selection)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from launcher.plan.forecasting import Shapes, job_of, planned_selection, shapes_of
-from sparse_zero.memory.closed_form.forecast import Forecast, forecast_memory
+from sparse_zero.memory.closed_form.forecast import Forecast
 from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.closed_form.trained import trained_of
 from sparse_zero.memory.device import DeviceOverhead, device_overhead
@@ -85,9 +85,7 @@ class PlannedRun:
     @cached_property
     def forecast(self) -> Forecast:
         """By the closed form."""
-        return forecast_memory(
-            self.shapes.shape, self.job, self.selection, shared_inputs=self.shapes.module_map.shared_inputs
-        )
+        return self.shapes.forecast(self.job, self.selection)
 
     @property
     def peak_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.config import RunConfig, apply_override, parse_config, resolved_yaml
 from launcher.deepspeed_config import check_own_config
-from launcher.plan.forecasting import Shapes, forecast_run, job_of, planned_selection
+from launcher.plan.forecasting import Shapes, job_of, planned_selection
 from launcher.plan.options import Option, dimensions
 from launcher.run_folder import FREE_KEYS
 from launcher.yaml_files import parse_yaml
@@ -175,9 +175,8 @@ class _Search:
             changed = parse_config(mapping)
             check_own_config(changed)
             selection = self._selection_of(changed)
-            job = _batch_of(self._config, changed, self._job, self._filled)
-            forecast = forecast_run(changed, self._world_size, shapes=self._shapes, selection=selection, **job)
-            changed_job = job_of(changed, self._world_size, **job)
+            job = job_of(changed, self._world_size, **_batch_of(self._config, changed, self._job, self._filled))
+            forecast = self._shapes.forecast(job, selection)
         except InputError:
             return None
         return Change(
@@ -187,7 +186,7 @@ class _Search:
             changes_result=any(option.penalty for option in options),
             can_continue=_can_continue(overrides),
             config=changed,
-            job=changed_job,
+            job=job,
             forecast=forecast,
         )
 

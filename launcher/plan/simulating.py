@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from launcher.config import RunConfig, parse_config
 from launcher.deepspeed_config import deepspeed_config
 from launcher.preparing import new_engine
 from models.compat import masks_of_fake_tensors
-from models.families import module_map
+from models.families import head_name, module_map
 from models.loading import checkpoint_activations
 from models.loss import nll_at
 from models.peer_models import make_peer
@@ -115,26 +116,21 @@ def _model(config: RunConfig, job: MemoryJob) -> _Model:
     return _Model(model=model, make_engine=make_engine, total=total, trained=trained)
 
 
-def _training(made: _Model, job: MemoryJob) -> Part:
-    shape = (job.rows, job.row_length)
+def batch_of(job: MemoryJob) -> dict[str, torch.Tensor]:
+    """A micro-batch of a job, as the model takes it."""
     other = "position_ids" if job.batching == "pack" else "attention_mask"
-    positions = job.logit_rows // job.rows
+    return {name: torch.zeros(job.rows, job.row_length, dtype=torch.int64) for name in ("input_ids", "labels", other)}
 
-    def batch() -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels", other)}
 
-    def loss(engine: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-        return nll_at(engine, tensors, torch.arange(positions, device=tensors["labels"].device))
-
-    return training(made.make_engine, batch, loss)
+def loss_of(job: MemoryJob, called: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The summed loss of a micro-batch, where a job has logits."""
+    return nll_at(called, batch, torch.arange(job.logit_rows // job.rows, device=batch["labels"].device))
 
 
 def _simulate(config: RunConfig, job: MemoryJob, file: str | None) -> dict[str, Any]:
     made = _model(config, job)
-    head = getattr(made.model, "get_output_embeddings", lambda: None)()
-    names = {id(module): name for name, module in made.model.named_modules()}
     # In the order of a run; each adds its phases.
-    parts = [_training(made, job)]
+    parts: list[Part] = [training(made.make_engine, partial(batch_of, job), partial(loss_of, job))]
     if job.method == "selection":
         parts.append(saving)
     with masks_of_fake_tensors(needed=job.needs_mask):
@@ -143,7 +139,7 @@ def _simulate(config: RunConfig, job: MemoryJob, file: str | None) -> dict[str, 
             parts,
             settings=deepspeed_config(config, job.world_size),
             world_size=job.world_size,
-            head=names.get(id(head)),
+            head=head_name(made.model),
             trains_base=job.method == "full",
         )
     if file is not None:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
+from launcher.plan.simulating import batch_of, loss_of
 from models.compat import masks_of_fake_tensors
-from models.families import module_map
+from models.families import head_name, module_map
 from models.loading import checkpoint_activations
-from models.loss import nll_at
 from models.quantization import adopt_quantized
 from models.quantized_shapes import quantize_shapes
 from models.skeleton import load_shapes
+from sparse_zero.memory.closed_form.calibration_memory import calibrated_positions
 from sparse_zero.memory.closed_form.job import CalibrationJob, MemoryJob
 from sparse_zero.memory.simulation.simulate_calibration import calibrating
 from sparse_zero.memory.simulation.simulate_training import simulate
@@ -71,20 +73,15 @@ def simulate_calibration(config: RunConfig, job: MemoryJob) -> Timeline:
         parameter.requires_grad_(wanted.weights == "full" and parameter.is_floating_point())
     if job.gradient_checkpointing:
         checkpoint_activations(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {id(module): name for name, module in model.named_modules()}
-    samples = wanted.micro_batch
-    shape = (1, samples * job.length) if job.batching == "pack" else (samples, job.length)
-    other = "position_ids" if job.batching == "pack" else "attention_mask"
-    positions = shape[1] - 1 if job.label_positions is None else min(job.label_positions, shape[1])
+    # Its micro-batches, as a job's.
+    seen = dataclasses.replace(
+        job, micro_batch=wanted.micro_batch, samples=None, label_positions=calibrated_positions(job, wanted)
+    )
 
-    def batch() -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels", other)}
+    def loss(called: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        return loss_of(seen, called, batch) / (seen.logit_rows // seen.rows)
 
-    def loss(called: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-        return nll_at(called, tensors, torch.arange(positions, device=tensors["labels"].device)) / positions
-
-    part = calibrating(selection, family, batch, loss, settings=settings)
+    part = calibrating(selection, family, partial(batch_of, seen), loss, settings=settings)
     loads = {**settings, "zero_optimization": {"stage": 0}} if wanted.weights == "full" else settings
-    with masks_of_fake_tensors(needed=samples > 1 and job.attention != "flash_attention_2"):
-        return simulate(model, [part], settings=loads, world_size=world_size, head=names.get(id(head)))
+    with masks_of_fake_tensors(needed=seen.needs_mask):
+        return simulate(model, [part], settings=loads, world_size=world_size, head=head_name(model))

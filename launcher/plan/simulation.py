@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import RunConfig, resolved_yaml
 from launcher.deepspeed_config import OFFLOADS, deepspeed_config
+from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.yaml_files import parse_yaml
 from sparse_zero.errors import InputError
 from sparse_zero.zero.unsupported import offload_device
@@ -46,7 +47,7 @@ def config_of(config: RunConfig, job: MemoryJob) -> RunConfig:
     model, training, zero = config.model, config.training, config.zero
     dtype = model.dtype
     if job.precision != training.precision:
-        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[job.precision]  # type: ignore[assignment]
+        dtype = DTYPE_OF_PRECISION[job.precision]
     # From the second micro-batch on, each holds what the one before held. An own config of DeepSpeed names the batch.
     batch = training.global_batch_size
     if zero.config is None or batch < job.micro_batch:
@@ -110,6 +111,22 @@ def check_can_simulate(config: RunConfig, method: str = "selection") -> None:
             )
 
 
+def described(config: RunConfig, job: MemoryJob, *, calibrates: bool) -> dict[str, Any]:
+    """The run as a process that simulates it is given it.
+
+    Args:
+        config: of the run.
+        job: that it is.
+        calibrates: whether its calibration is simulated, and not what follows it.
+
+    Raises:
+        InputError: see :func:`check_can_simulate`; or run and job do not go together.
+    """
+    config = config_of(config if calibrates else without_scores(config), job)
+    check_can_simulate(config, job.method)
+    return parse_yaml(resolved_yaml(config), "the run")
+
+
 def _in_a_child(mapping: dict[str, Any], job: MemoryJob, timeline: str | None) -> dict[str, Any]:
     """In the child: heavy libraries are imported there, and not here."""
     from launcher.plan.simulating import simulate_here
@@ -123,8 +140,13 @@ def _calibration_in_a_child(mapping: dict[str, Any], job: MemoryJob) -> dict[str
     return simulate_calibration_here(mapping, job)
 
 
-def _with_calibration(found: dict[str, Any], phases: dict[str, Any]) -> dict[str, Any]:
-    """What was found of training, with the phase of calibration after loading, where a run has it."""
+def with_calibration(found: dict[str, Any], phases: dict[str, Any]) -> dict[str, Any]:
+    """What was found of training, with the phase of calibration after loading, where a run has it.
+
+    Args:
+        found: of :func:`launcher.plan.simulating.simulate_here`.
+        phases: of :func:`launcher.plan.simulating.simulate_calibration_here`.
+    """
     load, *others = found["phases"].items()
     calibration = dict(phases["calibration"])
     needed = calibration.pop("needed_bytes")
@@ -158,19 +180,17 @@ def simulate_run(
     from launcher.plan.forecasting import job_of
 
     job = job_of(config, world_size, **changes)
-    with_scores, config = config_of(config, job), config_of(without_scores(config), job)
-    check_can_simulate(config, job.method)
-    mapping = parse_yaml(resolved_yaml(config), "the run")
+    mapping = described(config, job, calibrates=False)
+    scored = None if job.calibration is None else described(config, job, calibrates=True)
     file = None if timeline is None else str(timeline)
     before = multiprocessing.active_children()
     # A process makes one world, and no other after it.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
             found = pool.submit(_in_a_child, mapping, job, file).result()
-            if job.calibration is None:
+            if scored is None:
                 return found
-            mapping = parse_yaml(resolved_yaml(with_scores), "the run")
-            return _with_calibration(found, pool.submit(_calibration_in_a_child, mapping, job).result())
+            return with_calibration(found, pool.submit(_calibration_in_a_child, scored, job).result())
         except BrokenProcessPool as error:
             raise InputError(
                 "the simulation was killed, perhaps for want of memory: plan a smaller model, or fewer ranks"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.config import RunConfig, parse_config
+from launcher.training_config import DTYPE_OF_PRECISION
 from scripts.memory.covering import Pair, covering
 
 # Beyond so many tokens there are no cases with attention that scores every two positions.
@@ -193,12 +194,11 @@ class Case:
     def config(self, folder: str) -> RunConfig:
         """The run, of the model whose config.json lies in ``folder``."""
         quantized = self.method in _QUANTIZED
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[self.precision]
         return parse_config(
             {
                 "model": {
                     "name_or_path": folder,
-                    "dtype": dtype,
+                    "dtype": DTYPE_OF_PRECISION[self.precision],
                     "attention": self.attention,
                     "quantization": "nf4" if quantized else "none",
                     "double_quantization": quantized,

@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from launcher.config import parse_config, resolved_yaml
-from launcher.yaml_files import parse_yaml
+from launcher.config import parse_config
 
 
 def simulate_mapping(
@@ -27,14 +26,12 @@ def simulate_mapping(
     """
     from launcher.plan.forecasting import job_of
     from launcher.plan.simulating import simulate_calibration_here, simulate_here
-    from launcher.plan.simulation import check_can_simulate, config_of, without_scores
+    from launcher.plan.simulation import described
 
     start = time.perf_counter()
     config = parse_config(mapping)
     job = job_of(config, world_size, **changes)
-    config = config_of(config if part == "calibration" else without_scores(config), job)
-    check_can_simulate(config, job.method)
-    described = parse_yaml(resolved_yaml(config), "the run")
-    found = simulate_here(described, job) if part == "run" else simulate_calibration_here(described, job)
+    run = described(config, job, calibrates=part == "calibration")
+    found = simulate_here(run, job) if part == "run" else simulate_calibration_here(run, job)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"simulated": found, "seconds": time.perf_counter() - start, "process_bytes": most}

@@ -47,18 +47,27 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+_SETUP = ("model", "stage", "ranks", "checkpointing")
+
+
+def _setup(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Cells of a row under :data:`_SETUP`."""
+    checkpoints = "yes" if row["gradient_checkpointing"] else "no"
+    return row["model"], str(row["stage"]), str(row["world_size"]), checkpoints
+
+
 def of_curve(rows: Rows, curve: str) -> Rows:
     """The rows of one axis."""
     return [row for row in rows if row["curve"] == curve]
 
 
-def _pivot(rows: Rows, axis: str, label: Callable[[Any], str]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """A table of methods by values of an axis."""
+def _pivot(rows: Rows, axis: str, label: Callable[[Any], str]) -> dict[str, Any]:
+    """A table of methods by values of an axis: ``head`` and ``rows`` of a :class:`Part`."""
     values = sorted({row[axis] for row in rows})
     found = {(row["method"], row[axis]): row["peak_bytes"] for row in rows}
     methods = dict.fromkeys(row["method"] for row in rows)
     lines = tuple((method, *(gib(found.get((method, value))) for value in values)) for method in methods)
-    return ("GiB", *map(label, values)), lines
+    return {"head": ("GiB", *map(label, values)), "rows": lines}
 
 
 def reductions(rows: Rows) -> list[dict[str, Any]]:
@@ -107,10 +116,7 @@ def _headline(config: StudyConfig, rows: Rows) -> Part:
     )
     lines = tuple(
         (
-            row["model"],
-            str(row["stage"]),
-            str(row["world_size"]),
-            "yes" if row["gradient_checkpointing"] else "no",
+            *_setup(row),
             gib(row["full_bytes"]),
             gib(row["smt_bytes"]),
             _share(row["reduction"]),
@@ -119,7 +125,7 @@ def _headline(config: StudyConfig, rows: Rows) -> Part:
         for row in found
         if row["simulated_reduction"] is not None or row is nearest
     )
-    head = ("model", "stage", "ranks", "checkpointing", "full, GiB", "SMT, GiB", "less", "less, simulated")
+    head = (*_SETUP, "full, GiB", "SMT, GiB", "less", "less, simulated")
     return Part(
         name="headline",
         heading="SMT beside full fine-tuning",
@@ -143,17 +149,14 @@ def _calibration(rows: Rows) -> Part | None:
     )
     lines = tuple(
         (
-            row["model"],
-            str(row["stage"]),
-            str(row["world_size"]),
-            "yes" if row["gradient_checkpointing"] else "no",
+            *_setup(row),
             gib(row["calibration_bytes"]),
             gib(row["smt_bytes"]),
         )
         for row in found
         if row["world_size"] in (1, 8)
     )
-    head = ("model", "stage", "ranks", "checkpointing", "calibration, GiB", "training, GiB")
+    head = (*_SETUP, "calibration, GiB", "training, GiB")
     return Part(name="calibration", heading="Calibration", text=text, head=head, rows=lines)
 
 
@@ -216,16 +219,14 @@ def parts_of(config: StudyConfig, rows: Rows) -> list[Part]:
             text=f"Peak bytes of one rank over all phases. The rest as in: {job}. The table is of stage "
             f"{max(config.stages)}.",
             draw=lambda theme: study_plots.world_figure(of_curve(rows, "world_size"), theme),
-            head=_pivot(worlds, "world_size", short)[0],
-            rows=_pivot(worlds, "world_size", short)[1],
+            **_pivot(worlds, "world_size", short),
         ),
         Part(
             name="length",
             heading="Sequence length",
             text="Every position has a label, so that logits grow with the length as activations do.",
             draw=lambda theme: study_plots.length_figure(lengths, theme),
-            head=_pivot([row for row in lengths if row["gradient_checkpointing"]], "length", short)[0],
-            rows=_pivot([row for row in lengths if row["gradient_checkpointing"]], "length", short)[1],
+            **_pivot([row for row in lengths if row["gradient_checkpointing"]], "length", short),
         ),
         Part(
             name="micro_batch",
@@ -234,8 +235,7 @@ def parts_of(config: StudyConfig, rows: Rows) -> list[Part]:
             draw=lambda theme: study_plots.axis_figure(
                 batches, "micro_batch", heading="Against the micro-batch", xlabel="samples", label=short, theme=theme
             ),
-            head=_pivot(batches, "micro_batch", short)[0],
-            rows=_pivot(batches, "micro_batch", short)[1],
+            **_pivot(batches, "micro_batch", short),
         ),
         Part(
             name="budget",
@@ -249,16 +249,14 @@ def parts_of(config: StudyConfig, rows: Rows) -> list[Part]:
                 label=lambda value: f"{value:.1%}",
                 theme=theme,
             ),
-            head=_pivot(budgets, "budget", lambda value: f"{value:.1%}")[0],
-            rows=_pivot(budgets, "budget", lambda value: f"{value:.1%}")[1],
+            **_pivot(budgets, "budget", lambda value: f"{value:.1%}"),
         ),
         Part(
             name="model",
             heading="Model size",
             text="The table is of stage 3. Logits grow with the vocabulary, which is larger in some of the models.",
             draw=lambda theme: study_plots.model_figure(models, theme),
-            head=_pivot([row for row in models if row["stage"] == 3], "parameters", lambda n: f"{n / 1e9:.2g}B")[0],
-            rows=_pivot([row for row in models if row["stage"] == 3], "parameters", lambda n: f"{n / 1e9:.2g}B")[1],
+            **_pivot([row for row in models if row["stage"] == 3], "parameters", lambda n: f"{n / 1e9:.2g}B"),
         ),
         _frontier(config, of_curve(rows, "frontier")) if of_curve(rows, "frontier") else None,
         _checked(rows),

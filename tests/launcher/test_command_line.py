@@ -154,7 +154,7 @@ def test_by_hand_the_config_path_is_absolute(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("path", ["/a b", "/$HOME", "/a`b`", "/%h", "/a;b", '/a"b', "/a\nb"])
 def test_paths_that_deepspeed_would_change_are_refused(path: str) -> None:
-    fine = {"python": "/venv-3.11/bin/python", "folder": "/home/my_runs", "python_path": "/a:/b", "package": "/p/s.py"}
+    fine = {"python": "/venv-3.11/bin/python", "folder": "/runs/my_own", "python_path": "/a:/b", "package": "/p/s.py"}
     check_remote_shell(**fine)
     for field in fine:
         with pytest.raises(InputError, match="which DeepSpeed's launcher cannot pass"):

@@ -163,7 +163,7 @@ def _frozen_moments(shape: DecoderShape, job: MemoryJob, calibration: Calibratio
         job,
         method="selection",
         micro_batch=calibration.micro_batch,
-        label_positions=_positions(job, calibration),
+        label_positions=calibrated_positions(job, calibration),
         accumulation=1,
         offload_optimizer="none",
         # Without a gradient, forward keeps nothing.
@@ -192,7 +192,7 @@ def _frozen_moments(shape: DecoderShape, job: MemoryJob, calibration: Calibratio
             yield Moment(phase="calibration", name=f"{name}, squares", terms=(*terms, squares), module=moment.module)
 
 
-def _positions(job: MemoryJob, calibration: CalibrationJob) -> int | None:
+def calibrated_positions(job: MemoryJob, calibration: CalibrationJob) -> int | None:
     """Positions of a row with logits: as in training, but in rows that may be shorter."""
     if job.label_positions is None or job.batching != "pack":
         return job.label_positions
@@ -207,7 +207,7 @@ def _full_moments(shape: DecoderShape, job: MemoryJob, calibration: CalibrationJ
         method="full",
         stage=settings.stage,
         micro_batch=calibration.micro_batch,
-        label_positions=_positions(job, calibration),
+        label_positions=calibrated_positions(job, calibration),
         accumulation=max(1, settings.batches_per_step // job.world_size),
         optimizer="adamw",
         offload_optimizer=place,
