@@ -40,6 +40,12 @@ def evaluate_model(
         sharded_forward(model, deepspeed_config(config, world.world_size) if sharded else {}),
     ):
         task = progress.add_task(title, total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            # The last batch is followed by work that tells nothing.
+            world.pulse.tick(is_ticking=done < total)
+
         result = evaluate(
             model,
             tokenizer,
@@ -50,7 +56,7 @@ def evaluate_model(
             rank=world.rank,
             world_size=world.world_size,
             lockstep=sharded,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=tell,
         )
     if world.is_main:
         write_result(out, result)

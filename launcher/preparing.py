@@ -22,6 +22,7 @@ from launcher.deepspeed_config import (
 from launcher.exporting import save_model_folder
 from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
 from launcher.memory.measuring import RunMemory
+from launcher.pulse import Pulse
 from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
 from launcher.same_input import check_same_input
@@ -66,10 +67,12 @@ from sparse_zero.zero.optimizers import build_optimizer, check_available, check_
 from sparse_zero.zero.unsupported import offload_device
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Phases:
     """Seconds of each phase of a run, added up by name."""
 
+    # Told which phase it is.
+    pulse: Pulse = field(default_factory=Pulse)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -77,7 +80,8 @@ class Phases:
         """Add the duration of the block to phase ``name``."""
         started = time.perf_counter()
         try:
-            yield
+            with self.pulse.phase(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
@@ -364,6 +368,11 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
     settings = deepspeed_config(config, world.world_size)
     with Progress(console=console, transient=True) as progress, sharded_forward(prepared.model, settings):
         task = progress.add_task("calibrating", total=config.selection.calibration_batches)
+
+        def on_batch(index: int) -> None:
+            progress.update(task, completed=index + 1)
+            world.pulse.tick(phase="calibrate", is_ticking=index + 1 < config.selection.calibration_batches)
+
         prepared.model.train()
         scores = score_regions(
             prepared.model,
@@ -371,7 +380,7 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
             config.selection,
             calibration_loss,
             module_map=prepared.module_map,
-            on_batch=lambda index: progress.update(task, completed=index + 1),
+            on_batch=on_batch,
         )
     if kept_folder(config) is not None:
         prepared.base = _write_kept(prepared, world)

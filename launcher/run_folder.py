@@ -64,6 +64,8 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation"
+        # What each rank has written; see launcher.starting.rank_logs.
+        self.logs = self.path / "logs"
         self.summary = self.path / "summary.json"
         # Measured, forecast and simulated; see launcher.memory.report.
         self.memory = self.path / "memory.json"

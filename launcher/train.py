@@ -225,7 +225,7 @@ def _run_alone(
     config: RunConfig, world: World, request: StopRequest, lock: RunLock, memory: RunMemory, notes: MemoryNotes | None
 ) -> int:
     folder = RunFolder(config.output.folder)
-    phases = Phases()
+    phases = Phases(world.pulse)
     with phases.measure("load"), memory.phase("load"):
         world = find_folders(config, world)
         with failing_together():
@@ -237,6 +237,7 @@ def _run_alone(
     with failing_together():
         if world.keeps_folder:
             _take_over(config, folder, lock)
+    world.pulse.tick(owns_folder=True)
     _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
     accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": 0}
     total = num_parameters(prepared.model)
@@ -289,7 +290,11 @@ def _said_by_one(code: int) -> int:
 
 
 def _in_world(
-    config: RunConfig, work: Callable[[World, StopRequest, RunMemory], int], check: Callable[[], None], folder: Path
+    config: RunConfig,
+    work: Callable[[World, StopRequest, RunMemory], int],
+    check: Callable[[], None],
+    folder: Path,
+    record: str | None = None,
 ) -> int:
     """Join the ranks, do ``work``, leave; the exit code. Signals outside the training loop end it at once.
 
@@ -301,6 +306,7 @@ def _in_world(
         work: gets this process's place, what tells of signals that have not raised, and what measures memory.
         check: what can be found wrong before anything is started.
         folder: what is written into, for errors of the disk.
+        record: folder of the guard of this node.
     """
     ranks = find_ranks(os.environ)
     rank = ranks.rank
@@ -309,7 +315,7 @@ def _in_world(
     memory: RunMemory | None = None
     with stoppable() as request:
         try:
-            world = join_world()
+            world = join_world(record)
             speak_once(world)
             memory = RunMemory(config.memory, world.device)
             code = work(world, request, memory)
@@ -351,8 +357,12 @@ def _in_world(
         return code
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, record: str | None = None) -> int:
     """Train one run in this process and its peers, if a launcher started some; returns the exit code.
+
+    Args:
+        config: the run.
+        record: folder of the guard of this node, which `sparse-zero launch` started.
 
     Raises:
         InputError: the config cannot be used; nothing has been written then.
@@ -362,6 +372,7 @@ def run(config: RunConfig) -> int:
         lambda world, request, memory: _run_in_world(config, world, request, memory),
         lambda: check_run(config),
         Path(config.output.folder),
+        record,
     )
 
 
@@ -396,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--exit_record", default=None, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(argv)
     try:
-        code = run(load_config(args.config, overrides))
+        code = run(load_config(args.config, overrides), args.exit_record)
     except InputError as error:
         if reports_errors(error, os.environ):
             print(f"sparse-zero: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -20,6 +20,7 @@ from launcher.progress import TrainingProgress, training_progress
 from launcher.reselecting import check_selection_now, describe_check
 from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
+from launcher.step_times import StepTimes
 from launcher.stopping import stop_requests
 from launcher.world import World
 from models.collate import collate, micro_batch, response_tokens
@@ -142,6 +143,7 @@ def validation_loss(state: LoopState) -> tuple[float, int]:
             samples = micro_batch(state.validation, indices)
             total += float(response_nll(state.engine, _tensors(state, samples)))
             tokens += response_tokens(samples)
+            state.world.pulse.tick()
     state.engine.train(was_training)
     sums = _gather([total, tokens]).sum(0)
     return float(sums[0] / sums[1]), int(sums[1])
@@ -155,7 +157,13 @@ def _seed_streams(seed: int) -> None:
 
 
 def _optimizer_step(
-    state: LoopState, memory: RunMemory, plan: StepPlan, num_response_tokens: int, step: int, rate: float
+    state: LoopState,
+    memory: RunMemory,
+    times: StepTimes,
+    plan: StepPlan,
+    num_response_tokens: int,
+    step: int,
+    rate: float,
 ) -> tuple[float, int]:
     """One optimizer step of this rank: (its share of the step's loss, input tokens)."""
     config, world, engine = state.config, state.world, state.engine
@@ -171,11 +179,11 @@ def _optimizer_step(
     for index, indices in enumerate(plan.micro_batches):
         samples = micro_batch(state.train, indices)
         memory.micro_batch(samples, config.data.batching, index, len(plan.micro_batches))
-        with memory.part("forward"):
+        with memory.part("forward"), times.part("forward"):
             nll = response_nll(engine, _tensors(state, samples))
-        with memory.part("backward"):
+        with memory.part("backward"), times.part("backward"):
             engine.backward(nll * scale)
-        with memory.part("step"):
+        with memory.part("step"), times.part("update"):
             engine.step()
         total += nll.detach()
         input_tokens += sum(len(sample.input_ids) for sample in samples) if indices else 0
@@ -232,11 +240,12 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
         seconds=state.earlier.get("seconds", 0.0),
         peak_memory_bytes=[0] * world.world_size,
     )
-    skipped_in_a_row = 0
+    skipped_in_a_row, times, usual_forward = 0, StepTimes(world.device), 0.0
     state.engine.train()
     progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
     checkpoints = RunCheckpoints(config, state.folder, state.base, state.earlier, writes=world.keeps_folder)
-    with stop_requests() as request, progress, memory.phase("train"), checkpoints:
+    pulse = world.pulse
+    with stop_requests() as request, progress, memory.phase("train"), checkpoints, pulse.phase("train", ticks=True):
         for step in range(state.first_step, num_steps):
             # Before the step, not after the last one: a checkpoint holds what came before the check, and a run that
             # continues from it makes the same check again.
@@ -244,14 +253,17 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             if reselect is not None and reselect.is_due(step):
                 if memory.stop():
                     _tell_memory(state, memory, 0.0)
-                _check_selection(state, step, progress, metrics)
+                with pulse.phase("reselect"):
+                    _check_selection(state, step, progress, metrics)
             started = time.perf_counter()
             plan, rate = sampler.step(step), learning_rate(config.training, step, num_steps)
             num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)
-            loss, input_tokens = _optimizer_step(state, memory, plan, num_response_tokens, step, rate)
+            loss, input_tokens = _optimizer_step(state, memory, times, plan, num_response_tokens, step, rate)
             peak = memory.peaks.peak("train")
             everyone = _gather([loss, input_tokens, request.signal, peak, checkpoints.has_failed])
             seconds = time.perf_counter() - started
+            parts = times.take()
+            usual_forward += (parts["forward"] - usual_forward) * (0.1 if step > state.first_step + 1 else 1.0)
             applied = step_was_applied(state.engine)
             if memory.end_step(applied=applied) or (memory.is_measuring and step + 1 == num_steps):
                 _tell_memory(state, memory, seconds * (num_steps - step - 1))
@@ -273,11 +285,16 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "tokens_per_second": float(sums[1]) / seconds,
                 "response_tokens": num_response_tokens,
                 "step_seconds": seconds,
+                **{f"{name}_seconds": found for name, found in parts.items()},
                 "peak_memory_bytes": max(result.peak_memory_bytes),
                 "epoch": (step + 1) / sampler.steps_per_epoch,
                 "skipped": not applied,
             }
             progress.update(row)
+            pulse.tick(
+                step=step + 1, num_steps=num_steps, loss=result.final_loss,
+                tokens_per_second=row["tokens_per_second"], forward_seconds=usual_forward, memory_bytes=peak,
+            )  # fmt: skip
             if metrics is not None and (
                 (step + 1) % config.output.log_every == 0 or step + 1 == num_steps or not applied
             ):
@@ -297,8 +314,9 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             result.stopped_by = int(everyone[:, 2].max())
             if due or result.stopped_by or step + 1 == num_steps:
                 extra = gather_json(result.to_json())[0]
-                with memory.saving():
+                with memory.saving(), pulse.phase("save"):
                     checkpoints.save(state.engine, result.step, extra)
+                pulse.tick(checkpoint=result.step)
             if result.stopped_by and step + 1 < num_steps:
                 checkpoints.wait()
                 if metrics is not None:

@@ -3,11 +3,12 @@
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from launcher.process_ranks import Ranks, export_ranks, find_ranks
+from launcher.pulse import Pulse
 from sparse_zero.errors import InputError
 from sparse_zero.memory.allocator import return_freed_blocks
 
@@ -22,6 +23,8 @@ class World:
     device: torch.device
     # What named the ranks (torchrun, openmpi, …), for the log.
     launcher: str
+    # Where it says how far it is.
+    pulse: Pulse = field(default_factory=Pulse)
     # Ranks that keep a copy of the run folder: rank 0, and where nodes have disks of their own one on each of them.
     keepers: tuple[int, ...] = (0,)
 
@@ -43,13 +46,17 @@ def _share_cores(ranks: Ranks) -> None:
         torch.set_num_threads(max(1, cores // (ranks.local_world_size or 1)))
 
 
-def join_world() -> World:
+def join_world(record: str | None = None) -> World:
     """Find this rank, and join the process group through DeepSpeed. Collective.
+
+    Args:
+        record: folder of the guard of this node; see :class:`launcher.pulse.Pulse`.
 
     Raises:
         InputError: the launcher's variables contradict each other or are incomplete.
     """
     ranks = find_ranks(os.environ)
+    pulse = Pulse(record, ranks.rank)
     export_ranks(ranks, os.environ)
     use_gpu = torch.cuda.is_available()
     gpu = 0
@@ -77,6 +84,7 @@ def join_world() -> World:
         local_rank=ranks.local_rank,
         device=device,
         launcher=ranks.launcher,
+        pulse=pulse,
     )
 
 

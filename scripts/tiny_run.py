@@ -271,11 +271,14 @@ def _tensors_of(path: Path) -> tuple[dict[str, Any], bytes]:
 def result_of(run: Path) -> dict[str, Any]:
     """What two runs must have in common: bytes of weights, and every number that does not measure time or memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "step_seconds", "peak_memory_bytes", "seconds")
+    timed = ("tokens_per_second", "peak_memory_bytes", "seconds")
     summary = json.loads((run / "summary.json").read_text())
     counts = {**summary["parameters"], "peak_memory_bytes": None}
     return {
-        "metrics": [{key: value for key, value in row.items() if key not in timed} for row in rows],
+        "metrics": [
+            {key: value for key, value in row.items() if key not in timed and not key.endswith("_seconds")}
+            for row in rows
+        ],
         "summary": [summary["steps"], summary["final_loss"], summary["base"], {**counts}],
         **{
             str(path.relative_to(run)): _tensors_of(path)

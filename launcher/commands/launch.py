@@ -19,12 +19,12 @@ from launcher.run_folder import RunFolder
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.command_line import check_remote_shell, script_file, ssh_options, worker_by_hand, worker_command
 from launcher.starting.find_mpirun import mpirun_first
+from launcher.starting.guards import Node, Reach
+from launcher.starting.live_view import make_view
 from launcher.starting.slurm import nodes_of_allocation, on_allocated_node
 from launcher.starting.start_files import exported_variables, files_of_run
 from launcher.starting.supervising import (
     Limits,
-    Node,
-    Reach,
     Start,
     Supervisor,
     choose_nodes,
@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
             RunFolder(config.output.folder).checkpoints,
             remote,
             files_of_run(config, environment),
+            RunFolder(config.output.folder).logs,
+            make_view(config.output.folder),
         )
         return supervisor.run()
 

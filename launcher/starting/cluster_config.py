@@ -56,6 +56,11 @@ class ClusterConfig:
     # Seconds without a sign of life after which a node is taken for lost, and which the others' ranks are given to end
     # by themselves before they are killed.
     node_timeout: float = 60.0
+    # Seconds without a step (or a batch of calibration or evaluation) of any rank after which the run is taken to hang:
+    # stacks of all ranks are logged, it is ended, and max_restarts counts it. Loading and saving are not timed. Longer
+    # than the slowest step; shorter than what waits for a lost rank by itself (NCCL 10 minutes, gloo 30), or that is
+    # heard of first. None: never.
+    hang_timeout: float | None = 540.0
 
     def __post_init__(self) -> None:
         if self.num_nodes < 1:
@@ -81,6 +86,10 @@ class ClusterConfig:
             )
         if not 1.0 <= self.node_timeout < float("inf"):
             raise InputError(f"cluster.node_timeout is {self.node_timeout}: it must be at least 1 second")
+        if self.hang_timeout is not None and not 1.0 <= self.hang_timeout < float("inf"):
+            raise InputError(
+                f"cluster.hang_timeout is {self.hang_timeout}: it must be at least 1 second; null waits forever"
+            )
         if self.names_nodes and self.hostfile is None and not self.hosts:
             raise InputError(f"cluster.hostfile is missing: the {self.launcher} launcher reads the nodes from it")
         if self.hostfile is not None and self.hosts:

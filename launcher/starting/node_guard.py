@@ -3,13 +3,17 @@
 `sparse-zero launch` starts this script once on every node, here or over ssh, and speaks with it in lines:
 
     in   {"record": FOLDER, "before": [FOLDERS of earlier starts], "checkpoints": FOLDER, "silence": SECONDS or null,
-          "files": {NAME: TEXT to be written for the ranks, see node_folder}}
+          "files": {NAME: TEXT to be written for the ranks, see node_folder}, "logs": FOLDER of the run for its logs}
          beat    a sign of life
          stop N  signal N to the ranks, which then write a checkpoint and end
+         stacks  have the ranks write the stacks of their threads into their logs
          end     kill what is left, say so, and leave
-    out  {"ranks": {RANK: STATE}, "oom_kills": NUMBER}, twice a second; a state is "running", "lost", or an exit code;
-         the number is that of processes which the kernel has ended for want of memory; in the first one also
-         "addresses": {INTERFACE: IPv4 address}
+    out  {"ranks": {RANK: STATE}, "oom_kills": NUMBER, "status": {RANK: STATUS, see launcher.pulse},
+          "frozen": {RANK: WHY}, "said": [[STREAM, TEXT]], "words": {RANK: TEXT}}, twice a second; a state is "running",
+         "lost", or an exit code; the number is that of processes which the kernel has ended for want of memory; frozen
+         are ranks that do not run, whatever they would like to do; said is what rank 0 has written since the last
+         report, and words are the last ones of a rank that has ended, or the stacks that it was asked for; in the first
+         report also "addresses": {INTERFACE: IPv4 address}
          {"ended": true, "left": [NAMES], "step": NEWEST CHECKPOINT or null, "ranks": ...}, last
 
 When the other side is gone, or silent for too long, everything is killed as well: nothing of a run outlives its
@@ -17,7 +21,8 @@ launcher, and a node that was cut off stops before the run goes on elsewhere. Wh
 record folder, whose name stands in the command line of launchers and ranks and is never used twice.
 
 The record folder also holds each rank's exit code, in a file named as the rank: launchers tell one code for all of
-them, and some tell 0 for a failure.
+them, and some tell 0 for a failure. What ranks write (:mod:`launcher.starting.rank_logs`) and how far they are lies
+there, too, for the guard alone.
 """
 
 import contextlib
@@ -36,6 +41,10 @@ from typing import Any
 
 import psutil
 
+if __name__ == "__main__":  # Over ssh, PYTHONPATH may be missing.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from launcher.starting.rank_logs import RankLog
+
 # Between two looks.
 _INTERVAL_SECONDS = 0.5
 # For new ranks it is looked among all processes of the node, of which there may be thousands: as often in the first
@@ -47,9 +56,15 @@ _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # For killed processes to be gone.
 _KILL_SECONDS = 10.0
+# Of the file in which a rank says how far it is.
+STATUS_BYTES = 1024
+# For stacks to be written.
+_STACKS_SECONDS = 1.0
+# Why a process does not run, by what the kernel says.
+_FROZEN = {psutil.STATUS_STOPPED: "stopped by a signal", psutil.STATUS_TRACING_STOP: "stopped by a debugger"}
 
 
-def _rank(environment: Mapping[str, str]) -> str:
+def rank_told(environment: Mapping[str, str]) -> str:
     """The rank that launchers' variables tell; empty if they tell none."""
     step = environment.get("SLURM_STEP_ID", "")
     is_task = step.isdecimal() and int(step) < _SLURM_FIRST_SPECIAL_STEP
@@ -61,7 +76,7 @@ def write_exit_record(folder: str | None, code: int) -> None:
     """Tell the guard of this node with which code this rank ends; nothing without a folder or without a guard."""
     if folder is not None:
         with contextlib.suppress(OSError):
-            Path(folder, _rank(os.environ) or "0").write_text(str(code), encoding="utf-8")
+            Path(folder, rank_told(os.environ) or "0").write_text(str(code), encoding="utf-8")
 
 
 def _exit_code(record: Path, rank: int) -> int | None:
@@ -135,6 +150,19 @@ def _environment(process: psutil.Process) -> Mapping[str, str]:
         return {}
 
 
+def status_name(rank: int | str) -> str:
+    """Of the file in the node's folder in which a rank says how far it is."""
+    return f"rank-{rank}.status"
+
+
+def _status(path: Path) -> dict[str, Any] | None:
+    """What a rank says; None before it has said anything."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else None
+    return None
+
+
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -154,10 +182,12 @@ class Watch:
     Args:
         record: the run's record folder on this node.
         files: names of what was written into it for the ranks.
+        logs: folder of the run in which the ranks' logs are kept; None: they are not.
     """
 
-    def __init__(self, record: Path, files: Collection[str] = ()) -> None:
-        self._record, self._files = record, tuple(files)
+    def __init__(self, record: Path, files: Collection[str] = (), logs: Path | None = None) -> None:
+        self._record, self._files, self._keep_logs_in = record, tuple(files), logs
+        self._logs: dict[int, RankLog] = {}
         # The first process of every rank: what it forks has its command line and environment too.
         self._ranks: dict[int, psutil.Process] = {}
         # Of each rank: the kernel's counter of processes that it ended for want of memory, and where it stood.
@@ -170,19 +200,54 @@ class Watch:
         if now - self._started < _STARTING_SECONDS or now - self._searched > _SELDOM_SECONDS:
             self._searched = now
             self._search()
-        return {"ranks": self._states(), "oom_kills": self.oom_kills()}
+        states = self._states()
+        return {"ranks": states, "oom_kills": self.oom_kills(), **self._from_ranks(states)}
+
+    def _from_ranks(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """What the ranks say of themselves, and what they have written."""
+        status, frozen, words = {}, {}, {}
+        for rank, process in self._ranks.items():
+            found = _status(node_folder(self._record) / status_name(rank))
+            if found is not None:
+                status[str(rank)] = found
+            with contextlib.suppress(psutil.Error):
+                why = _FROZEN.get(process.status())
+                if why is not None:
+                    frozen[str(rank)] = why
+            log = self._logs[rank]
+            log.read(keeps=bool(found and found.get("owns_folder")))
+            if states[str(rank)] not in ("running", 0) and not log.has_told:
+                words[str(rank)] = log.last_words()
+        said = self._logs[0].take() if 0 in self._logs else []
+        return {"status": status, "frozen": frozen, "said": said, "words": words}
+
+    def stacks(self) -> dict[str, Any]:
+        """Have the ranks write the stacks of their threads; a report with them."""
+        waiting = []
+        for rank, process in self._ranks.items():
+            # One that has said nothing yet would be ended by the signal.
+            if _is_alive(process) and _status(node_folder(self._record) / status_name(rank)) is not None:
+                self._logs[rank].read(keeps=False)
+                waiting.append((rank, self._logs[rank].mark()))
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGUSR2)
+        time.sleep(_STACKS_SECONDS if waiting else 0.0)
+        report = self.look()
+        report["words"].update({str(rank): self._logs[rank].since(mark) for rank, mark in waiting})
+        return report
 
     def _search(self) -> None:
         """Find ranks that have started."""
         processes = processes_of(str(self._record))
         parents = {process.pid: process.info["ppid"] for process in processes}
         for process in processes:
-            rank = _rank(_environment(process))
+            rank = rank_told(_environment(process))
             # Launchers have the record in their command line and no rank; what a rank starts has its parent's rank.
             if rank.isdecimal() and int(rank) not in self._ranks:
                 parent = next((other for other in processes if other.pid == parents[process.pid]), None)
-                if parent is None or _rank(_environment(parent)) != rank:
+                if parent is None or rank_told(_environment(parent)) != rank:
                     self._ranks[int(rank)] = process
+                    self._logs[int(rank)] = RankLog(node_folder(self._record), int(rank), self._keep_logs_in)
                     counter = oom_counter(process.pid)
                     self._oom_kills[int(rank)] = (counter, oom_kills(counter))
 
@@ -220,6 +285,8 @@ class Watch:
     def forget(self) -> None:
         """Remove what the ranks of this node have left in the record folder, and the folder after the last of them."""
         self.remove_files()
+        for left in node_folder(self._record).glob("rank-*"):
+            left.unlink(missing_ok=True)
         for rank in self._ranks:
             (self._record / str(rank)).unlink(missing_ok=True)
         for left in (node_folder(self._record), self._record):
@@ -246,6 +313,8 @@ class Watch:
             "left": [f"{process.pid} {process.name()}" for process in left if _is_alive(process)],
             "ranks": ranks,
             "oom_kills": self.oom_kills(),
+            # Of those that were ended, there is nothing to tell.
+            **self._from_ranks({rank: 0 if state == "running" else state for rank, state in ranks.items()}),
         }
 
 
@@ -268,6 +337,8 @@ def _serve(watch: Watch, silence: float | None) -> None:
             for word in words:
                 if word.startswith(b"stop "):
                     watch.stop(int(word[5:]))
+                elif word == b"stacks":
+                    _say(watch.stacks())
         _say(watch.look())
 
 
@@ -327,7 +398,7 @@ def main() -> int:
     record = Path(setup["record"])
     record.mkdir(mode=0o700, exist_ok=True)  # Nodes may share it.
     _write_files(record, setup["files"])
-    watch = Watch(record, setup["files"])
+    watch = Watch(record, setup["files"], Path(setup["logs"]))
     # A batch system sends it to all processes that it is about to kill.
     signal.signal(signal.SIGTERM, lambda *_: watch.remove_files())
     try:

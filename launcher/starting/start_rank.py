@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 # As a script, its own folder is the first of sys.path; the package is installed, or in PYTHONPATH.
-from launcher.starting.node_guard import node_folder
+from launcher.starting.node_guard import node_folder, rank_told
+from launcher.starting.rank_logs import redirect
 
 
 def main(argv: Sequence[str]) -> NoReturn:
@@ -23,6 +24,9 @@ def main(argv: Sequence[str]) -> NoReturn:
     """
     record, *overrides = argv
     folder = node_folder(record)
+    rank = rank_told(os.environ)
+    if rank.isdecimal():
+        redirect(folder, rank)
     os.environ.update(json.loads(Path(folder, "environment.json").read_text(encoding="utf-8")))
     if overrides and overrides[0].startswith("--meet="):
         address, _, port = overrides.pop(0).removeprefix("--meet=").rpartition(":")

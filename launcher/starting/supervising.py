@@ -5,13 +5,15 @@ themselves stay DeepSpeed's and torch's. A rank that ended without a code of its
 nobody expected), and so was a node whose guard has been silent for ``cluster.node_timeout``. Then all that is left is
 ended on all nodes, and the run starts again on the nodes that answer, from its newest checkpoint.
 
+What rank 0 writes is passed on; what the others write is in the run's logs, and of them the first that failed is heard.
+A run in which no rank goes on for ``cluster.hang_timeout`` is ended like one that lost a rank, and starts again.
+
 Not started again: a run that ended by a signal, or with a code that says that it would happen again (wrong input, a
 loss that is not finite). DeepSpeed has no elastic agent any more (its config says "Elastic training has been removed"),
 and torch's starts everything anew whatever the code was, and needs an agent on every node.
 """
 
 import difflib
-import json
 import math
 import os
 import re
@@ -19,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -27,19 +30,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from launcher.process_ranks import OF_ONE_RANK
-from launcher.starting import node_guard
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.command_line import ssh_options
+from launcher.starting.failures import HangWatch, RankReport, describe_hang, ended_first, hung_stack
+from launcher.starting.guards import BEAT_SECONDS, Guard, Node, Reach
+from launcher.starting.live_view import PlainView, View
 from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_LOST, EXIT_SIGNAL, SECOND_INTERRUPT_SECONDS, SIGNALS
 from sparse_zero.errors import InputError
 
 # Time for the workers to write a checkpoint and end, after a signal.
 _GRACE_SECONDS = 120.0
-# A guard is sent a line a second; kills take up to ten.
-_BEAT_SECONDS, _END_SECONDS, _LOOK_SECONDS = 1.0, 15.0, 0.05
+# Kills take up to ten seconds.
+_END_SECONDS, _LOOK_SECONDS = 15.0, 0.05
+# For the stacks of ranks that hang, over ssh from hundreds of nodes.
+_STACKS_SECONDS = 6.0
 # What DeepSpeed's launcher forwards of its own accord begins with these.
 _TOLD_BY_DEEPSPEED = ("MLFLOW", "NCCL", "PYTHON", "MV2", "UCX", "CUDA")
 
@@ -67,18 +73,6 @@ def environment_of_start(environ: Mapping[str, str], cluster: ClusterConfig) -> 
     if cluster.launcher == "mpich" and ssh:
         found["HYDRA_LAUNCHER_EXTRA_ARGS"] = " ".join(ssh)
     return found
-
-
-# From the name of a node, and a command as an argument list, to the argument list that runs it on that node.
-Reach = Callable[[str, Sequence[str]], list[str]]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine and the ranks that it takes."""
-
-    name: str
-    slots: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,92 +234,6 @@ def judge(outcome: Outcome) -> tuple[int, bool]:
     return (outcome.code if outcome.code and 0 < outcome.code < EXIT_SIGNAL else EXIT_LOST), True
 
 
-class Guard:
-    """The connection to the guard of one node.
-
-    Args:
-        node: where it runs.
-        remote: from a node's name and a command to one that runs it there, such as ssh; None for this machine.
-        setup: its first line.
-    """
-
-    def __init__(self, node: Node, remote: Reach | None, setup: Mapping[str, Any]) -> None:
-        self.node = node
-        command = [sys.executable, str(Path(node_guard.__file__))]
-        if remote is not None:
-            command = remote(node.name, command)
-        # Its own session: a Ctrl-C in the terminal is for this process, which tells the others.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
-        self.heard = self._beaten = time.monotonic()
-        self.report: dict[str, Any] | None = None
-        # Of the newest checkpoint that its node sees, as told first and last.
-        self.step: int | None = None
-        # IPv4 addresses of its node, by interface.
-        self.addresses: dict[str, str] = {}
-        self.errors = ""
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._read_errors)]
-        for thread in self._threads:
-            thread.start()
-        self.send(json.dumps(setup))
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with suppress(ValueError):  # What a login script prints.
-                report = json.loads(line)
-                if isinstance(report, dict) and "ranks" in report:
-                    self.step = report.get("step", self.step)
-                    self.addresses = report.get("addresses", self.addresses)
-                    self.report, self.heard = report, time.monotonic()
-
-    def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.errors = line.decode(errors="replace").strip() or self.errors
-
-    def send(self, word: str) -> None:
-        """One line to the guard; nothing where it is gone."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.write(word.encode() + b"\n")
-            self._process.stdin.flush()
-
-    def beat(self) -> None:
-        """A sign of life, if the last one was long enough ago."""
-        if time.monotonic() - self._beaten >= _BEAT_SECONDS:
-            self._beaten = time.monotonic()
-            self.send("beat")
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the connection has ended."""
-        return self._process.poll() is not None
-
-    def silent_for(self) -> float:
-        """Seconds since the last report."""
-        return time.monotonic() - self.heard
-
-    def close(self, deadline: float) -> None:
-        """Wait for its last report until a time of the monotonic clock, and end the connection."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        self._process.kill()
-        self._process.wait()
-        for thread in self._threads:
-            thread.join(1.0)
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-        # A child of ssh may hold the others open: closing one would wait for the thread that reads it.
-        for thread, pipe in zip(self._threads, (self._process.stdout, self._process.stderr), strict=True):
-            assert pipe is not None
-            if not thread.is_alive():
-                with suppress(OSError):
-                    pipe.close()
-
-
 def _say(text: str) -> None:
     with suppress(OSError):  # The terminal may be gone.
         print(f"sparse-zero: {text}", file=sys.stderr, flush=True)
@@ -342,6 +250,8 @@ class Supervisor:
         checkpoints: the run's folder of them, for counting restarts.
         remote: see :class:`Guard`; None where the only node is this machine.
         files: name and content of what every node's ranks get in their record folder.
+        logs: folder of the run for what the ranks write; None: beside the checkpoints.
+        view: shows how far the ranks are, and what rank 0 writes.
     """
 
     def __init__(
@@ -353,10 +263,16 @@ class Supervisor:
         checkpoints: Path,
         remote: Reach | None = None,
         files: Mapping[str, str] | None = None,
+        logs: Path | None = None,
+        view: View | None = None,
     ) -> None:
         self._nodes, self._limits, self._cluster = tuple(nodes), limits, cluster
         self._command, self._checkpoints, self._remote = command, checkpoints, remote
         self._files = dict(files or {})
+        self._logs = checkpoints.parent / "logs" if logs is None else logs
+        self._view: View = PlainView() if view is None else view
+        # When each rank of this start was seen to have ended.
+        self._ended: dict[int, float] = {}
         # Of all starts, the last one's last: their folders on every node.
         self._records: list[str] = []
         # The first signal, 0 while none has come; when it came; whether a user cannot wait.
@@ -370,7 +286,7 @@ class Supervisor:
         """
         restarts = in_a_row = 0
         code = EXIT_ERROR
-        with self._handling_signals():
+        with self._handling_signals(), self._view:
             while True:
                 guards = self._guards(first=not restarts)
                 if self._signal:
@@ -390,6 +306,8 @@ class Supervisor:
                     self._end(guards)
                 outcome = self._with_last_reports(outcome, guards)
                 code, may_do_better = judge(outcome)
+                if code and not outcome.signal:
+                    self._tell_first_failure(guards)
                 if not may_do_better:
                     return code
                 in_a_row = 0 if outcome.step is not None and outcome.step > (step or 0) else in_a_row
@@ -451,6 +369,7 @@ class Supervisor:
             # Here, nothing can be cut off but the pipe, and a stopped job is no reason to end it.
             "silence": self._cluster.node_timeout if self._remote else None,
             "files": self._files,
+            "logs": str(self._logs.absolute()),
         }
         guards = [Guard(node, self._remote, setup) for node in self._nodes]
         deadline = time.monotonic() + self._cluster.node_timeout
@@ -490,19 +409,25 @@ class Supervisor:
             addresses={guard.node.name: guard.addresses for guard in guards},
         )
         environment = environment_of_start(os.environ, self._cluster)
-        process = subprocess.Popen(self._command(start), env=environment, start_new_session=True)
+        process = self._started(self._command(start), environment)
         patience = self._cluster.node_timeout
         lost, deadline, told, hastened = "", math.inf, False, False
+        hangs = HangWatch(self._cluster.hang_timeout, time.monotonic())
+        self._ended.clear()
         try:
             while True:
                 time.sleep(_LOOK_SECONDS)
                 now, code = time.monotonic(), process.poll()
                 for guard in guards:
                     guard.beat()
+                reports = self._show(guards)
                 if self._hurry:
                     break
+                if not lost and not told and hangs.look(reports, now):
+                    lost = self._why_it_hangs(guards)
+                    break
                 if self._signal and not told:
-                    if process.poll() is None and not any(_states(guard) for guard in guards):
+                    if process.poll() is None and not any(guard.states for guard in guards):
                         break  # Nothing to save. DeepSpeed's launcher, told to end, would end other runs as well.
                     deadline, told = now + _GRACE_SECONDS, True
                     for guard in guards:
@@ -511,7 +436,7 @@ class Supervisor:
                 gone = [
                     guard
                     for guard in guards
-                    if guard.is_gone or (self._remote and guard.silent_for() > patience + 2 * _BEAT_SECONDS)
+                    if guard.is_gone or (self._remote and guard.silent_for() > patience + 2 * BEAT_SECONDS)
                 ]
                 if gone:
                     lost = lost or (f"node {gone[0].node.name} was lost" if self._remote else "the guard was killed")
@@ -519,12 +444,12 @@ class Supervisor:
                 if not lost:
                     lost = self._lost_rank(guards)
                 # The others say what they saw, and end by themselves, as long as that does not take too long.
-                states = [state for guard in guards for state in _states(guard).values()]
+                states = [report.state for report in reports]
                 has_failed = any(isinstance(state, int) and state for state in states)
                 if not hastened and (lost or (has_failed and not told)):
                     deadline, hastened = min(deadline, now + patience), True
                 if code is not None:
-                    if not any(state == "running" for guard in guards for state in _states(guard).values()):
+                    if "running" not in states:
                         break
                     deadline = min(deadline, now + (_GRACE_SECONDS if told else patience))
                 if now > deadline:
@@ -538,7 +463,7 @@ class Supervisor:
 
     def _lost_rank(self, guards: Sequence[Guard]) -> str:
         for guard in guards:
-            ranks = [rank for rank, state in _states(guard).items() if state == "lost"]
+            ranks = [rank for rank, state in guard.states.items() if state == "lost"]
             if ranks:
                 place = f" on {guard.node.name}" if self._remote else ""
                 what = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(sorted(ranks, key=int))}"
@@ -547,11 +472,75 @@ class Supervisor:
                 return f"{what}{place} ended unexpectedly"
         return ""
 
+    def _started(self, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+        """The launcher, in a session of its own."""
+        if isinstance(self._view, PlainView):
+            return subprocess.Popen(command, env=environment, start_new_session=True, text=True)
+        # What it writes into a picture would spoil it.
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._view.say("out", line)
+
+        threading.Thread(target=read, daemon=True).start()
+        return process
+
+    def _show(self, guards: Sequence[Guard]) -> list[RankReport]:
+        """Have what is new seen; what is known of all ranks."""
+        for guard in guards:
+            while not guard.said.empty():
+                self._view.say(*guard.said.get())
+        reports = _reports(guards)
+        for report in reports:
+            if report.state != "running":
+                self._ended.setdefault(report.rank, time.monotonic())
+        self._view.update(reports)
+        return reports
+
+    def _why_it_hangs(self, guards: Sequence[Guard]) -> str:
+        """Ask all ranks for their stacks; in words, why the run hangs."""
+        for guard in guards:
+            guard.words.clear()
+            guard.send("stacks")
+        deadline = time.monotonic() + _STACKS_SECONDS
+        # The stacks come with a report that takes longer than others.
+        while time.monotonic() < deadline and not all(
+            guard.words or guard.is_gone or not guard.states for guard in guards
+        ):
+            time.sleep(_LOOK_SECONDS)
+            for guard in guards:
+                guard.beat()
+        reports = self._show(guards)
+        assert self._cluster.hang_timeout is not None
+        why = describe_hang(reports, self._cluster.hang_timeout)
+        found = hung_stack(reports)
+        if found is not None:
+            _say(f"{why}; {found[0]} was here, and all stacks are in {self._logs}:\n{textwrap.indent(found[1], '  ')}")
+        for guard in guards:  # Stacks are no last words.
+            guard.words.clear()
+        return why
+
+    def _tell_first_failure(self, guards: Sequence[Guard]) -> None:
+        """Show the error that explains those of the others, unless it was rank 0's, which has been seen."""
+        reports = self._show(guards)
+        first = ended_first(reports, self._ended)
+        if first is None or first.rank == 0:
+            return
+        others = sum(report.state not in ("running", 0) for report in reports) - 1
+        more = f"; {others} more ended after it" if others else ""
+        _say(f"{first} ended first{more} (all that ranks wrote is in {self._logs}); it said:\n"
+             f"{textwrap.indent(first.words, '  ')}")  # fmt: skip
+
     def _with_last_reports(self, outcome: Outcome, guards: Sequence[Guard]) -> Outcome:
         """The outcome with what the guards said last, after everything was ended."""
         ranks: dict[int, int | str] = {}
         for guard in guards:
-            ranks.update({int(rank): state for rank, state in _states(guard).items()})
+            ranks.update({int(rank): state for rank, state in guard.states.items()})
             for name in (guard.report or {}).get("left", ()):
                 _say(f"process {name} on {guard.node.name} could not be ended")
         lost = outcome.lost or self._lost_rank(guards)
@@ -583,7 +572,20 @@ def _newest_step(guards: Sequence[Guard]) -> int | None:
     return max((guard.step for guard in guards if guard.step is not None), default=None)
 
 
-def _states(guard: Guard) -> dict[str, int | str]:
-    """The states of a node's ranks, as its guard has told them last."""
-    states: dict[str, int | str] = (guard.report or {}).get("ranks", {})
-    return states
+def _reports(guards: Sequence[Guard]) -> list[RankReport]:
+    """What is known of all ranks."""
+    found = []
+    for guard in guards:
+        report = guard.report or {}
+        for rank, state in guard.states.items():
+            found.append(
+                RankReport(
+                    rank=int(rank),
+                    node=guard.node.name,
+                    state=state,
+                    frozen=report.get("frozen", {}).get(rank, ""),
+                    status=report.get("status", {}).get(rank, {}),
+                    words=guard.words.get(int(rank), ""),
+                )
+            )
+    return found

@@ -126,7 +126,7 @@ def test_the_guard_of_a_node_tells_of_kills_since_a_rank_began(tmp_path: Path) -
     counter.write_text("oom_kill 4\n")
     watch = Watch(tmp_path)
     watch._oom_kills[0] = (counter, oom_kills(counter))
-    assert watch.look() == {"ranks": {}, "oom_kills": 0}
+    assert watch.look()["oom_kills"] == 0
     counter.write_text("oom_kill 5\n")
     assert watch.look()["oom_kills"] == 1
 

@@ -333,6 +333,6 @@ def test_report_reads_what_the_run_wrote(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     fields = {
         "kind", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "response_tokens", "step_seconds",
-        "peak_memory_bytes", "epoch", "skipped",
+        "forward_seconds", "backward_seconds", "update_seconds", "peak_memory_bytes", "epoch", "skipped",
     }  # fmt: skip
     assert all(set(row) == fields for row in rows if row["kind"] == "train")

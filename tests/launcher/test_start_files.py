@@ -71,7 +71,7 @@ def test_a_guard_writes_them_for_the_ranks_and_removes_them(tmp_path: Path) -> N
     record = tmp_path / "record"
     setup: dict[str, Any] = {
         "record": str(record), "before": [], "checkpoints": str(tmp_path), "silence": None,
-        "files": files_of_run(config, {"OWN": HOSTILE}),
+        "files": files_of_run(config, {"OWN": HOSTILE}), "logs": str(tmp_path / "logs"),
     }  # fmt: skip
     guard = subprocess.Popen(
         [sys.executable, str(node_guard.__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -13,9 +13,9 @@ import pytest
 from launcher.commands.launch import cluster_of_start, overrides_of_start, write_hostfile
 from launcher.config import parse_config
 from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.guards import Node
 from launcher.starting.supervising import (
     Limits,
-    Node,
     Outcome,
     Start,
     Supervisor,
