@@ -30,7 +30,7 @@ from sparse_zero.layers.sparsify import sparsify
 from sparse_zero.memory.allocator import return_freed_blocks
 from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.measure import PeakMemory, status_bytes
-from sparse_zero.memory.simulation.fake_world import reducing_in_place
+from sparse_zero.memory.simulation.fake_world import communicating_in_place
 from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.memory.simulation.recorder import MemoryRecorder, tag_model
 from sparse_zero.memory.simulation.simulate_training import NUM_STEPS, record_step
@@ -134,8 +134,8 @@ def measure_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """What one rank of a case holds. Collective.
 
     It is trained twice. What libraries load and set aside when they are first used, such as the code that oneDNN writes
-    for each shape of a product, is there after the recorded run, and no part of the growth in the second. Neither is
-    the copy in which gloo alone scatters gradients, in both.
+    for each shape of a product, is there after the recorded run, and no part of the growth in the second. Neither are
+    the copies in which gloo alone gathers parameters and scatters gradients, in both.
 
     Args:
         case: fields of :class:`~scripts.memory.memory_cases.Case`.
@@ -151,7 +151,7 @@ def measure_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     known = Case(**case)
     config = without_scores(known.config(folder))
     job = job_of(config, known.world_size, **known.changes())
-    with reducing_in_place():
+    with communicating_in_place():
         phases = _record(config, job)
         return {"phases": phases, **_growth(config, job)}
 

@@ -14,7 +14,7 @@ from models.loading import checkpoint_activations
 from models.peer_models import make_peer
 from models.quantized_shapes import quantize_shapes
 from sparse_zero.memory.closed_form.job import Method
-from sparse_zero.memory.simulation.fake_world import fake_world, reducing_in_place
+from sparse_zero.memory.simulation.fake_world import communicating_in_place, fake_world
 from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.memory.simulation.recorder import MemoryRecorder, tag_model
 from sparse_zero.memory.simulation.simulate_training import record_step, simulate_training
@@ -119,11 +119,33 @@ def real(
         with recorder.phase("engine"):
             engine = found["make_engine"](model)
             tag_model(recorder, engine.module)
-        with reducing_in_place():
+        with communicating_in_place():
             for _ in range(2):
                 record_step(recorder, engine, found["make_batch"], _loss)
         dist.barrier()
     return _report(recorder.timeline("lm_head"))
+
+
+def gathered_in_place() -> list[list[list[float]]]:
+    """What every rank gathers of all ranks' parts, at once and asynchronously: in DeepSpeed's own way, and in place."""
+    import deepspeed.comm
+
+    def gather() -> list[float]:
+        rank, found = dist.get_rank(), []
+        for asynchronous in (False, True):
+            whole = torch.zeros(3 * dist.get_world_size())
+            mine = whole.narrow(0, 3 * rank, 3) if asynchronous else torch.empty(3)
+            mine.copy_(torch.arange(3) + 10.0 * rank)
+            handle = deepspeed.comm.allgather_fn(whole, mine, async_op=asynchronous)
+            if asynchronous:
+                handle.wait()
+            found += whole.tolist()
+        return found
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    own = gather()
+    with communicating_in_place():
+        return [[own, gather()]]
 
 
 def scattered_in_place() -> list[list[list[float]]]:
@@ -139,7 +161,7 @@ def scattered_in_place() -> list[list[list[float]]]:
         return [part.tolist() for part in found]
 
     found = [parts()]
-    with reducing_in_place():
+    with communicating_in_place():
         return [*found, parts()]
 
 

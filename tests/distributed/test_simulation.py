@@ -60,6 +60,12 @@ def test_gradients_reduced_where_they_lie_are_those_that_gloo_scatters() -> None
     assert run_ranks("tests.distributed.simulation_workers:scattered_in_place", 2) == [parts, parts]
 
 
+def test_parts_gathered_where_they_lie_are_those_that_gloo_gathers() -> None:
+    whole = [0.0, 1.0, 2.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0]
+    (found,) = run_ranks("tests.distributed.simulation_workers:gathered_in_place", 3)
+    assert found == [whole + whole, whole + whole]
+
+
 def test_fakes_answer_as_a_healthy_run_would(tmp_path: Path) -> None:
     from tests.distributed import simulation_workers
 

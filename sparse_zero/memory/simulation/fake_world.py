@@ -221,14 +221,42 @@ def _reduce_scatter(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor
     return found
 
 
-@contextmanager
-def reducing_in_place() -> Iterator[None]:
-    """Let real ranks under gloo take for stage 3's gradients what they take under NCCL, and in a simulation.
+class _Broadcasts:
+    """Handle of several collectives."""
 
-    gloo reduces and scatters a copy of all that it is given (seen with torch 2.13); NCCL needs none, where the result
-    is a part of what is given. In the block, part after part is reduced where it lies, to the rank that it is for.
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+@contextmanager
+def communicating_in_place() -> Iterator[None]:
+    """Let real ranks under gloo take for stage 3's collectives what they take under NCCL, and in a simulation.
+
+    gloo gathers into a copy of the whole result, and reduces and scatters a copy of all that it is given (seen with
+    torch 2.13); NCCL needs neither, where what a rank gives, or gets, is a part of the whole. In the block, part after
+    part is broadcast from the rank that has it, or reduced to the rank that it is for, where it lies.
     """
+    from deepspeed.comm.torch import TorchBackend
     from deepspeed.runtime.comm import coalesced_collectives
+
+    def all_gather(
+        backend: Any, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        group = group or dist.group.WORLD
+        parts = output_tensor.chunk(dist.get_world_size(group))
+        mine = parts[dist.get_rank(group)]
+        if input_tensor.data_ptr() != mine.data_ptr():
+            mine.copy_(input_tensor.view_as(mine))
+        works = [
+            dist.broadcast(part, dist.get_global_rank(group, rank), group=group, async_op=True)
+            for rank, part in enumerate(parts)
+        ]
+        handle = _Broadcasts(works)
+        return handle if async_op else handle.wait()
 
     def reduce_scatter(source: Tensor, out: Tensor, group: Any = None, **options: Any) -> None:
         parts, group = source.chunk(dist.get_world_size(group)), group or dist.group.WORLD
@@ -237,7 +265,10 @@ def reducing_in_place() -> Iterator[None]:
         for rank, part in enumerate(parts):
             dist.reduce(part, dist.get_global_rank(group, rank), group=group)
 
-    with patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", reduce_scatter):
+    with (
+        patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", reduce_scatter),
+        patch.object(TorchBackend, "all_gather_into_tensor", all_gather),
+    ):
         yield
 
 
