@@ -45,6 +45,7 @@ class Pulse:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Before the first status: who has one can be asked.
             faulthandler.register(STACKS_SIGNAL, file=sys.stderr, all_threads=True)
+            faulthandler.enable(file=sys.stderr)  # A crash in a library tells where it was.
         self._write()
 
     def _write(self) -> None:
