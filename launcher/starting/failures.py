@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.starting.rank_logs import ERROR_SIGNS
 from launcher.stopping import EXIT_LOST
 
 # Threads' stacks, as Python's faulthandler writes them, that are shown of a rank; all are in its log.
 _STACK_LINES = 14
 # Many may be frozen at once, as when a batch system suspends a node.
 _MOST_NAMED = 4
-# Signs that a rank's last words are an error's, and not a library's remark on something else.
-_SIGNS = ("Traceback (most recent call last)", "sparse-zero: error:", "Fatal Python error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ def ended_first(reports: Sequence[RankReport], order: Mapping[int, float]) -> Ra
     """
 
     def key(report: RankReport) -> tuple[bool, bool, float, int]:
-        is_error = any(sign in report.words for sign in _SIGNS)
+        is_error = any(sign in report.words for sign in ERROR_SIGNS)
         return not is_error, report.state == EXIT_LOST, order.get(report.rank, 0.0), report.rank
 
     told = [report for report in reports if report.state not in ("running", 0) and report.words.strip()]

@@ -18,6 +18,9 @@ STREAMS = {1: "out", 2: "err"}
 _PIECE_BYTES, _MOST_PIECES = 1 << 18, 16
 # Kept of each stream, for last words.
 _TAIL_CHARACTERS = 1 << 16
+# How what explains the end of a rank begins: Python's errors, ours, and those of libraries that crash.
+_CRASH = "Fatal Python error"
+ERROR_SIGNS = ("Traceback (most recent call last)", "sparse-zero: error:", _CRASH)
 # Of last words, and of the stacks of a rank.
 _WORDS_CHARACTERS = 20_000
 
@@ -38,10 +41,17 @@ def redirect(folder: Path, rank: str) -> None:
 
 
 def last_error(text: str, most_lines: int = 40) -> str:
-    """The end of what a rank has said, from its last traceback on if there is one."""
+    """The end of what a rank has said: from its last error on, if it said one; of a crash the thread that crashed."""
     lines = text.rstrip().splitlines()
-    begins = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    found = lines[begins[-1] :] if begins else lines[-10:]
+    begins = [number for number, line in enumerate(lines) if line.startswith(ERROR_SIGNS)]
+    if not begins:
+        return "\n".join(lines[-10:])
+    found = lines[begins[-1] :]
+    if found[0].startswith(_CRASH):
+        crashed = next((number for number, line in enumerate(found) if line.startswith("Current thread")), 1)
+        stack = found[crashed:]
+        stack = stack[: stack.index("")] if "" in stack else stack
+        return "\n".join([found[0], *(stack if len(stack) <= most_lines else [*stack[:most_lines], "..."])])
     return "\n".join(found if len(found) <= most_lines else ["...", *found[-most_lines:]])
 
 

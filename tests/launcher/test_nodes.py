@@ -4,6 +4,7 @@ Real nodes as far as the run can tell (see :mod:`tests.distributed.cluster`): De
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,28 @@ def test_a_run_goes_on_without_the_node_that_died(node, way, base, settings, exp
     assert "continuing from" in output
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 1
+
+
+def test_a_frozen_rank_is_named_with_its_node_and_the_run_goes_on(base, settings, expected, tmp_path):
+    limits = {"max_restarts": 1, "hang_timeout": 6.0, "node_timeout": 20.0}
+    config = write_cluster_config(base, tmp_path, 2, **settings, output__shared=True, cluster=limits)
+    with Cluster(2, environment=variables()) as cluster:
+        process = launch(cluster, "node0", config, tmp_path)
+        wait_for_checkpoint(tmp_path / "run", process)
+        at = len(rows(tmp_path / "run"))
+        frozen = next(each for each in pythons(cluster, "node1") if "train.py" in " ".join(each.cmdline()))
+        frozen.send_signal(signal.SIGSTOP)
+        output = process.communicate(timeout=300)[0]
+        assert not [pythons(cluster, name) for name in cluster.names if pythons(cluster, name)], output[-4000:]
+    assert process.returncode == 0, output[-8000:]
+    assert at < STEPS
+    why = "no step for 6 seconds (cluster.hang_timeout): rank 1 on node1 stopped by a signal"
+    assert f"{why}; rank 0 on node0 was here" in output
+    assert f"{why}; restart 1 of 1" in output
+    for rank in range(2):
+        text = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
+        assert text.count(f"== rank {rank} on node{rank}, ") == 2
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
 def flat(state):

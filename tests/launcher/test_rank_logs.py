@@ -77,6 +77,18 @@ def test_last_words_are_the_last_traceback_or_the_last_lines() -> None:
     assert last_error("".join(f"{number}\n" for number in range(30))).splitlines() == [str(n) for n in range(20, 30)]
     long = "Traceback (most recent call last):\n" + "  frame\n" * 100 + "E: x"
     assert last_error(long, most_lines=5).splitlines() == ["...", *["  frame"] * 4, "E: x"]
+    ours = "Traceback (most recent call last):\n  x\nE: handled\nsparse-zero: error: lost the connection\n  more"
+    assert last_error(ours) == "sparse-zero: error: lost the connection\n  more"
+
+
+def test_last_words_of_a_crash_are_the_thread_that_crashed() -> None:
+    other = "Thread 0x1 (most recent call first):\n" + "  File x\n" * 50
+    crash = (
+        f"Fatal Python error: Aborted\n\n{other}\nCurrent thread 0x2 (most recent call first):\n  File a\n  File b\n"
+    )
+    expected = ["Fatal Python error: Aborted", "Current thread 0x2 (most recent call first):", "  File a", "  File b"]
+    assert last_error(f"words\n{crash}\nExtension modules: numpy\n").splitlines() == expected
+    assert last_error(crash, most_lines=2).splitlines() == [*expected[:3], "..."]
 
 
 def test_what_came_after_a_mark(tmp_path: Path) -> None:
