@@ -23,6 +23,11 @@ class MemoryConfig:
     warn_above: float = 0.05
 
     def __post_init__(self) -> None:
+        if self.simulate is True and not self.measure:
+            raise InputError(
+                "memory.simulate is true and memory.measure is false, so that a simulation would be held against nothing: "
+                "set memory.measure to true, or simulate by sparse-zero plan --simulate"
+            )
         if not (math.isfinite(self.wait_seconds) and self.wait_seconds >= 0):
             raise InputError(f"memory.wait_seconds is {self.wait_seconds}: give seconds, 0 or more")
         if not (math.isfinite(self.warn_above) and self.warn_above > 0):

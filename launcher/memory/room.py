@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from launcher.plan.planned_run import Gpu
+from launcher.starting.node_guard import memory_groups
 from sparse_zero.memory.measure import status_bytes
 
 _MEMINFO = Path("/proc/meminfo")
-# cgroup version 2 and 1. Without a limit, the one says "max", the other a number near 2**63.
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Without a limit, version 2 says "max", version 1 a number near 2**63.
 _NO_LIMIT = 2**60
 
 
@@ -39,15 +41,24 @@ def held_bytes() -> dict[str, int]:
     return {"address_space": status_bytes("VmSize") or 0, "resident": status_bytes("VmRSS") or 0}
 
 
-def _cgroup_limit() -> int:
-    for path in _LIMITS:
-        try:
-            limit = int(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if limit < _NO_LIMIT:
-            return limit
-    return 0
+def group_limit(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
+    """Bytes that the control groups of this process may take, by the tightest of them; 0 where none has a limit.
+
+    A batch system limits a group somewhere above the one in which the process is.
+
+    Args:
+        proc: where the kernel shows processes.
+        groups: where it shows control groups.
+    """
+    old, new = memory_groups("self", proc, groups)
+    limits = []
+    for group, name, root in ((old, "memory.limit_in_bytes", groups / "memory"), (new, "memory.max", groups)):
+        # In a container the path may be that on its host, and the root is the container's own group.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                with suppress(OSError, ValueError):
+                    limits.append(int((folder / name).read_text()))
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=0)
 
 
 def room_of(device: torch.device, ranks_here: int, overhead: dict[str, int]) -> Room:
@@ -66,10 +77,10 @@ def room_of(device: torch.device, ranks_here: int, overhead: dict[str, int]) -> 
     if limit != resource.RLIM_INFINITY:
         what = "of address space (ulimit -v)"
         rooms.append(Room(num_bytes=limit, what=what, overhead_bytes=overhead["address_space"]))
-    limit, total = _cgroup_limit(), status_bytes("MemTotal", _MEMINFO) or 0
+    limit, total = group_limit(), status_bytes("MemTotal", _MEMINFO) or 0
     share = "" if ranks_here == 1 else f", a {ranks_here}th of it" if ranks_here > 3 else f", 1/{ranks_here} of it"
     if limit and (not total or limit < total):
-        what = f"by the limit of the container{share}"
+        what = f"by the limit of the container or job{share}"
         rooms.append(Room(num_bytes=limit // ranks_here, what=what, overhead_bytes=overhead["resident"]))
     elif total:
         what = f"of the machine{share}"

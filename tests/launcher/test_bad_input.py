@@ -115,6 +115,8 @@ CONFIG_CASES = [
     Case(name="restarts below none", overrides=["--cluster.max_restarts=-1"], says=["cluster.max_restarts is -1"]),
     Case(name="fewest ranks above the most", overrides=["--cluster.min_world_size=4", "--cluster.max_world_size=2"], says=["cluster.min_world_size is 4", "max_world_size 2"]),
     Case(name="no time for a node", overrides=["--cluster.node_timeout=0"], says=["cluster.node_timeout is 0"]),
+    Case(name="no time to hang", overrides=["--cluster.hang_timeout=0"], says=["cluster.hang_timeout is 0", "null waits forever"]),
+    Case(name="a simulation of nothing", overrides=["--memory.measure=false", "--memory.simulate=true"], says=["memory.simulate is true and memory.measure is false"]),
     Case(name="ranks outside of the limits", command="launch", overrides=["--cluster.ranks_per_node=2", "--cluster.min_world_size=3", "--cluster.max_world_size=3"], says=["this machine: 2 ranks", "cluster.min_world_size"]),
     Case(name="fewer nodes than asked for", command="launch", files={"hosts": "a slots=2\n"}, overrides=["--cluster.launcher=pdsh", "--cluster.hostfile=hosts", "--cluster.num_nodes=2"], says=["cluster.num_nodes is 2", "hosts has 1 nodes"]),
     Case(name="hostfile in another form", command="launch", files={"hosts": "a:2\n"}, overrides=["--cluster.launcher=pdsh", "--cluster.hostfile=hosts"], says=["hosts, line 1 is 'a:2'", "name slots=8"]),

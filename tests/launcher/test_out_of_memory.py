@@ -13,7 +13,7 @@ from launcher.config import RunConfig, load_config
 from launcher.memory.measuring import RunMemory
 from launcher.memory.memory_config import MemoryConfig
 from launcher.memory.out_of_memory import Failure, asked_bytes, describe, explain, find_out_of_memory, module_at_work
-from launcher.memory.room import Room, held_bytes, room_of
+from launcher.memory.room import Room, group_limit, held_bytes, room_of
 from launcher.plan.forecasting import Shapes, forecast_run, planned_selection, shapes_of
 from launcher.plan.search import bytes_needed, changes_that_fit, fits, largest_that_fits
 from launcher.starting.node_guard import Watch, oom_counter, oom_kills
@@ -208,6 +208,39 @@ def test_the_room_of_a_rank_is_its_tightest_limit() -> None:
     alone, shared = (room_of(torch.device("cpu"), ranks, held) for ranks in (1, 2))
     assert shared.num_bytes == alone.num_bytes // 2
     assert 0 < alone.for_tensors == alone.num_bytes - held["resident"]
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        # Nothing said, or no limit.
+        ("0::/", {}, 0),
+        ("0::/", {"memory.max": "max"}, 0),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, 0),
+        # A container sees its own group as the root, whatever its path on the host.
+        ("0::/docker/1234", {"memory.max": "5000"}, 5000),
+        # Slurm limits the job, and the process is in a group of its step's task.
+        (
+            "0::/job_7/step_0/task_0",
+            {"memory.max": "max", "job_7/memory.max": "300", "job_7/step_0/memory.max": "max"},
+            300,
+        ),
+        ("0::/job_7/step_0", {"job_7/memory.max": "300", "job_7/step_0/memory.max": "200"}, 200),
+        ("3:cpu,memory:/job_7/step_0", {"memory/job_7/memory.limit_in_bytes": "300"}, 300),
+        # Another one's group does not count.
+        ("0::/job_7", {"job_8/memory.max": "100", "job_7/memory.max": "300"}, 300),
+    ],
+)
+def test_the_tightest_limit_of_all_groups_above_counts(
+    own: str, limits: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(own + "\n")
+    for name, text in limits.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert group_limit(tmp_path / "proc", tmp_path / "groups") == expected
 
 
 # --- what would fit ------------------------------------------------------------------------------------------
