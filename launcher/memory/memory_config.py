@@ -25,7 +25,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.simulate is True and not self.measure:
             raise InputError(
-                "memory.simulate is true and memory.measure is false, so that a simulation would be held against nothing: "
+                "memory.simulate is true and memory.measure is false, which a simulation is held against: "
                 "set memory.measure to true, or simulate by sparse-zero plan --simulate"
             )
         if not (math.isfinite(self.wait_seconds) and self.wait_seconds >= 0):
