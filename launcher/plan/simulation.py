@@ -184,13 +184,15 @@ def simulate_run(
     scored = None if job.calibration is None else described(config, job, calibrates=True)
     file = None if timeline is None else str(timeline)
     before = multiprocessing.active_children()
-    # A process makes one world, and no other after it.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    # A process makes one world, and no other after it; training and calibration each take a core and half a gigabyte.
+    workers = 1 if scored is None else 2
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
-            found = pool.submit(_in_a_child, mapping, job, file).result()
+            training = pool.submit(_in_a_child, mapping, job, file)
             if scored is None:
-                return found
-            return with_calibration(found, pool.submit(_calibration_in_a_child, scored, job).result())
+                return training.result()
+            calibration = pool.submit(_calibration_in_a_child, scored, job)
+            return with_calibration(training.result(), calibration.result())
         except BrokenProcessPool as error:
             raise InputError(
                 "the simulation was killed, perhaps for want of memory: plan a smaller model, or fewer ranks"
