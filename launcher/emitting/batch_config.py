@@ -193,3 +193,4 @@ class BatchConfig:
         for name in ("name", "gpu_type", "image"):
             if getattr(self, name) == "":
                 raise InputError(f"batch.{name} is empty: leave it out, or give it a value")
+        _check_is("image", self.image, re.compile(r"[!-~]+"), "the name of an image, without spaces")

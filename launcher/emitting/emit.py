@@ -7,11 +7,15 @@ from pathlib import Path
 from launcher.config import load_config
 from launcher.deepspeed_config import check_own_config, deepspeed_config
 from launcher.emitting.job import ranks_per_node
+from launcher.emitting.kubernetes import kubernetes_manifest
+from launcher.emitting.skypilot import skypilot_task
 from launcher.emitting.slurm_script import slurm_script
 from launcher.run_folder import check_out_file
 from sparse_zero.errors import InputError
 
-SYSTEMS = ("slurm",)
+SYSTEMS = ("slurm", "kubernetes", "skypilot")
+# Kubernetes and SkyPilot tell it when they start a run; torchrun on several nodes is no config without.
+_ADDRESS = "--cluster.master_address=told-at-the-start"
 
 
 def emit(args: argparse.Namespace) -> int:
@@ -30,11 +34,14 @@ def emit(args: argparse.Namespace) -> int:
         check_out_file(out)
         if os.path.lexists(out):  # It may have been edited by hand.
             raise InputError(f"--out is {out}, which is there already: remove it, or name another file")
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides if args.emit == "slurm" else [*args.overrides, _ADDRESS])
     check_own_config(config)
     # Found here, a contradiction costs no time in a queue.
     deepspeed_config(config, config.cluster.num_nodes * ranks_per_node(config))
-    text = slurm_script(config, Path(args.config), args.overrides, Path.cwd())
+    if args.emit == "slurm":
+        text = slurm_script(config, Path(args.config), args.overrides, Path.cwd())
+    else:
+        text = {"kubernetes": kubernetes_manifest, "skypilot": skypilot_task}[args.emit](config)
     if out is None:
         print(text, end="")
         return 0

@@ -50,6 +50,32 @@ def host_name(config: RunConfig) -> str:
     return name
 
 
+def check_exported(config: RunConfig, told: Sequence[str], secrets: str, folders: Sequence[str]) -> None:
+    """Refuse variables of this machine's environment, which other machines do not have.
+
+    Args:
+        config: the run.
+        told: names of the variables that the batch system sets there.
+        secrets: the setting that names them.
+        folders: that are there.
+
+    Raises:
+        InputError: names the variable, or the file of them.
+    """
+    cluster = config.cluster
+    missing = next((text for text in cluster.export if "=" not in text and text not in told), None)
+    if missing is not None:
+        raise InputError(
+            f"cluster.export names {missing}, which is another thing on the machines of the batch system: write "
+            f"{missing}=value, or, if it is a secret, name it in {secrets}"
+        )
+    if cluster.export_file is not None and not is_below(cluster.export_file, folders):
+        raise InputError(
+            f"cluster.export_file is {cluster.export_file}, which the machines of the batch system do not have: put it below "
+            "a folder that is mounted there, or its lines into cluster.export"
+        )
+
+
 def is_below(path: str, folders: Sequence[str]) -> bool:
     """Whether a path lies in one of the folders, by their names alone: they are another machine's."""
     place = PurePosixPath(path)
