@@ -71,9 +71,9 @@ def _resources(config: RunConfig) -> dict[str, Any]:
 def _run(config: RunConfig) -> str:
     """What runs on every machine: the config, as it stands, goes into a file; then the launcher starts."""
     lines = resolved_yaml(config).removesuffix("\n").split("\n")
-    # No line of the config can end it early.
+    # No line of the config can end it early, or seem to.
     end = "END_OF_CONFIG"
-    while end in lines:
+    while end in map(str.strip, lines):
         end += "_"
     overrides = [
         "--cluster.launcher=torchrun",

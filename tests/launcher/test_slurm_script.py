@@ -85,3 +85,30 @@ def test_a_job_whose_time_ends_queues_itself_again(base, settings, expected, tmp
         said = output.read_text()
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said[-8000:]
         check_complete(tmp_path, cluster, said, expected, at)
+
+
+def test_a_job_gives_way_to_one_of_a_higher_partition(base, settings, expected, tmp_path, monkeypatch):
+    """Slurm tells the job by the signal of --signal, and gives it a grace time; the urgent job gets its nodes."""
+    skip_without_slurm()
+    script = emitted(base, tmp_path, monkeypatch, settings, slurm={"partition": "low"})
+    preemption = (
+        "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\nSlurmctldParameters=preempt_send_user_signal\n"
+        "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=120 State=UP\n"
+        "PartitionName=urgent Nodes=ALL PriorityTier=10 State=UP\n"
+    )
+    with cluster_of(tmp_path) as cluster, Slurm(cluster, tmp_path / "slurm", settings=preemption) as slurm:
+        number = slurm.run("sbatch", "--parsable", f"--chdir={tmp_path}", str(script)).strip()
+        output = tmp_path / f"sparse-zero-{number}.out"
+        assert slurm.job(number)["Partition"] == "low"
+        wait_until(lambda: len(rows(tmp_path / "run")) >= 5, output)
+        all_of_it = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "--output=/dev/null", "--wrap=sleep 2")
+        urgent = slurm.run("sbatch", "--parsable", *all_of_it).strip()
+        assert slurm.wait_for(urgent, ["COMPLETED"], 120)["JobState"] == "COMPLETED"
+        at = len(rows(tmp_path / "run"))
+        assert 5 <= at < STEPS
+        slurm.wait_for(number, ["PENDING"], 30)
+        slurm.run("scontrol", "update", f"job={number}", "starttime=now")
+        job = slurm.wait_for(number, ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"], 300)
+        said = output.read_text()
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said[-8000:]
+        check_complete(tmp_path, cluster, said, expected, at)
