@@ -59,7 +59,9 @@ sparse-zero launch --config run.yaml --emit slurm --out job.sh     a batch scrip
     instead.add_argument(
         "--emit", choices=SYSTEMS, help="start nothing: write what this batch system needs to run the same config"
     )
-    parser.add_argument("--out", metavar="FILE", help="where --emit writes; nothing may be there yet (default: print it)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="where --emit writes; nothing may be there yet (default: printed)"
+    )
     return parser
 
 

@@ -99,8 +99,8 @@ class KubernetesConfig:
     shared_memory_gib: int = 16
     # How often pods that ended with an error are started again, to continue from the newest checkpoint. 0: never.
     max_restarts: int = 3
-    # Seconds between the wish that a pod ends (its node is drained or needed) and its being killed: a step, a checkpoint,
-    # and the two minutes that the launcher waits for them.
+    # Seconds between the wish that a pod ends (its node is drained or needed) and its being killed: the launcher waits
+    # up to two minutes for a step and a checkpoint.
     grace_seconds: int = 180
 
     def __post_init__(self) -> None:
@@ -131,8 +131,8 @@ class FileMount:
         _check_absolute("skypilot.file_mounts.path", self.path)
         if self.mode == "mount" and "://" not in self.source:
             raise InputError(
-                f"batch.skypilot.file_mounts.source is {self.source!r} with mode mount: name a bucket, as in s3://runs, "
-                "or choose copy"
+                f"batch.skypilot.file_mounts.source is {self.source!r} with mode mount: name a bucket, as in "
+                "s3://runs, or choose copy"
             )
 
 
@@ -156,7 +156,7 @@ class SkypilotConfig:
         for name in self.secrets:
             # The value is not told: it may be the secret.
             if not _VARIABLE.fullmatch(name):
-                raise InputError("batch.skypilot.secrets has an entry that is no name of a variable: give HF_TOKEN, say")
+                raise InputError("batch.skypilot.secrets has an entry that is no name of a variable: write HF_TOKEN")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,8 +71,8 @@ def check_exported(config: RunConfig, told: Sequence[str], secrets: str, folders
         )
     if cluster.export_file is not None and not is_below(cluster.export_file, folders):
         raise InputError(
-            f"cluster.export_file is {cluster.export_file}, which the machines of the batch system do not have: put it below "
-            "a folder that is mounted there, or its lines into cluster.export"
+            f"cluster.export_file is {cluster.export_file}, which the machines of the batch system do not have: put "
+            "it below a folder that is mounted there, or its lines into cluster.export"
         )
 
 

@@ -1,8 +1,8 @@
 """Which manifest runs a config on Kubernetes, through Kubeflow's operators?
 
-Every pod runs `sparse-zero launch` with the config of a ConfigMap, as a node does elsewhere: under the training operator
-(PyTorchJob) one in each pod, which meet at the address that the operator tells; under the MPI operator (MPIJob) one in the
-launcher's pod, which reaches the others over ssh.
+What runs is `sparse-zero launch` with the config of a ConfigMap: under the training operator (PyTorchJob) one in each
+pod, which meet at the address that the operator tells; under the MPI operator (MPIJob) one in the launcher's pod, which
+reaches the others over ssh.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ def kubernetes_manifest(config: RunConfig) -> str:
     cluster, batch, kubernetes = config.cluster, config.batch, config.batch.kubernetes
     if cluster.launcher not in ("torchrun", "openmpi", "mpich"):
         raise InputError(
-            f"cluster.launcher is {cluster.launcher}, which no operator of Kubernetes starts: use torchrun (PyTorchJob), or "
-            "openmpi or mpich (MPIJob)"
+            f"cluster.launcher is {cluster.launcher}, which no operator of Kubernetes starts: use torchrun "
+            "(PyTorchJob), or openmpi or mpich (MPIJob)"
         )
     if batch.image is None:
         raise InputError("batch.image is missing: pods are made of a container image with this package in it")
@@ -55,8 +55,8 @@ def _check_places(config: RunConfig) -> None:
     volumes = [volume.path for volume in kubernetes.volumes]
     if not is_below(config.output.folder, volumes):
         raise InputError(
-            f"output.folder is {config.output.folder}, which is lost with the pods: name a folder below the path of one of "
-            "batch.kubernetes.volumes"
+            f"output.folder is {config.output.folder}, which is lost with the pods: name a folder below the path of "
+            "one of batch.kubernetes.volumes"
         )
     if cluster.names_nodes and (cluster.hostfile != _HOSTFILE or cluster.include or cluster.exclude):
         raise InputError(
@@ -143,7 +143,7 @@ def _mpi_job(config: RunConfig, name: str) -> dict[str, Any]:
             "slotsPerWorker": ranks_per_node(config),
             # A start finds all its nodes, or ends.
             "launcherCreationPolicy": "WaitForWorkersReady",
-            # Of the operator's hostfile: "name slots=8", which is read here. Each start has one of its own for its mpirun.
+            # The form of the operator's hostfile, "name slots=8", which the launcher reads with either MPI.
             "mpiImplementation": "OpenMPI",
             # Workers run sshd for ever.
             "runPolicy": {**_run_policy(config), "cleanPodPolicy": "Running"},

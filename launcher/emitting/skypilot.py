@@ -24,14 +24,14 @@ def skypilot_task(config: RunConfig) -> str:
         )
     if batch.gpus_per_rank and batch.gpu_type is None:
         raise InputError(
-            "batch.gpu_type is missing: SkyPilot looks for a kind of GPU, as in A100-80GB; or set batch.gpus_per_rank to 0"
+            "batch.gpu_type is missing: SkyPilot looks for a kind of GPU: write A100-80GB, or set gpus_per_rank to 0"
         )
     check_exported(config, skypilot.secrets, "batch.skypilot.secrets", [mount.path for mount in skypilot.file_mounts])
     kept = [mount.path for mount in skypilot.file_mounts if mount.mode == "mount"]
     if skypilot.spot and not is_below(config.output.folder, kept):
         raise InputError(
-            f"output.folder is {config.output.folder} and batch.skypilot.spot is true: a machine that is taken away takes "
-            "the checkpoints with it; name a folder below a bucket of batch.skypilot.file_mounts with mode: mount"
+            f"output.folder is {config.output.folder} and batch.skypilot.spot is true: a machine that is taken away "
+            "takes the checkpoints with it; name a folder below a bucket of batch.skypilot.file_mounts with mode: mount"
         )
     mounts = {
         mount.path: mount.source if mount.mode == "copy" else {"source": mount.source, "mode": "MOUNT"}

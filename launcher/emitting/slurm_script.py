@@ -9,10 +9,12 @@ from launcher.emitting.job import job_name, ranks_per_node, shell_words
 from launcher.starting.command_line import check_remote_shell
 from sparse_zero.errors import InputError
 
-# What runs on every node, with the names of the folder to be made, of the shared extensions and of Triton's cache: a copy
-# under a name that nobody knows takes its place at once, so that nodes with one common folder do not meet in it. A lock
-# that was copied would never be released. A folder of another user's, in /tmp, is not to be trusted.
+# What runs on every node, with the names of the folder to be made, of the shared extensions and of Triton's cache. The
+# copy takes its place whole and at once, so that nodes with one common folder do not meet in it. A lock that was copied
+# would never be released. What another user has put there, in /tmp, is not to be trusted.
 _CACHE = """\
+# Compiled extensions on the nodes' own disks.
+# shellcheck disable=SC2016  # the other shell expands it
 make_cache='
     umask 077
     mkdir -p -- "${1%/*}" && own=$(mktemp -d -- "$1.XXXXXXXX") || exit 1
@@ -28,10 +30,11 @@ on_every_node() {
         --cpu-bind=none --input=none --quiet bash -c "$@"
 }
 cache=${TMPDIR:-/tmp}/sparse-zero-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-if on_every_node "$make_cache" bash "$cache" "${TORCH_EXTENSIONS_DIR:-}" "${TRITON_CACHE_DIR:-$HOME/.triton/cache}"; then
+triton=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+if on_every_node "$make_cache" bash "$cache" "${TORCH_EXTENSIONS_DIR:-}" "$triton"; then
     export TORCH_EXTENSIONS_DIR=$cache/torch_extensions TRITON_CACHE_DIR=$cache/triton
 else
-    echo "sparse-zero: no folder for extensions could be made in ${TMPDIR:-/tmp} of every node: the usual ones are used" >&2
+    echo "sparse-zero: $cache could not be made on every node: compiled extensions are used where they are" >&2
 fi
 """
 _REMOVE_CACHE = """\
@@ -91,16 +94,13 @@ def slurm_script(config: RunConfig, config_path: Path, overrides: Sequence[str],
     ]
     text = "\n".join(lines) + "\n"
     if batch.slurm.node_cache:
-        text += f"# Compiled extensions on the nodes' own disks.\n{_CACHE.replace('make_cache', _QUOTED + 'make_cache', 1)}\n"
+        text += f"{_CACHE}\n"
     text += f"run=({shell_words(command)})\n{_RUN}"
     if batch.slurm.node_cache:
         text += _REMOVE_CACHE
     if requeues:
         text += _requeue(requeues)
     return text + 'exit "$code"\n'
-
-
-_QUOTED = "# shellcheck disable=SC2016  # the other shell expands it\n"
 
 
 def _requeue(most: int) -> str:
@@ -127,8 +127,8 @@ def _options(config: RunConfig) -> list[tuple[str, str | None]]:
     limit = batch.time_limit_minutes
     if limit is not None and slurm.signal_seconds >= 60 * limit:
         raise InputError(
-            f"batch.slurm.signal_seconds is {slurm.signal_seconds} and batch.time_limit_minutes is {limit}: the run would "
-            "be told to end when it starts; lower the one or raise the other"
+            f"batch.slurm.signal_seconds is {slurm.signal_seconds} and batch.time_limit_minutes is {limit}: the run "
+            "would be told to end when it starts; lower the one or raise the other"
         )
     found: list[tuple[str, str, int | str | None]] = [
         ("job-name", "batch.name", job_name(config)),

@@ -97,7 +97,9 @@ def _skypilot() -> RunConfig:
 
 def _as_script(config: RunConfig) -> str:
     config_path = Path("runs and tests") / f"{HOSTILE}.yaml"
-    return slurm_script(config, config_path, ["--training.steps=3", f"--output.folder={HOSTILE}"], Path("/shared/project"))
+    return slurm_script(
+        config, config_path, ["--training.steps=3", f"--output.folder={HOSTILE}"], Path("/shared/project")
+    )
 
 
 EXAMPLES: dict[str, tuple[Callable[[], RunConfig], Callable[[RunConfig], str]]] = {

@@ -38,7 +38,12 @@ def emitted(system, base, folder, settings, capsys):
     (programs / "sparse-zero").chmod(0o755)
     cluster = {"launcher": "torchrun", "num_nodes": 2, "ranks_per_node": 1, "export": [f"OWN={HOSTILE}\nend"]}
     volumes = [{"claim": "data", "path": str(folder)}]
-    batch = {"gpus_per_rank": 0, "image": "image", "setup": [f"export PATH={programs}:$PATH"], "kubernetes": {"volumes": volumes}}
+    batch = {
+        "gpus_per_rank": 0,
+        "image": "image",
+        "setup": [f"export PATH={programs}:$PATH"],
+        "kubernetes": {"volumes": volumes},
+    }
     config = write_config(base, folder, **settings, cluster=cluster, batch=batch)
     assert main(["launch", "--config", str(config), "--emit", system]) == 0
     config.unlink()

@@ -19,7 +19,15 @@ from launcher.config import parse_config, resolved_yaml
 from launcher.run_folder import FREE_KEYS
 from launcher.yaml_files import dump_yaml, parse_yaml, read_mapping
 from tests.launcher.emitted_examples import (
-    EXAMPLES, EXPORT, GOLDEN, HOSTILE, KUBERNETES, config_in, example, example_run, without_config,
+    EXAMPLES,
+    EXPORT,
+    GOLDEN,
+    HOSTILE,
+    KUBERNETES,
+    config_in,
+    example,
+    example_run,
+    without_config,
 )  # fmt: skip
 from tests.launcher.test_bad_input import listing, run_mapping
 
@@ -34,7 +42,10 @@ def test_what_is_emitted_has_not_changed_unseen(name):
 
 def scripts():
     """Shell that is emitted, by the name of its example."""
-    return {**{name: example(name) for name in SCRIPTS}, "skypilot.yaml": yaml.safe_load(example("skypilot.yaml"))["run"]}
+    return {
+        **{name: example(name) for name in SCRIPTS},
+        "skypilot.yaml": yaml.safe_load(example("skypilot.yaml"))["run"],
+    }
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "skypilot.yaml"])
@@ -237,7 +248,10 @@ def test_what_is_emitted_does_not_change_the_run():
     assert parse_config(parse_yaml(resolved_yaml(config), "the config")) == config
 
 
-@pytest.mark.parametrize("text", ["a\nb", "a\nb\n", " a\n b", "\n\na", "a \nb", "a\n\n\n", "a\r\nb", "a\tb\n\tc", "# a\n---\nb: c", "\u2028\nb"])
+@pytest.mark.parametrize(
+    "text",
+    ["a\nb", "a\nb\n", " a\n b", "\n\na", "a \nb", "a\n\n\n", "a\r\nb", "a\tb\n\tc", "# a\n---\nb: c", "\u2028\nb"],
+)
 def test_blocks_read_back_the_same(text):
     value = {"key": [text, {"other": text}]}
     found = dump_yaml(value, blocks=True)

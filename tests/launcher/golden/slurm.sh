@@ -47,10 +47,11 @@ on_every_node() {
         --cpu-bind=none --input=none --quiet bash -c "$@"
 }
 cache=${TMPDIR:-/tmp}/sparse-zero-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-if on_every_node "$make_cache" bash "$cache" "${TORCH_EXTENSIONS_DIR:-}" "${TRITON_CACHE_DIR:-$HOME/.triton/cache}"; then
+triton=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+if on_every_node "$make_cache" bash "$cache" "${TORCH_EXTENSIONS_DIR:-}" "$triton"; then
     export TORCH_EXTENSIONS_DIR=$cache/torch_extensions TRITON_CACHE_DIR=$cache/triton
 else
-    echo "sparse-zero: no folder for extensions could be made in ${TMPDIR:-/tmp} of every node: the usual ones are used" >&2
+    echo "sparse-zero: $cache could not be made on every node: compiled extensions are used where they are" >&2
 fi
 
 run=(sparse-zero launch --config '/shared/project/runs and tests/a b'"'"'c"d$(touch hacked)`touch hacked`;touch hacked %h #x \ $(HOME) ${HOME}.yaml' --training.steps=3 '--output.folder=a b'"'"'c"d$(touch hacked)`touch hacked`;touch hacked %h #x \ $(HOME) ${HOME}')
