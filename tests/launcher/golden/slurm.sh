@@ -33,7 +33,6 @@ set +eu
 # Compiled extensions on the nodes' own disks.
 # shellcheck disable=SC2016  # the other shell expands it
 make_cache='
-    umask 077
     mkdir -p -- "${1%/*}" && own=$(mktemp -d -- "$1.XXXXXXXX") || exit 1
     mkdir -- "$own/torch_extensions" "$own/triton" || exit 1
     [ ! -d "$2" ] || cp -R -p -- "$2/." "$own/torch_extensions" || exit 1
