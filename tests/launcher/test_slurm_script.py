@@ -1,6 +1,7 @@
 """Does the emitted batch script, under a real Slurm, end the run in time, queue it again, and lose no step?"""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def emitted(base, folder, monkeypatch, settings, **batch):
     (programs / "sparse-zero").chmod(0o755)
     (folder / "scratch").mkdir()
     section = {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 2}
-    batch = {"gpus_per_rank": 0, "setup": [f"export PATH={programs}:$PATH"], **batch}
+    batch = {"gpus_per_rank": 0, "setup": [f"export PATH={programs}:{variables()['PATH']}"], **batch}
     config = write_config(base, folder, **settings, cluster=section, batch=batch)
     monkeypatch.chdir(folder)
     assert main(["launch", "--config", str(config.name), "--emit", "slurm", "--out", "job.sh"]) == 0
@@ -73,6 +74,11 @@ def test_a_job_whose_time_ends_queues_itself_again(base, settings, expected, tmp
         caches = {each["TORCH_EXTENSIONS_DIR"] for each in ranks} | {each["TRITON_CACHE_DIR"] for each in ranks}
         own = f"{tmp_path}/scratch/sparse-zero-{number}-0"
         assert caches == {f"{own}/torch_extensions", f"{own}/triton"}
+        # Copied, not built again: times and logs that ninja compares came along.
+        shared = Path(variables().get("TORCH_EXTENSIONS_DIR", tmp_path / "none"))
+        for built in shared.glob("*/*.so"):
+            copied = Path(own) / "torch_extensions" / built.relative_to(shared)
+            assert copied.stat().st_mtime_ns == built.stat().st_mtime_ns, built
         # What --signal does when the time is nearly over.
         slurm.run("scancel", "--batch", "--signal=USR1", number)
         slurm.wait_for(number, ["PENDING"], 120)
