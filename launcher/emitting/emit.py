@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.config import load_config
 from launcher.deepspeed_config import check_own_config, deepspeed_config
-from launcher.emitting.job import ranks_per_node
+from launcher.emitting.job import ranks_per_node, refuse_secrets
 from launcher.emitting.kubernetes import kubernetes_manifest
 from launcher.emitting.skypilot import skypilot_task
 from launcher.emitting.slurm_script import slurm_script
@@ -36,6 +36,7 @@ def emit(args: argparse.Namespace) -> int:
             raise InputError(f"--out is {out}, which is there already: remove it, or name another file")
     config = load_config(args.config, args.overrides if args.emit == "slurm" else [*args.overrides, _ADDRESS])
     check_own_config(config)
+    refuse_secrets(config)
     # Found here, a contradiction costs no time in a queue.
     deepspeed_config(config, config.cluster.num_nodes * ranks_per_node(config))
     if args.emit == "slurm":
