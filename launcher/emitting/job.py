@@ -87,8 +87,8 @@ def refuse_secrets(config: RunConfig) -> None:
         name, equals, value = text.partition("=")
         if equals and is_secret(name, value):
             raise InputError(
-                f"cluster.export has {name} with its value, which would be written down: leave the value out, and name it "
-                "in batch.kubernetes.secrets or batch.skypilot.secrets, or set it where sbatch is called"
+                f"cluster.export has {name} with its value, which would be written down: leave it out, and "
+                "name it in batch.kubernetes.secrets or batch.skypilot.secrets, or set it where sbatch is called"
             )
 
 
