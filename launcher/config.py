@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from pydantic import TypeAdapter, ValidationError
 
+from launcher.emitting.batch_config import BatchConfig
 from launcher.memory.memory_config import MemoryConfig
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig
@@ -68,6 +69,8 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     # Where the ranks start; read by `sparse-zero launch` only.
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    # What a batch system is told; read by `sparse-zero launch --emit` only.
+    batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
         if self.output.evaluate and self.data.test is None:

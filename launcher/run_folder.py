@@ -21,6 +21,7 @@ FREE_KEYS = (
     "checkpoint",
     "output",
     "cluster",
+    "batch",
     "memory",
     "training.micro_batch_size",
     "training.gradient_checkpointing",

@@ -60,6 +60,19 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _represent_text)
 
+
+class _BlockDumper(_Dumper):
+    """The same, with texts of several lines as they stand, where YAML can hold them so."""
+
+
+def _represent_block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    if "\n" in text and not _LINE_ENDS & set(text):
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+    return _represent_text(dumper, text)
+
+
+_BlockDumper.add_representer(str, _represent_block)
+
 # The loader knows only these three, null and the merge key; the dumper knows them besides the 1.1 ones.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
@@ -105,9 +118,15 @@ def _size(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def dump_yaml(value: Any) -> str:
-    """``value`` as YAML that :func:`parse_yaml` reads back as an equal value."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def dump_yaml(value: Any, *, blocks: bool = False) -> str:
+    """``value`` as YAML that :func:`parse_yaml` reads back as an equal value.
+
+    Args:
+        value: text, numbers, lists and mappings.
+        blocks: write texts of several lines as blocks, as people do.
+    """
+    dumper = _BlockDumper if blocks else _Dumper
+    text: str = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=110)
     return text
 
 

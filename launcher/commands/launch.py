@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
+from launcher.emitting.emit import SYSTEMS, emit
 from launcher.process_ranks import free_port, slurm_port
 from launcher.run_folder import RunFolder
 from launcher.starting.cluster_config import ClusterConfig
@@ -50,14 +51,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
 sparse-zero launch --config configs/runs/quickstart.yaml           every GPU here, or 2 CPU ranks
 sparse-zero launch --config run.yaml --cluster.ranks_per_node=4
 sparse-zero launch --config configs/runs/llama-2-7b-smt-2x8.yaml --cluster.hostfile=hosts --dry-run
+sparse-zero launch --config run.yaml --emit slurm --out job.sh     a batch script; then: sbatch job.sh
 """,
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
+    instead.add_argument(
+        "--emit", choices=SYSTEMS, help="start nothing: write what this batch system needs to run the same config"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="where --emit writes; nothing may be there yet (default: printed)"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
+    if args.emit is not None or args.out is not None:
+        return emit(args)
     config = read_run(args)
     num_gpus, devices = _ranks(config)
     nodes = _nodes(config.cluster, num_gpus)

@@ -40,10 +40,11 @@ class Slurm:
         cluster: running.
         folder: for keys, settings, states and logs.
         cpus: of each node, as Slurm shall count them.
+        settings: lines more of slurm.conf.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path, cpus: int = 4) -> None:
-        self._cluster, self._folder = cluster, folder
+    def __init__(self, cluster: Cluster, folder: Path, cpus: int = 4, settings: str = "") -> None:
+        self._cluster, self._folder, self._settings = cluster, folder, settings
         self._started: list[subprocess.Popen[bytes]] = []
         self.config = folder / "slurm.conf"
         self._cpus = cpus
@@ -65,7 +66,7 @@ class Slurm:
             "SlurmdParameters=config_overrides\nAccountingStorageType=accounting_storage/none\n"
             "JobAcctGatherType=jobacct_gather/none\nKillWait=5\nMinJobAge=600\nJobRequeue=1\n"
             f"NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN\n"
-            f"PartitionName=all Nodes={nodes} Default=YES MaxTime=INFINITE State=UP\n"
+            f"PartitionName=all Nodes={nodes} Default=YES MaxTime=INFINITE State=UP\n{self._settings}"
         )
         (folder / "state").mkdir()
         for name in cluster.names:

@@ -137,6 +137,7 @@ FREE = [
     "checkpoint.every=3",
     "output.merged=true",
     "cluster.ranks_per_node=5",
+    "batch.slurm.partition=gpu",
     "memory.measure=false",
     "training.micro_batch_size=1",
     "training.gradient_checkpointing=true",

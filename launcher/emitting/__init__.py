@@ -1,0 +1,1 @@
+"""What does a batch system need to run a config, instead of it being started here?"""

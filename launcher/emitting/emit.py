@@ -1,0 +1,52 @@
+"""Where does what is emitted for a batch system come from, and where does it go?"""
+
+import argparse
+import os
+from pathlib import Path
+
+from launcher.config import load_config
+from launcher.deepspeed_config import check_own_config, deepspeed_config
+from launcher.emitting.job import ranks_per_node, refuse_secrets
+from launcher.emitting.kubernetes import kubernetes_manifest
+from launcher.emitting.skypilot import skypilot_task
+from launcher.emitting.slurm_script import slurm_script
+from launcher.run_folder import check_out_file
+from sparse_zero.errors import InputError
+
+SYSTEMS = ("slurm", "kubernetes", "skypilot")
+# Kubernetes and SkyPilot tell it when they start a run; torchrun on several nodes is no config without.
+_ADDRESS = "--cluster.master_address=told-at-the-start"
+
+
+def emit(args: argparse.Namespace) -> int:
+    """Write what ``--emit`` asks for; nothing is started, and nothing else is written.
+
+    Args:
+        args: ``emit`` (the batch system), ``config``, ``overrides`` and ``out`` (None: standard output).
+
+    Raises:
+        InputError: something is there at ``out``, or the config does not hold or does not say enough.
+    """
+    if args.emit is None:
+        raise InputError(f"--out is {args.out}, and nothing is emitted: add --emit, with one of {', '.join(SYSTEMS)}")
+    out = None if args.out is None else Path(args.out)
+    if out is not None:
+        check_out_file(out)
+        if os.path.lexists(out):  # It may have been edited by hand.
+            raise InputError(f"--out is {out}, which is there already: remove it, or name another file")
+    config = load_config(args.config, args.overrides if args.emit == "slurm" else [*args.overrides, _ADDRESS])
+    check_own_config(config)
+    refuse_secrets(config)
+    # Found here, a contradiction costs no time in a queue.
+    deepspeed_config(config, config.cluster.num_nodes * ranks_per_node(config))
+    if args.emit == "slurm":
+        text = slurm_script(config, Path(args.config), args.overrides, Path.cwd())
+    else:
+        text = {"kubernetes": kubernetes_manifest, "skypilot": skypilot_task}[args.emit](config)
+    if out is None:
+        print(text, end="")
+        return 0
+    from sparse_zero.files import atomic_write_text  # heavy: torch
+
+    atomic_write_text(out, text)
+    return 0
