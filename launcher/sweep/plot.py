@@ -1,6 +1,7 @@
 """How does a number of a sweep depend on a setting? A pure function from means to a matplotlib figure."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,15 @@ from launcher.sweep.tables import SHOWN, describe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours (2008) without their yellow, which a white page swallows; markers tell more lines apart.
+# Okabe and Ito's colours (2008) without their yellow, which a white page swallows. The next line has the next of both:
+# their numbers have no common divisor, so that all pairs come.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1f2328")
 _MARKERS = ("o", "s", "^", "D", "v")
 MAX_LINES = len(_COLOURS) * len(_MARKERS)
 # Largest over smallest setting from which on a logarithmic axis shows more than a linear one.
 _MIN_RATIO_FOR_LOG = 8.0
+# Between ticks with labels, of the axis.
+_MIN_TICK_GAP = 0.08
 # What is drawn unless something else is asked for: the first that was measured.
 _PREFERRED = ("accuracy_tuned", "validation_loss_best", "final_loss")
 
@@ -71,12 +75,13 @@ def sweep_figure(
     style(axes, theme)
     axes.grid(True, color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    looks = itertools.product(_MARKERS, _COLOURS)
-    for (name, points), (marker, colour) in zip(lines.items(), looks, strict=False):
-        places, means, deviations = zip(*points, strict=True)
-        options: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.8, "capsize": 3}
+    looks = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False)
+    for (name, points), (colour, marker) in zip(lines.items(), looks, strict=False):
+        settings, means, deviations = zip(*points, strict=True)
+        options: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.8}
+        options |= {"elinewidth": 1.2, "capsize": 3}
         axes.errorbar(
-            places,
+            settings,
             [mean * shown.scale for mean in means],
             yerr=[deviation * shown.scale for deviation in deviations] if any(deviations) else None,
             label=name or None,
@@ -87,7 +92,10 @@ def sweep_figure(
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if len(values) <= 8:
+    places = [math.log(value) for value in values] if axes.get_xscale() == "log" else values
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    # Where their labels have room.
+    if not gaps or min(gaps) > _MIN_TICK_GAP * (places[-1] - places[0]):
         axes.set_xticks(values)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(key)

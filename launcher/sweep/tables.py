@@ -116,7 +116,7 @@ def means_table(groups: Sequence[Group], repeats: Sequence[str]) -> "Table":
     over = f", mean±deviation over {', '.join(repeats)}" if repeats else ""
     table = Table(box=box.SIMPLE_HEAD, title=Text(f"Sweep{over}"), title_justify="left", pad_edge=False)
     table.add_column("setting", overflow="fold")
-    table.add_column("finished", overflow="fold")
+    table.add_column("finished", max_width=9)
     for name in columns:
         table.add_column(SHOWN[name].header, justify="right", no_wrap=True)
     for each in groups:
