@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _print_points(folder, listed, chosen)
     check_can_write_in(folder.path, f"sweep.folder is {folder.path}")
-    check_folders(folder, {each.name: each.point.config for each in chosen if each.point is not None})
+    # Also of those that are not chosen: they stand in the same table.
+    check_folders(folder, {each.name: each.point.config for each in listed if each.point is not None})
     if args.collect:
         _write_tables(args, sweep, folder, listed)
         return 0

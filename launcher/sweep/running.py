@@ -48,6 +48,8 @@ def run_points(
     code = 0
     with stop_requests() as request, progress:
         for listed in chosen:
+            if request.signal:
+                return EXIT_SIGNAL + request.signal
             if folder.state(listed.name) == "running":
                 progress.say(f"{listed.name} is being run by another process: passed over")
                 code = EXIT_ERROR

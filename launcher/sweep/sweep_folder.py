@@ -108,10 +108,11 @@ def read_list(folder: SweepFolder) -> list[Listed]:
 def list_points(before: Sequence[Listed], points: Sequence[Point]) -> list[Listed]:
     """The points with their numbers: what was listed before keeps its own, and the others follow in their order."""
     new = {point.name: point for point in points}
-    kept = [
-        Listed(index=each.index, name=each.name, settings=each.settings, point=new.pop(each.name, None))
-        for each in before
-    ]
+    kept = []
+    for each in before:
+        point = new.pop(each.name, None)
+        settings = each.settings if point is None else point.settings
+        kept.append(Listed(index=each.index, name=each.name, settings=settings, point=point))
     added = [
         Listed(index=index, name=point.name, settings=point.settings, point=point)
         for index, point in enumerate(new.values(), start=len(kept))

@@ -136,7 +136,9 @@ def points_table(listed: Sequence[Listed], states: Sequence[str]) -> "Table":
     table.add_column("name", overflow="fold")
     table.add_column("state", no_wrap=True)
     for each, state in zip(listed, states, strict=True):
-        table.add_row(str(each.index), Text(each.name), state)
+        # A name with a hash does not say everything.
+        told = f"{each.name}\n  {describe(each.settings)}" if "~" in each.name else each.name
+        table.add_row(str(each.index), Text(told), state)
     return table
 
 

@@ -102,7 +102,7 @@ def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path,
         lock.take()
         output = here(config, code=2)
         assert "sweep.folder sweep is in use by another sweep" in output
-    output = here(config, "--training.steps=5", code=2)
+    output = here(config, "--training.steps=5", "--only", "bad", code=2)
     assert "the point length=good of the sweep: output.folder sweep/length=good holds another run" in output
     assert times(folder / "length=good") == before
 
@@ -110,11 +110,19 @@ def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path,
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_loss_that_is_not_finite_is_a_failure_that_is_tried_again(base, tmp_path, here):
-    grid = {"training.learning_rate": [1e30, 1e-3, 1e-2]}
-    config = write_sweep(base, tmp_path, grid, training__steps=6, training__max_nonfinite_steps=1)
+    grid = {"training.learning_rate": [1e38, 1e-3, 1e-2]}
+    config = write_sweep(
+        base,
+        tmp_path,
+        grid,
+        training__steps=6,
+        training__max_nonfinite_steps=1,
+        training__warmup_fraction=0.0,
+        training__max_gradient_norm=None,
+    )
     here(config, "--stop-at-failure", code=1)
     assert [row["state"] for row in table(tmp_path)] == ["failed", "missing", "missing"]
-    log = tmp_path / "sweep" / "logs" / "learning_rate=1e+30.log"
+    log = tmp_path / "sweep" / "logs" / "learning_rate=1e+38.log"
     first = log.stat().st_size
     output = here(config, "--points", "0-1", code=1)
     assert "non-finite" in output

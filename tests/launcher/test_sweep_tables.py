@@ -19,7 +19,16 @@ from launcher.sweep.progress import SweepProgress
 from launcher.sweep.running import last_lines
 from launcher.sweep.sweep_config import PLACE_COLUMNS, SweepConfig
 from launcher.sweep.sweep_folder import STATES, Listed, SweepFolder, list_points
-from launcher.sweep.tables import SHOWN, describe, format_mean, markdown, means_table, write_csv, write_parquet
+from launcher.sweep.tables import (
+    SHOWN,
+    describe,
+    format_mean,
+    markdown,
+    means_table,
+    points_table,
+    write_csv,
+    write_parquet,
+)
 from tests.launcher import synthetic_run
 from tests.launcher.test_bad_input import run_mapping
 
@@ -203,7 +212,8 @@ def test_a_picture_has_a_line_for_each_other_setting_and_its_deviations(
     (axes,) = sweep_figure(lines, "training.learning_rate", "accuracy_tuned").axes
     assert axes.get_xscale() == "log"
     assert axes.get_ylabel() == "accuracy %"
-    first, _ = axes.containers
+    bars: Any = axes.containers
+    first, _ = bars
     assert list(first.lines[0].get_ydata()) == pytest.approx([50.5, 52.5])
     low, high = first.lines[2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((50.5 - 100 * deviation, 50.5 + 100 * deviation))
@@ -277,6 +287,18 @@ def test_a_finished_run_may_have_been_run_elsewhere(made: tuple[SweepFolder, Swe
     finish(folder, point.name)
     folder.run(point.name).config.write_text(resolved_yaml(point.config))
     assert folder.state(point.name) == "finished"
+
+
+def test_a_dry_run_says_what_a_name_does_not() -> None:
+    from rich.console import Console
+
+    grid = {"data.train": ["folder with spaces/train.json", "b.json"]}
+    listed = list_points([], expand(SweepConfig(folder="x", grid=grid), run_mapping()))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(points_table(listed, ["missing", "failed"]))
+    text = console.export_text()
+    assert "train=folder with spaces/train.json" in text
+    assert text.count("b.json") == 1
 
 
 def test_groups_of_values_that_python_takes_for_equal() -> None:
