@@ -78,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--out", args.out), ("--at-once", args.at_once)):
         if value is not None and args.emit is None:
             raise InputError(f"{name} is {value}, and no script is written: give --emit slurm, or leave it out")
+    for name, value in (("--only", args.only), ("--points", args.points)):
+        if value is not None and (args.collect or args.point is not None):
+            other = "--collect, which is about all points" if args.collect else "--point, which names one"
+            raise InputError(f"{name} is {value} beside {other}: leave one out")
     sweep, base = read_sweep(args.config, args.overrides)
     folder = SweepFolder(sweep.path)
     if args.point is not None:
@@ -154,9 +158,6 @@ def _run_one(args: argparse.Namespace, sweep: SweepConfig, base: dict[str, Any],
     """Run one point as it was listed, whatever became of the grid since."""
     from launcher.sweep.running import run_point
 
-    given = [name for name, value in (("--only", args.only), ("--points", args.points)) if value is not None]
-    if given:
-        raise InputError(f"{given[0]} is given beside --point, which names one point already: leave one out")
     listed = find_listed(read_list(folder), args.point, "--point")
     config = frozen_config(folder, listed)
     try:

@@ -61,7 +61,7 @@ class SweepProgress:
         return f", about {format_duration(self._seconds / done * (self._num_points - done))} left" if done else ""
 
     def __enter__(self) -> "SweepProgress":
-        if self._console.is_terminal:
+        if self._console.is_terminal and self._num_points:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(

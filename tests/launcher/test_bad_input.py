@@ -209,6 +209,8 @@ CONFIG_CASES = [
     Case(name="no point chosen", command="sweep", files=sweep_file(), overrides=["--only=seed=7", "--dry-run"], says=["--only seed=7", "--dry-run lists them"]),
     Case(name="points that are no numbers", command="sweep", files=sweep_file(), overrides=["--points=1-"], says=["--points is '1-'", "0-3,7"]),
     Case(name="point before there is a list", command="sweep", files=sweep_file(), overrides=["--point=0"], says=["--point is 0", "points.json"]),
+    Case(name="some of a whole table", command="sweep", files=sweep_file(), overrides=["--collect", "--only=x"], says=["--only is x beside --collect"]),
+    Case(name="some of one point", command="sweep", files=sweep_file(), overrides=["--point=0", "--points=1"], says=["--points is 1 beside --point"]),
     Case(name="script without a place", command="sweep", files=sweep_file(), overrides=["--out=x"], says=["--out is x", "--emit slurm"]),
     Case(name="script that runs nothing", command="sweep", files=sweep_file(), overrides=["--emit=slurm", "--at-once=0"], says=["--at-once is 0"]),
     Case(name="script to a folder", command="sweep", files={**sweep_file(), "there/x": ""}, overrides=["--emit=slurm", "--out=there"], says=["--out is there", "is a folder"]),

@@ -120,6 +120,13 @@ def test_names_are_unique_safe_and_stay_when_values_are_appended(values: list[An
     assert found[: 2 * known] == fewer
 
 
+def test_values_that_print_the_same_have_two_names() -> None:
+    first, second, third = (name_of({"data.train": value}) for value in (["a b"], "['a b']", '["a b"]'))
+    assert len({first, second, third}) == 3
+    assert (name_of({"x.y": 1}), name_of({"x.y": None})) == ("y=1", "y=none")
+    assert len({name_of({"x.y": value}) for value in (1, "1", True, "true", None, "none", "null", 1.0)}) == 8
+
+
 def test_long_names_are_cut_and_differ() -> None:
     settings = {f"section.a_rather_long_key_{number}": "v" * 30 for number in range(6)}
     other = {**settings, "section.a_rather_long_key_5": "w"}
