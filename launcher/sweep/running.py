@@ -16,8 +16,9 @@ from launcher.sweep.progress import SweepProgress
 from launcher.sweep.sweep_folder import Listed, SweepFolder
 
 _LOOK_SECONDS = 0.1
-# Of a log, shown where a point fails.
-_LAST_LINES, _LAST_BYTES = 15, 2**16
+# Of a log, shown where a point fails: its last lines, and errors of ours that a launcher has said much after.
+_LAST_LINES, _LAST_BYTES, _MAX_ERRORS = 15, 2**16, 3
+_ERROR = "sparse-zero: error: "
 # Interrupts of a user that the point gets before it is killed: one to stop, one to hurry.
 _MAX_INTERRUPTS = 2
 # What colours a terminal or moves its cursor.
@@ -123,11 +124,12 @@ def _wait(process: "subprocess.Popen[bytes]", request: StopRequest) -> int:
 
 
 def last_lines(log: Path, begin: int = 0) -> list[str]:
-    """The last lines of a log from byte ``begin`` on, without what would control a terminal."""
+    """Errors and the last lines of a log from byte ``begin`` on, without what would control a terminal."""
     with suppress(OSError), log.open("rb") as file:
         end = file.seek(0, 2)
         file.seek(max(begin, end - _LAST_BYTES))
         text = _ESCAPES.sub("", file.read().decode("utf-8", errors="replace")).replace("\r", "\n")
         lines = ["".join(letter for letter in line if letter.isprintable()) for line in text.splitlines()]
-        return [line for line in lines if line.strip()][-_LAST_LINES:]
+        said = [line for line in lines if line.strip()]
+        return [line for line in said[:-_LAST_LINES] if _ERROR in line][:_MAX_ERRORS] + said[-_LAST_LINES:]
     return []

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import yaml
 
 from launcher.__main__ import main
 from launcher.run_folder import RunLock
+from launcher.stopping import SECOND_INTERRUPT_SECONDS, stop_requests
+from launcher.sweep.running import _wait
 from tests.launcher.test_train import cli, environment, write_config
 
 
@@ -24,7 +27,8 @@ def write_sweep(base: Path, folder: Path, grid: dict[str, Any], **changes: Any) 
         "selection": {"regions": [{"kind": "row", "modules": ["*.up_proj"], "per_matrix": 2}], "score": "first"},
         "training__steps": 2,
         "training__validation_every": None,
-        "cluster": {"ranks_per_node": 1},
+        # Torch's launcher starts faster than DeepSpeed's.
+        "cluster": {"ranks_per_node": 1, "launcher": "torchrun"},
         "output": {},
     }
     path = write_config(base, folder, **{**quick, **changes})
@@ -96,6 +100,9 @@ def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path,
     assert task.returncode == 0, task.stderr
     assert "length=good is finished already" in task.stderr
     assert times(folder / "length=good") == before
+    output = here(config, "--point", "length=good", "--training.steps=5")
+    assert f"{config} has changed since length=good was listed" in output
+    assert times(folder / "length=good") == before
 
     # A second sweep, and a run of another config in a point's place.
     with RunLock(folder) as lock:
@@ -166,6 +173,35 @@ def test_an_interrupted_sweep_goes_on_where_it_was(number, base, tmp_path, here)
     rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert [row["state"] for row in table(tmp_path)] == ["finished", "missing"]
+
+
+def test_a_user_who_cannot_wait_is_passed_on_and_then_obeyed(tmp_path):
+    """A point that does not end gets the second interrupt, too, and is killed at the third."""
+    heard = tmp_path / "heard"
+    script = f"""
+import signal, time
+signal.signal(signal.SIGINT, lambda *_: open({str(heard)!r}, "a").write("x"))
+open({str(heard)!r}, "a").close()
+time.sleep(60)
+time.sleep(60)
+"""
+    with stop_requests() as request:
+        process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+        while not heard.exists():
+            time.sleep(0.05)
+        interrupts = threading.Thread(target=interrupt, args=(3, SECOND_INTERRUPT_SECONDS + 0.3))
+        interrupts.start()
+        code = _wait(process, request)
+        interrupts.join()
+    assert code == 128 + signal.SIGKILL
+    assert heard.read_text() == "xx"
+    assert request.signal == signal.SIGINT
+
+
+def interrupt(times: int, seconds: float) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(seconds)
 
 
 def left_behind(folder: Path) -> list[str]:

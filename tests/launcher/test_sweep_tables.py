@@ -277,6 +277,9 @@ def test_last_lines_of_a_log(tmp_path: Path) -> None:
     log.write_bytes(b"before\n\x1b[31mred\x1b[0m \xff\rbar\x07\n\n")
     assert last_lines(log, 7) == ["red \ufffd", "bar"]
     assert last_lines(tmp_path / "none") == []
+    # What the point itself says comes first, however much its launcher says after it.
+    log.write_text("".join(f"sparse-zero: error: {number}\n" for number in range(9)) + "Traceback\n" * 20)
+    assert last_lines(log) == [*(f"sparse-zero: error: {number}" for number in range(3)), *["Traceback"] * 15]
 
 
 def test_a_finished_run_may_have_been_run_elsewhere(made: tuple[SweepFolder, SweepConfig, list[Listed]]) -> None:
