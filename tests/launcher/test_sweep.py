@@ -95,7 +95,7 @@ def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path,
     assert "#SBATCH --array=0-1%1" in script.read_text()
     task = subprocess.run(
         ["bash", str(script)], cwd="/", env={**environment(), "SLURM_ARRAY_TASK_ID": "0"},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert task.returncode == 0, task.stderr
     assert "length=good is finished already" in task.stderr
@@ -154,13 +154,13 @@ def test_an_interrupted_sweep_goes_on_where_it_was(number, base, tmp_path, here)
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     metrics = tmp_path / "sweep" / "seed=0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, output
     assert "seed=0: stopped" in output
     assert not (tmp_path / "sweep" / "seed=0" / "summary.json").exists()
