@@ -20,7 +20,7 @@ from launcher.emitting.batch_config import BatchConfig
 from launcher.memory.memory_config import MemoryConfig
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig
-from launcher.yaml_files import dump_yaml, parse_yaml, read_mapping
+from launcher.yaml_files import Prepare, dump_yaml, parse_yaml, read_mapping
 from models.data import DataConfig
 from models.loading import ModelConfig
 from sparse_zero.credentials import find_credential, without_credentials
@@ -98,12 +98,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: for anything that does not hold, naming the field, its value and the remedy.
     """
-    mapping = read_mapping(path)
+    return parse_config(read_with_overrides(path, overrides), source=str(path))
+
+
+def read_with_overrides(path: str | Path, overrides: Sequence[str], prepare: Prepare | None = None) -> dict[str, Any]:
+    """What stands in a config file, changed by overrides, before any of it is checked but for credentials.
+
+    Args:
+        path: the file.
+        overrides: see :func:`load_config`.
+        prepare: see :func:`launcher.yaml_files.read_mapping`.
+
+    Raises:
+        InputError: the file cannot be read, an override has no place, or there is a credential in one of them.
+    """
+    mapping = read_mapping(path, prepare)
     for override in overrides:
         if find_credential(override) is not None:  # Before it can stand in another error.
             _refuse_credential(override.removeprefix("--").partition("=")[0], "the overrides")
         apply_override(mapping, override)
-    return parse_config(mapping, source=str(path))
+    credential = find_credential(mapping)
+    if credential is not None:
+        _refuse_credential(credential, str(path))
+    return mapping
 
 
 def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunConfig:
@@ -111,6 +128,11 @@ def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunC
     credential = find_credential(mapping)
     if credential is not None:
         _refuse_credential(credential, source)
+    if "sweep" in mapping:
+        raise InputError(
+            f"{source} has a section sweep, so it is many runs: start them with `sparse-zero sweep --config FILE`, or "
+            "take the section out"
+        )
     return parse_as(RunConfig, _expand_home(mapping), source)
 
 
@@ -148,14 +170,29 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
     keys = name.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise InputError(f"{override} is no override: write --section.key=value, as in --training.steps=100")
-    value = parse_yaml(text, f"the value of --{name}")
+    set_value(mapping, name, parse_yaml(text, f"the value of --{name}"), override)
+
+
+def set_value(mapping: dict[str, Any], name: str, value: Any, said: str) -> None:
+    """Set what the dotted key ``name`` of ``mapping`` names, in place.
+
+    Args:
+        mapping: a config; sections that are not there are made.
+        name: a number in it is an index of a list.
+        value: what is put there.
+        said: what the user gave, for the start of an error.
+
+    Raises:
+        InputError: there is no such place.
+    """
+    keys = name.split(".")
     target: Any = mapping
     for depth, key in enumerate(keys):
         here = ".".join(keys[:depth])
         last = depth == len(keys) - 1
         if isinstance(target, list):
             if not key.isdecimal() or int(key) >= len(target):
-                raise InputError(f"{override}: {here} has {len(target)} entries, numbered from 0; {key!r} is none")
+                raise InputError(f"{said}: {here} has {len(target)} entries, numbered from 0; {key!r} is none")
             if last:
                 target[int(key)] = value
             target = target[int(key)]
@@ -166,7 +203,7 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
                 target[key] = {}
             target = target[key]
         else:
-            raise InputError(f"{override}: {here} is {target!r}, which has no {key!r} inside")
+            raise InputError(f"{said}: {here} is {target!r}, which has no {key!r} inside")
 
 
 # --- keys and choices: what pydantic leaves unsaid for standard dataclasses ---------------------------------

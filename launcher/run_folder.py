@@ -112,11 +112,13 @@ class RunLock:
     A network file system that knows no locks keeps nobody out.
 
     Args:
-        folder: the run folder, which need not exist yet.
+        folder: the run folder, which need not exist yet; or another that only one process may work in.
+        given: what the user has said, for the start of the message.
+        holder: who else may have it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, given: str = "output.folder", holder: str = "another start of a run") -> None:
+        self._folder, self._given, self._holder = folder, given, holder
         # Of the folder itself: no file is left behind.
         self._descriptor: int | None = None
 
@@ -134,8 +136,8 @@ class RunLock:
         except BlockingIOError as error:
             os.close(descriptor)
             raise InputError(
-                f"output.folder {self._folder} is in use by another start of a run: wait until it has ended, or name "
-                "another folder"
+                f"{self._given} {self._folder} is in use by {self._holder}: wait until it has ended, or name another "
+                "folder"
             ) from error
         except OSError:
             os.close(descriptor)
@@ -155,6 +157,16 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether another process has the lock of ``folder``; asked by taking it for a moment."""
+    with RunLock(folder) as lock:
+        try:
+            lock.take()
+        except InputError:
+            return True
+    return False
 
 
 def step_of(name: str) -> int:

@@ -5,7 +5,7 @@ twice are refused. ``extends`` merges other files underneath the one that names 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,21 @@ def dump_yaml(value: Any, *, blocks: bool = False) -> str:
     return text
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
+# Changes the content of one file, whose folder it is told, before it is merged with that of others.
+Prepare = Callable[[dict[str, Any], Path], None]
+
+
+def read_mapping(path: str | Path, prepare: Prepare | None = None) -> dict[str, Any]:
     """The mapping in the YAML file ``path``, with everything that its ``extends`` names merged underneath.
 
     ``extends`` is a file name or a list of them, relative to the file that says it. Later files win over
     earlier ones, and the file itself over all: mappings are merged key by key, anything else is replaced.
+
+    Args:
+        path: the file.
+        prepare: is called with the content of each file; None: nothing is changed.
     """
-    return _read(Path(path), ())
+    return _read(Path(path), (), prepare)
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +170,15 @@ def read_text(path: Path, what: str) -> str:
         raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
 
 
-def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+def names_of_files(value: Any, source: str) -> list[str]:
+    """What an ``extends`` says, as a list; :class:`InputError` says that it stands in ``source``."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"extends is {value!r} in {source}: give a file name or a list of file names")
+    return names
+
+
+def _read(path: Path, parents: tuple[Path, ...], prepare: Prepare | None) -> dict[str, Any]:
     what = "the config file" if not parents else f"the file that {parents[-1]} extends,"
     text = read_text(path, what)
     place = path.resolve()
@@ -174,14 +190,12 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path} is empty: a config is a mapping of sections")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {_kind(content)} at its top level: a config is a mapping of sections")
-    bases = content.pop("extends", [])
-    if isinstance(bases, str):
-        bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise InputError(f"extends is {bases!r} in {path}: give a file name or a list of file names")
+    bases = names_of_files(content.pop("extends", []), str(path))
+    if prepare is not None:
+        prepare(content, path.parent)
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, _read(path.parent / Path(base).expanduser(), (*parents, path)))
+        merged = merge(merged, _read(path.parent / Path(base).expanduser(), (*parents, path), prepare))
     return merge(merged, content)
 
 

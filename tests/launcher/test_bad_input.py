@@ -65,6 +65,15 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def sweep_file(**section: Any) -> dict[str, str | bytes]:
+    """A run.yaml with a section ``sweep`` that holds, but for what is given here."""
+    return {
+        "run.yaml": dump_yaml(
+            {**run_mapping(), "sweep": {"folder": "sweeps", "grid": {"training.seed": [0, 1]}, **section}}
+        )
+    }
+
+
 # A selection file with one number in it and no header beyond its format.
 NO_HEADER = save({"a/rows": torch.zeros(1, dtype=torch.int32)}, {"format": "sparse_zero.selection"})
 
@@ -225,6 +234,26 @@ CONFIG_CASES = [
     Case(name="port out of range", overrides=["--cluster.master_port=70000"], says=["cluster.master_port is 70000", "1 to 65535"]),
     Case(name="evaluate without test data", command="evaluate", says=["data.test is missing"]),
     Case(name="adapter missing", command="evaluate", overrides=["--data.test=t.json", "--adapter=gone"], says=["--adapter is gone"]),
+    # sweeps; tests/launcher/test_sweep_points.py has the grids
+    Case(name="sweep without a section", command="sweep", says=["run.yaml has no section sweep", "sparse-zero launch"]),
+    Case(name="launch of a sweep", command="launch", files=sweep_file(), says=["run.yaml has a section sweep", "sparse-zero sweep --config FILE"]),
+    Case(name="worker of a sweep", files=sweep_file(), says=["run.yaml has a section sweep"]),
+    Case(name="sweep without a folder", command="sweep", files=sweep_file(folder=" "), says=["sweep.folder is empty"]),
+    Case(name="unknown key of a sweep", command="sweep", files=sweep_file(gird={}), says=["unknown key sweep.gird", "did you mean sweep.grid?"]),
+    Case(name="grid that is a list", command="sweep", files=sweep_file(grid=[]), says=["sweep.grid is []: expected a mapping"]),
+    Case(name="a point that does not hold", command="sweep", files=sweep_file(grid={"training.steps": [3, 0]}), says=["the point steps=0 of the sweep", "training.steps is 0"]),
+    Case(name="sweep below a file", command="sweep", files={**sweep_file(folder="there/x"), "there": ""}, says=["sweep.folder is there/x", "there is a file"]),
+    Case(name="override of what a sweep varies", command="sweep", files=sweep_file(), overrides=["--training.seed=3"], says=["--training.seed is given", "sweep.grid"]),
+    Case(name="no point chosen", command="sweep", files=sweep_file(), overrides=["--only=seed=7", "--dry-run"], says=["--only seed=7", "--dry-run lists them"]),
+    Case(name="points that are no numbers", command="sweep", files=sweep_file(), overrides=["--points=1-"], says=["--points is '1-'", "0-3,7"]),
+    Case(name="point before there is a list", command="sweep", files=sweep_file(), overrides=["--point=0"], says=["--point is 0", "points.json"]),
+    Case(name="some of a whole table", command="sweep", files=sweep_file(), overrides=["--collect", "--only=x"], says=["--only is x beside --collect"]),
+    Case(name="some of one point", command="sweep", files=sweep_file(), overrides=["--point=0", "--points=1"], says=["--points is 1 beside --point"]),
+    Case(name="script without a place", command="sweep", files=sweep_file(), overrides=["--out=x"], says=["--out is x", "--emit slurm"]),
+    Case(name="script that runs nothing", command="sweep", files=sweep_file(), overrides=["--emit=slurm", "--at-once=0"], says=["--at-once is 0"]),
+    Case(name="script to a folder", command="sweep", files={**sweep_file(), "there/x": ""}, overrides=["--emit=slurm", "--out=there"], says=["--out is there", "is a folder"]),
+    Case(name="two things at once", command="sweep", files=sweep_file(), overrides=["--collect", "--dry-run"], says=["--dry-run", "--collect"]),
+    Case(name="list of points damaged", command="sweep", files={**sweep_file(), "sweeps/points.json": "{}"}, says=["sweeps/points.json is no list of points"]),
     Case(name="adapter to export missing", command="export", says=["--adapter is out/adapter"]),
 ]  # fmt: skip
 

@@ -32,7 +32,7 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["train", "launch", "select", "inspect", "evaluate", "export", "report"])
+@pytest.mark.parametrize("command", ["train", "launch", "select", "inspect", "evaluate", "export", "report", "sweep"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -8,10 +8,13 @@ import pytest
 from launcher.config import load_config, parse_config, resolved_yaml
 from launcher.deepspeed_config import deepspeed_config
 from launcher.plan.planned_run import Gpu, plan_run
+from launcher.sweep.points import expand
+from launcher.sweep.sweep_config import read_sweep
 from launcher.yaml_files import merge, parse_yaml, read_mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+SWEEPS = [CONFIGS / "studies" / "quick-sweep.yaml"]
 FRAGMENTS = sorted(file for folder in ("models", "methods", "clusters") for file in (CONFIGS / folder).glob("*.yaml"))
 # What a fragment of each folder may hold: nothing that another folder decides.
 SECTIONS = {"models": {"model"}, "methods": {"selection", "zero"}, "clusters": {"cluster"}}
@@ -23,8 +26,9 @@ def name(path: Path) -> str:
 
 def test_every_file_is_checked() -> None:
     # Studies are no runs: tests/scripts reads them.
-    others = {file for file in (*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")) if file.parent.name != "studies"}
-    assert {*RUNS, *FRAGMENTS} == others
+    studies = {CONFIGS / "studies" / "memory.yaml"}
+    others = {file for file in (*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")) if file not in studies}
+    assert {*RUNS, *FRAGMENTS, *SWEEPS} == others
     recipes = (
         "llama-2-7b-smt",
         "llama-2-7b-rocoft-rows",
@@ -47,6 +51,26 @@ def test_run_parses_and_its_resolved_form_is_the_same_run(path: Path) -> None:
     config = load_config(path)
     assert config.output.folder == f"runs/{path.stem}"
     assert parse_config(parse_yaml(resolved_yaml(config), "resolved")) == config
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=name)
+def test_every_point_of_a_sweep_is_a_run(path: Path) -> None:
+    sweep, base = read_sweep(path, [])
+    points = expand(sweep, base)
+    assert sweep.folder == f"runs/{path.stem}"
+    assert sweep.repeats
+    for point in points:
+        assert parse_config(parse_yaml(resolved_yaml(point.config), "resolved")) == point.config
+        assert not Path(point.config.output.folder).is_absolute()
+
+
+def test_quick_sweep() -> None:
+    points = expand(*read_sweep(CONFIGS / "studies" / "quick-sweep.yaml", []))
+    # Three methods, three learning rates, two seeds, but for one pair.
+    assert len(points) == 3 * 3 * 2 - 2
+    kinds = {point.settings["method"]: {region.kind for region in point.config.selection.regions} for point in points}
+    assert kinds == {"mixed": {"block", "row", "column"}, "rows": {"row"}, "columns": {"column"}}
+    assert {point.config.selection.budget is None for point in points} == {True, False}
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=name)
