@@ -9,7 +9,6 @@ from typing import Any
 from launcher.commands.common import Parser, add_command
 from launcher.run_folder import check_can_write_in, check_out_file
 from launcher.stopping import EXIT_SIGNAL, stop_requests
-from launcher.sweep.array_script import array_lines, array_script
 from launcher.sweep.points import expand, find_config
 from launcher.sweep.sweep_config import SweepConfig, read_sweep
 from launcher.sweep.sweep_folder import (
@@ -176,12 +175,20 @@ def _run_one(args: argparse.Namespace, sweep: SweepConfig, base: dict[str, Any],
 
 
 def _emit(args: argparse.Namespace, folder: SweepFolder, listed: Sequence[Listed], chosen: Sequence[Listed]) -> int:
+    from launcher.sweep.array_script import array_of_points
     from launcher.sweep.running import lock_of
 
-    header = ["#SBATCH --job-name=sparse-zero-sweep", *array_lines([each.index for each in chosen], args.at_once)]
-    config = str(Path(args.config).absolute())
-    command = [sys.executable, "-m", "launcher", "sweep", "--config", config, *args.overrides]
-    script = array_script(header, command, Path.cwd())
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "sweep",
+        "--config",
+        str(Path(args.config).absolute()),
+        *args.overrides,
+    ]
+    points = {each.name: (each.index, each.point.config) for each in chosen if each.point is not None}
+    script = array_of_points(points, command, Path.cwd(), args.at_once)
     if args.out is not None:
         check_out_file(Path(args.out))
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.config import RunConfig
@@ -68,18 +69,52 @@ def slurm_script(config: RunConfig, config_path: Path, overrides: Sequence[str],
     Raises:
         InputError: the config is for another launcher, says too little, or has what no line of Slurm's can hold.
     """
-    cluster, batch = config.cluster, config.batch
-    if cluster.launcher != "slurm":
+    if config.cluster.launcher != "slurm":
         raise InputError(
-            f"cluster.launcher is {cluster.launcher}, and a Slurm job starts its ranks through srun: set it to slurm"
+            f"cluster.launcher is {config.cluster.launcher}, and a Slurm job starts its ranks through srun: set it to "
+            "slurm"
         )
+    words = shell_words(["sparse-zero", "launch", "--config", str(folder / config_path), *overrides])
+    return script_of_job(config, words, folder, _options(config))
+
+
+def slurm_array(config: RunConfig, words: str, folder: Path, name: str, tasks: str) -> str:
+    """The text of a script for ``sbatch`` that runs several jobs of one shape, as tasks of an array.
+
+    Args:
+        config: of any of them; its sections ``cluster`` and ``batch`` are those of all.
+        words: the command of a task, as a shell takes it.
+        folder: where relative paths begin.
+        name: of the array.
+        tasks: their numbers, as ``--array`` has them.
+
+    Raises:
+        InputError: as :func:`slurm_script`.
+    """
+    changed = replace(config, batch=replace(config.batch, name=name))
+    options = [each if each[0] != "output" else ("output", "sparse-zero-%A_%a.out") for each in _options(changed)]
+    return script_of_job(changed, words, folder, [("array", tasks), *options])
+
+
+def script_of_job(config: RunConfig, words: str, folder: Path, options: Sequence[tuple[str, str | None]]) -> str:
+    """The text of a script that runs a command in the job, and has the job queued again.
+
+    Args:
+        config: of the job.
+        words: the command, as a shell takes it; it ends with 128 + signal where a signal ended it.
+        folder: where relative paths begin.
+        options: of sbatch.
+
+    Raises:
+        InputError: the folder cannot be passed to other nodes.
+    """
+    batch = config.batch
     check_remote_shell(python="", folder=str(folder), python_path="", package="")
-    command = ["sparse-zero", "launch", "--config", str(folder / config_path), *overrides]
     requeues = batch.slurm.max_requeues
     lines = [
         "#!/bin/bash",
         "# Written by `sparse-zero launch --emit slurm`; submit it with sbatch, whose own options come first.",
-        *(f"#SBATCH --{name}{'' if value is None else '=' + value}" for name, value in _options(config)),
+        *(f"#SBATCH --{name}{'' if value is None else '=' + value}" for name, value in options),
         "",
         "# A signal ends the run, which writes a checkpoint first.",
         "asked='' launcher=''",
@@ -94,7 +129,7 @@ def slurm_script(config: RunConfig, config_path: Path, overrides: Sequence[str],
     text = "\n".join(lines) + "\n"
     if batch.slurm.node_cache:
         text += f"{_CACHE}\n"
-    text += f"run=({shell_words(command)})\n{_RUN}"
+    text += f"run=({words})\n{_RUN}"
     if batch.slurm.node_cache:
         text += _REMOVE_CACHE
     if requeues:
@@ -109,8 +144,10 @@ def _requeue(most: int) -> str:
 if [ "$asked" = USR1 ] && [ "$code" -eq $((128 + $(kill -l USR1))) ]; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {most} ]; then
         echo "sparse-zero: not queued again after {most} times (batch.slurm.max_requeues); sbatch continues it" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    else
+        # Said first: Slurm ends this script for the sake of it.
         echo "sparse-zero: job $SLURM_JOB_ID is queued again, to continue from its checkpoint" >&2
+        scontrol requeue "$SLURM_JOB_ID"
     fi
 fi
 """

@@ -10,6 +10,7 @@ from tests.distributed.cluster import Cluster
 from tests.distributed.slurm import Slurm, skip_without_slurm
 from tests.launcher.test_launchers import wait_until
 from tests.launcher.test_nodes import losses_of_one_process, pythons, rows, short_run, variables
+from tests.launcher.test_sweep import write_sweep
 from tests.launcher.test_train import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -91,6 +92,38 @@ def test_a_job_whose_time_ends_queues_itself_again(base, settings, expected, tmp
         said = output.read_text()
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said[-8000:]
         check_complete(tmp_path, cluster, said, expected, at)
+
+
+def test_the_points_of_a_sweep_run_as_tasks_of_an_array(base, tmp_path, monkeypatch):
+    """Two points on the same two nodes, at once; one gets the signal of its time's end, and continues."""
+    skip_without_slurm()
+    steps = 24
+    settings = {
+        **short_run(steps), "checkpoint__every": None, "output": {},
+        "cluster": {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 1},
+        "batch": {"gpus_per_rank": 0, "setup": [f"export PATH={variables()['PATH']}"]},
+    }  # fmt: skip
+    config = write_sweep(base, tmp_path, {"training.seed": [0, 1]}, **settings)
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "--config", config.name, "--emit", "slurm", "--out", "array.sh"]) == 0
+    (tmp_path / "scratch").mkdir()
+    runs = [tmp_path / "sweep" / f"seed={seed}" for seed in range(2)]
+    with cluster_of(tmp_path) as cluster, Slurm(cluster, tmp_path / "slurm") as slurm:
+        array = slurm.run("sbatch", "--parsable", f"--chdir={tmp_path}", "array.sh").strip()
+        outputs = [tmp_path / f"sparse-zero-{array}_{task}.out" for task in range(2)]
+        wait_until(lambda: all(len(rows(run)) >= 3 for run in runs), outputs[1], 300)
+        slurm.run("scancel", "--batch", "--signal=USR1", f"{array}_1")
+        wait_until(lambda: "is queued again" in outputs[1].read_text(), outputs[1], 120)
+        wait_until(lambda: slurm.run("squeue", "-h", "-j", f"{array}_1", "-o", "%T").split() == ["PENDING"], outputs[1])
+        slurm.run("scontrol", "update", f"job={array}_1", "starttime=now")
+        wait_until(lambda: all((run / "summary.json").is_file() for run in runs), outputs[1], 300)
+        wait_until(lambda: not slurm.run("squeue", "-h").strip(), outputs[1], 60)
+        assert not [name for name in cluster.names if pythons(cluster, name)]
+    for run in runs:
+        assert [row["step"] for row in rows(run)] == list(range(1, steps + 1))
+    assert main(["sweep", "--config", config.name, "--collect"]) == 0
+    table = (tmp_path / "sweep" / "table.csv").read_text().splitlines()
+    assert [line.count(",finished,") for line in table] == [0, 1, 1], table
 
 
 def test_a_job_gives_way_to_one_of_a_higher_partition(base, settings, expected, tmp_path, monkeypatch):

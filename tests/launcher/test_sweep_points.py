@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config import resolved_yaml
-from launcher.sweep.array_script import array_lines, array_script
+from launcher.sweep.array_script import array_of_points
 from launcher.sweep.points import combinations, expand, find_config, name_of
 from launcher.sweep.sweep_config import MAX_POINTS, SweepConfig, read_sweep
 from launcher.sweep.sweep_folder import SweepFolder, check_folders, find_listed, list_points, read_list, write_list
@@ -252,14 +252,41 @@ def test_another_run_in_a_points_folder_is_refused_by_name(tmp_path: Path) -> No
         check_folders(folder, {point.name: point.config})
 
 
+HOSTILE = ["python", "a $(b)'\nc"]
+QUOTED = "python 'a $(b)'\"'\"'\nc' --point \"$SLURM_ARRAY_TASK_ID\""
+
+
+def array(cluster: dict[str, Any], indices: list[int], at_once: int | None = None, **others: Any) -> str:
+    grid = {"training.seed": list(range(len(indices))), **others}
+    mapping = {**run_mapping(), "cluster": cluster, "batch": {"gpus_per_rank": 0, "time_limit_minutes": 30}}
+    points = expand(sweep(grid), mapping)
+    numbered = {point.name: (index, point.config) for point, index in zip(points, indices, strict=False)}
+    return array_of_points(numbered, HOSTILE, Path("/x y" if cluster["launcher"] != "slurm" else "/x"), at_once)
+
+
 def test_the_array_script_quotes_what_it_is_given() -> None:
-    assert array_lines([0, 1, 2, 5, 7, 8], 3) == ["#SBATCH --array=0-2,5,7-8%3"]
-    assert array_lines([4]) == ["#SBATCH --array=4"]
+    script = array({"launcher": "local"}, [0, 1, 2, 5, 7, 8], 3)
+    assert "#SBATCH --array=0-2,5,7-8%3\n" in script
+    assert "\ncd -- '/x y'\n" in script
+    assert script.endswith(f"exec {QUOTED}\n")
+    assert "#SBATCH --array=4\n" in array({"launcher": "local"}, [4])
     with pytest.raises(InputError, match="--at-once is 0"):
-        array_lines([1], 0)
-    script = array_script(["#SBATCH --nodes=2"], ["python", "a $(b)'\nc"], Path("/x y"))
-    assert script.splitlines()[:4] == ["#!/bin/bash", "#SBATCH --nodes=2", "set -euo pipefail", "cd -- '/x y'"]
-    assert script.endswith("exec python 'a $(b)'\"'\"'\nc' --point \"$SLURM_ARRAY_TASK_ID\"\n")
-    for header in ("rm -rf /", "#SBATCH --x\nrm"):
-        with pytest.raises(ValueError):
-            array_script([header], ["x"], Path("/"))
+        array({"launcher": "local"}, [1], 0)
+
+
+def test_points_that_start_through_slurm_get_the_script_of_a_run() -> None:
+    slurm = {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 4}
+    script = array(slurm, [3, 4])
+    for option in ("array=3-4", "nodes=2", "ntasks-per-node=4", "time=30", "job-name=sparse-zero-sweep", "requeue"):
+        assert re.search(rf"^#SBATCH --{option}$", script, re.MULTILINE), script
+    assert "#SBATCH --output=sparse-zero-%A_%a.out\n" in script
+    assert f"run=({QUOTED})\n" in script
+    assert "scontrol requeue" in script
+    # Tasks of an array are all given the same.
+    differing = {"nodes": {"two": {}, "one": {"cluster.num_nodes": 1}}}
+    with pytest.raises(
+        InputError, match=r"the points seed=0,nodes=two and seed=0,nodes=one .* differ in cluster or batch"
+    ):
+        array(slurm, [0, 1], **differing)
+    with pytest.raises(InputError, match="differ in cluster or batch"):
+        array(slurm, [0, 1], launcher={"slurm": {}, "local": {"cluster.launcher": "local", "cluster.num_nodes": 1}})

@@ -71,8 +71,10 @@ on_every_node 'rm -rf -- "$1" "$1".????????' bash "$cache" ||
 if [ "$asked" = USR1 ] && [ "$code" -eq $((128 + $(kill -l USR1))) ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge 30 ]; then
         echo "sparse-zero: not queued again after 30 times (batch.slurm.max_requeues); sbatch continues it" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    else
+        # Said first: Slurm ends this script for the sake of it.
         echo "sparse-zero: job $SLURM_JOB_ID is queued again, to continue from its checkpoint" >&2
+        scontrol requeue "$SLURM_JOB_ID"
     fi
 fi
 exit "$code"
