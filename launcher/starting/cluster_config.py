@@ -56,6 +56,9 @@ class ClusterConfig:
     # Seconds without a sign of life after which a node is taken for lost, and which the others' ranks are given to end
     # by themselves before they are killed.
     node_timeout: float = 60.0
+    # Look on every node for what would keep the run from starting, as `sparse-zero doctor` does, before a rank starts:
+    # about a second. False: the ranks find it out.
+    preflight: bool = True
 
     def __post_init__(self) -> None:
         if self.num_nodes < 1:
