@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from launcher.preflight.examining import ask, findings_of, in_order
     from launcher.preflight.findings import has_failed
     from launcher.preflight.memory_check import check_memory, forecast_need
+    from launcher.preflight.rendezvous import check_network, meet
     from launcher.preflight.table import as_json, show
     from sparse_zero.files import to_json
 
@@ -77,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
         answers = ask(wanted, seconds=config.cluster.node_timeout, waits_for_all=True)
         need = forecast.result()
     findings = findings_of(dataclasses.replace(wanted, output_bytes=need.output_bytes), answers)
-    findings = in_order(wanted, [*findings, *check_memory(wanted, answers, need)])
+    findings += check_memory(wanted, answers, need)
+    if not args.no_network:
+        findings += check_network(wanted, meet(wanted, answers))
+    findings = in_order(wanted, findings)
     notes = []
     if not wanted.is_whole:
         notes.append(

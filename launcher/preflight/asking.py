@@ -154,7 +154,7 @@ class Talks:
             talk.close(max(0.1, deadline - time.monotonic()))
 
 
-def each(talks: Sequence[Talk], what: Callable[[Talk], _Result]) -> list[_Result]:
+def with_each(talks: Sequence[Talk], what: Callable[[Talk], _Result]) -> list[_Result]:
     """``what`` of every talk, at once."""
     if not talks:
         return []
@@ -227,14 +227,14 @@ def ask_nodes(
             return None
 
         answering = []
-        for talk, facts in zip(talks.all, each(talks.all, facts_of), strict=True):
+        for talk, facts in zip(talks.all, with_each(talks.all, facts_of), strict=True):
             if facts is None:
                 code, said = talk.why()
                 found.silent[talk.node.name] = Silence(code=code, said=said, seconds=time.monotonic() - since)
             else:
                 found.facts[talk.node.name] = facts
                 answering.append(talk)
-        for talk, clock in zip(answering, each(answering, _clock), strict=True):
+        for talk, clock in zip(answering, with_each(answering, _clock), strict=True):
             if clock is not None:
                 found.clocks[talk.node.name] = clock
         found.folders = _folders(answering, found.facts, {node.name: q["mark"] for node, q in questions.items()})
@@ -271,4 +271,4 @@ def _folders(talks: Sequence[Talk], facts: Mapping[str, Facts], marks: Mapping[s
         seen = (talk.answer(time.monotonic() + _MARK_SECONDS + 5.0) or {}).get("seen", [])
         return next((name for name in others if marks[name] in seen), talk.node.name)
 
-    return dict(zip([talk.node.name for talk in made], each(made, first), strict=True))
+    return dict(zip([talk.node.name for talk in made], with_each(made, first), strict=True))

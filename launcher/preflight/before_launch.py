@@ -58,6 +58,6 @@ def check_before_launch(wanted: Wanted, starting: Collection[str]) -> None:
         failed = [finding for finding in findings if finding.status == "fail"]
         places = list(dict.fromkeys(finding.node for finding in failed))
         raise InputError(
-            f"{len(failed)} check{'s' * (len(failed) > 1)} before the start failed on {', '.join(places)}: mend what is "
-            "said above (sparse-zero doctor looks again), or set cluster.preflight to false"
+            f"{len(failed)} check{'s' * (len(failed) > 1)} before the start failed on {', '.join(places)}: mend what "
+            "is said above (sparse-zero doctor looks again), or set cluster.preflight to false"
         )

@@ -8,8 +8,9 @@ lines of JSON (:mod:`launcher.preflight.asking`); it needs the standard library 
          {"do": "marks", "names": [...], "seconds": S}  out  {"seen": [...]}
          {"do": "end"}, or the end of the input
 
-All that it writes is one empty file where the run folder is or will be, by which other nodes see whether they have the
-same; it is gone when this script has ended. A section that hangs (a name server, a network file system) is told by name.
+All that it writes is one empty file where the run folder is or will be, by which other nodes see whether they have
+the same; it is gone when this script has ended. A section that hangs (a name server, a network file system) is told by
+name.
 """
 
 import contextlib

@@ -31,7 +31,7 @@ _SSH_SAYS = (
     (
         r"permission denied",
         "ssh is refused (permission denied)",
-        "put your public key on it (ssh-copy-id {node}), name the right cluster.ssh_user, or load the key into the agent",
+        "put your public key on it (ssh-copy-id {node}), load the key into the agent, or correct cluster.ssh_user",
     ),
     (
         r"connection refused",

@@ -80,6 +80,12 @@ def operators_of(config: RunConfig, *, has_gpus: bool) -> tuple[str, ...]:
     return (*found, *(["async_io"] if "nvme" in devices else []))
 
 
+def python_path(config: RunConfig) -> list[str]:
+    """Where ranks look for modules before what is installed."""
+    here = [str(Path.cwd())] if config.cluster.reaches_nodes else []  # DeepSpeed puts it first.
+    return [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+
+
 def _files(config: RunConfig) -> dict[str, dict[str, str | None]]:
     """Of every setting that names data: where they are, and the split."""
     data = config.data
@@ -154,9 +160,8 @@ def question_of(wanted: Wanted, node: Node, *, mark: str, seconds: float) -> dic
     names = [host_of(each.name) for each in wanted.nodes] if len(wanted.nodes) > 1 else []
     if wanted.several and wanted.master_address is not None:
         names.append(wanted.master_address)
-    here = [str(Path.cwd())] if config.cluster.reaches_nodes else []  # DeepSpeed puts it first.
     return {
-        "python_path": [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))],
+        "python_path": python_path(config),
         "environment": {
             name: value for name, value in wanted.environment.items() if name.startswith("TORCH_EXTENSIONS")
         },
