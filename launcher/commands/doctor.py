@@ -62,6 +62,7 @@ def _wanted(config: "RunConfig") -> "Wanted":
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
+    from launcher.preflight.building import build_missing
     from launcher.preflight.examining import ask, findings_of, in_order
     from launcher.preflight.findings import has_failed
     from launcher.preflight.memory_check import check_memory, forecast_need
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         need = forecast.result()
     findings = findings_of(dataclasses.replace(wanted, output_bytes=need.output_bytes), answers)
     findings += check_memory(wanted, answers, need)
+    if not args.no_build:
+        findings = build_missing(wanted, answers, findings)
     if not args.no_network:
         findings += check_network(wanted, meet(wanted, answers))
     findings = in_order(wanted, findings)

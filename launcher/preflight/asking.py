@@ -31,6 +31,7 @@ _Result = TypeVar("_Result")
 _CLOCK_TRIPS = 3
 # A file system that needs longer to show a new file to other nodes is not one to share a run folder on.
 _MARK_SECONDS = 3.0
+# For scripts to remove what they made, when they are told to end.
 _CLOSE_SECONDS = 5.0
 # Where those that answer late need not be waited for: so many times as long as the others, and this long at least.
 _LATE_FACTOR, _LATE_SECONDS = 3.0, 5.0
@@ -149,7 +150,7 @@ class Talks:
     ) -> None:
         for talk in self.all:
             talk.end()
-        deadline = time.monotonic() + (_CLOSE_SECONDS if error is None else 1.0)
+        deadline = time.monotonic() + _CLOSE_SECONDS
         for talk in self.all:
             talk.close(max(0.1, deadline - time.monotonic()))
 
@@ -158,8 +159,12 @@ def with_each(talks: Sequence[Talk], what: Callable[[Talk], _Result]) -> list[_R
     """``what`` of every talk, at once."""
     if not talks:
         return []
-    with ThreadPoolExecutor(len(talks)) as pool:
+    pool = ThreadPoolExecutor(len(talks))
+    try:
         return list(pool.map(what, talks))
+    finally:
+        # Where a signal ends this, the threads do as soon as the scripts are told to end: not to be waited for before.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,28 +114,27 @@ def _gpu_problems(node: str, gpus: Sequence[Mapping[str, Any]], largest: int) ->
 def check_disk(wanted: Wanted, answers: Answers) -> list[Finding]:
     """Room where the run folder is or will be."""
     found = []
-    config = wanted.config
     for node, facts in answers.facts.items():
         output = facts["output"]
         if "free_bytes" not in output:
             continue  # Said by the check of the folder.
-        free = output["free_bytes"]
-        merged = facts["model"].get("bytes", 0) if config.output.merged else 0
-        fail = _DISK_FAIL_BYTES if wanted.output_bytes is None else wanted.output_bytes
-        fail += merged
-        warn = merged + _DISK_WARN_BYTES if wanted.output_bytes is None else 2 * fail
-        needs = (
-            f"the run writes about {format_bytes(fail)}" if wanted.output_bytes is not None or merged else "too little"
-        )
-        status: Status = "fail" if free < fail else "warn" if free < warn else "ok"
-        what = f"{format_bytes(free)} free in {output['existing']}"
+        free, place = output["free_bytes"], f"{format_bytes(output['free_bytes'])} free in {output['existing']}"
+        merged = facts["model"].get("bytes", 0) if wanted.config.output.merged else 0
+        if wanted.output_bytes is None:
+            fail, warn, why = merged + _DISK_FAIL_BYTES, merged + _DISK_WARN_BYTES, "a checkpoint may not fit"
+        else:
+            fail = merged + wanted.output_bytes
+            warn, why = 2 * fail, f"the run writes about {format_bytes(fail)}"
+        if free >= warn:
+            found.append(Finding(node=node, check="disk", what=place))
+            continue
         found.append(
             Finding(
                 node=node,
                 check="disk",
-                status=status,
-                what=what if status == "ok" else f"{what}: {needs}",
-                remedy="" if status == "ok" else "make room, name another output.folder, or lower checkpoint.keep",
+                status="fail" if free < fail else "warn",
+                what=f"{place}: {why}",
+                remedy="make room, name another output.folder, or lower checkpoint.keep",
             )
         )
     return found
@@ -147,27 +146,18 @@ def check_shared_memory(wanted: Wanted, answers: Answers) -> list[Finding]:
     slots = {node.name: node.slots for node in wanted.nodes}
     for node, facts in answers.facts.items():
         shared = facts["shared_memory"]
-        if "error" in shared:
-            found.append(untold(node, "shared memory", shared) or Finding(node=node, check="shared memory", what=""))
-            continue
-        free, needed = shared["free_bytes"], _SHARED_PER_RANK_BYTES * slots[node]
-        status: Status = "ok"
-        if slots[node] > 1:
-            status = "fail" if free < _SHARED_FAIL_BYTES else "warn" if free < needed else "ok"
-        what = f"{format_bytes(free)} free in /dev/shm"
-        found.append(
-            Finding(
+        problem = untold(node, "shared memory", shared)
+        needed = _SHARED_PER_RANK_BYTES * slots[node]
+        what = "" if problem else f"{format_bytes(shared['free_bytes'])} free in /dev/shm"
+        if problem is None and slots[node] > 1 and shared["free_bytes"] < needed:
+            problem = Finding(
                 node=node,
                 check="shared memory",
-                status=status,
-                what=what
-                if status == "ok"
-                else f"{what}, for {slots[node]} ranks that may take {format_bytes(needed)}",
-                remedy=""
-                if status == "ok"
-                else "remove what earlier runs left in it, or make it larger (docker run --shm-size=8g)",
+                status="fail" if shared["free_bytes"] < _SHARED_FAIL_BYTES else "warn",
+                what=f"{what}, and {slots[node]} ranks may take {format_bytes(needed)}",
+                remedy="remove what earlier runs left in it, or make it larger (docker run --shm-size=8g)",
             )
-        )
+        found.append(problem or Finding(node=node, check="shared memory", what=what))
     return found
 
 
@@ -177,15 +167,16 @@ def check_open_files(wanted: Wanted, answers: Answers) -> list[Finding]:
     needed = _FILES_BASE + _FILES_PER_RANK * wanted.world_size
     for node, facts in answers.facts.items():
         limits = facts["open_files"]
-        if "error" in limits:
-            continue
-        soft, hard = limits["soft"], limits["hard"]
-        status: Status = "fail" if soft < _FILES_FAIL else "warn" if soft < needed else "ok"
-        what = f"{soft} may be open" if soft < 2**31 else "no limit"
-        remedy = "" if status == "ok" else f"raise it: ulimit -n, or nofile in limits.conf (at most {hard} now)"
-        if status != "ok":
-            what = f"{what} in one process, and {wanted.world_size} ranks may need {needed}"
-        found.append(Finding(node=node, check="open files", status=status, what=what, remedy=remedy))
+        problem = untold(node, "open files", limits)
+        if problem is None and limits["soft"] < needed:
+            problem = Finding(
+                node=node,
+                check="open files",
+                status="fail" if limits["soft"] < _FILES_FAIL else "warn",
+                what=f"{limits['soft']} may be open in one process, and {wanted.world_size} ranks may need {needed}",
+                remedy=f"raise it: ulimit -n, or nofile in limits.conf (at most {limits['hard']} now)",
+            )
+        found.append(problem or Finding(node=node, check="open files", what=f"{limits['soft']} may be open"))
     return found
 
 

@@ -50,11 +50,13 @@ def _first_line() -> bytes:
 
 def _meet(asked: dict[str, Any], deadline: float) -> Any:
     """The store through which all have said that they are there; None where some have not."""
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     rank, names = asked["rank"], asked["names"]
     left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-    store = TCPStore(asked["address"], asked["port"], len(names), rank == 0, left, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        asked["address"], asked["port"], len(names), rank == 0, left, wait_for_workers=False
+    )
     _say(stage="connected")
     store.set(f"here-{rank}", "1")
     missing = names

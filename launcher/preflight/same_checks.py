@@ -52,10 +52,12 @@ def check_versions(wanted: Wanted, answers: Answers) -> list[Finding]:
         if drivers:
             each["driver"] = ", ".join(drivers)
     names = list(dict.fromkeys(name for each in told.values() for name in each))
-    usual = {name: _usual({node: each.get(name) for node, each in told.items()}) for name in names}
+    # A node without a driver is told of by the check of its GPUs.
+    having = {name: {node: each[name] for node, each in told.items() if each.get(name)} for name in names}
+    usual = {name: _usual(has) for name, has in having.items() if has}
     for node, each in told.items():
         missing = [name for name in names if each.get(name) is None and name != "driver"]
-        differing = [name for name in names if name not in missing and each.get(name) != usual[name]]
+        differing = [name for name, has in having.items() if node in has and has[node] != usual[name]]
         if missing:
             found.append(
                 Finding(
@@ -67,13 +69,12 @@ def check_versions(wanted: Wanted, answers: Answers) -> list[Finding]:
                 )
             )
         for name in differing:
-            has = {other: row.get(name) for other, row in told.items()}
             found.append(
                 Finding(
                     node=node,
                     check="versions",
                     status="fail",
-                    what=f"{name} {each.get(name) or 'none'}, where {_others(has, usual[name])} has {usual[name]}",
+                    what=f"{name} {each[name]}, where {_others(having[name], usual[name])} has {usual[name]}",
                     remedy="install the same environment on every node (constraints.txt names tested versions)"
                     if name != "driver"
                     else "install the same NVIDIA driver on every node",
@@ -127,10 +128,12 @@ def check_code(wanted: Wanted, answers: Answers) -> list[Finding]:
 def _check_files(answers: Answers, check: str, field: str, value: str, *, is_hub_name: bool, key: str) -> list[Finding]:
     """Of one setting that names files: there, readable, the same."""
     found, digests = [], {}
+    # A folder may be named like a model of the hub: it is one where any node has it.
+    is_hub_name = is_hub_name and all(facts[key].get("missing") for facts in answers.facts.values())
     for node, facts in answers.facts.items():
         each = facts[key]
         if each.get("missing") and is_hub_name:
-            found.append(Finding(node=node, check=check, what=f"{field} is a name of the hub: not looked at"))
+            found.append(Finding(node=node, check=check, what=f"{value}, a name of the hub: not looked at"))
         elif each.get("missing"):
             split = f" for the split {each['split']}" if each.get("split") else ""
             found.append(
