@@ -14,6 +14,7 @@ from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.preflight.before_launch import check_before_launch
+from launcher.preflight.forecast_beside import ForecastBeside
 from launcher.preflight.wanted import wanted_of
 from launcher.process_ranks import free_port, slurm_port
 from launcher.run_folder import RunFolder
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(args, config, nodes, limits, remote, environment, command)
         return 0
+    beside: AbstractContextManager[object] = nullcontext()
     if cluster.preflight:
         wanted = wanted_of(
             config,
@@ -110,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
             environment=environment,
             devices=devices,
         )
-        check_before_launch(wanted, starting=[node.name for node in choose_nodes(nodes, limits)])
-    with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
+        starting = [node.name for node in choose_nodes(nodes, limits)]
+        beside = ForecastBeside(wanted, check_before_launch(wanted, starting))
+    with beside, tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
         supervisor = Supervisor(
             nodes or [Node("this machine", 1)],
             limits,

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Collection
 from contextlib import suppress
 
+from launcher.preflight.asking import Answers
 from launcher.preflight.examining import ask, findings_of
-from launcher.preflight.findings import Finding, has_failed
+from launcher.preflight.findings import Finding
 from launcher.preflight.table import problem_lines
 from launcher.preflight.wanted import THIS_MACHINE, Wanted
 from sparse_zero.errors import InputError
@@ -37,15 +38,17 @@ def as_of_launch(findings: Collection[Finding], starting: Collection[str]) -> li
     ]
 
 
-def check_before_launch(wanted: Wanted, starting: Collection[str]) -> None:
+def check_before_launch(wanted: Wanted, starting: Collection[str]) -> Answers:
     """Look for what would keep the run from starting, within seconds; warnings are printed.
 
-    The ranks that meet, the operators that are built, and the forecast of memory are left to `sparse-zero doctor`: they
-    take from seconds to minutes.
+    Processes that meet and operators that are built are left to `sparse-zero doctor`: they take seconds to minutes.
 
     Args:
         wanted: what the run needs.
         starting: see :func:`as_of_launch`.
+
+    Returns:
+        What the nodes have told, for :class:`launcher.preflight.forecast_beside.ForecastBeside`.
 
     Raises:
         InputError: something must be mended; what it is was printed.
@@ -54,10 +57,12 @@ def check_before_launch(wanted: Wanted, starting: Collection[str]) -> None:
     findings = as_of_launch(findings_of(wanted, answers), starting or (THIS_MACHINE,))
     for line in problem_lines(findings):
         _say(line)
-    if has_failed(findings):
-        failed = [finding for finding in findings if finding.status == "fail"]
-        places = list(dict.fromkeys(finding.node for finding in failed))
+    failed = [finding for finding in findings if finding.status == "fail"]
+    if failed:
+        first = failed[0]
+        more = f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise InputError(
-            f"{len(failed)} check{'s' * (len(failed) > 1)} before the start failed on {', '.join(places)}: mend what "
-            "is said above (sparse-zero doctor looks again), or set cluster.preflight to false"
+            f"before the start, {first.check} failed on {first.node} ({first.what}){more}: mend what is said above "
+            "(sparse-zero doctor looks again), or set cluster.preflight to false"
         )
+    return answers

@@ -89,7 +89,7 @@ def _on_gpus(totals: Sequence[int | None], need: Need) -> tuple[Status, str]:
 
 def _on_host(per_rank: int, ranks: int, total: int, available: int) -> tuple[Status, str]:
     needed = per_rank * ranks
-    what = f"{ranks} rank{'s' * (ranks > 1)} take about {format_bytes(needed)} of its memory"
+    what = f"{ranks} rank{'s take' if ranks > 1 else ' takes'} about {format_bytes(needed)} of its memory"
     if needed > total:
         return "fail", f"{what}, which has {format_bytes(total)} in all"
     if needed > available:

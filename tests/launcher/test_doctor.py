@@ -8,11 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.__main__ import main
+from launcher.config import load_config
 from launcher.preflight import node_probe, rendezvous_probe
 from launcher.preflight.asking import Talks
+from launcher.preflight.examining import ask
+from launcher.preflight.forecast_beside import ForecastBeside
+from launcher.preflight.wanted import wanted_of
 from launcher.process_ranks import free_port
 from launcher.starting.supervising import Node
 from tests.launcher.test_train import environment, write_config
@@ -102,14 +107,30 @@ def test_a_launch_looks_first(base: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert time.monotonic() - since < 10.0
     *lines, last = capfd.readouterr().err.splitlines()
     assert "sparse-zero: FAIL this machine: data: data.train" in "\n".join(lines)
-    assert last.startswith(
-        "sparse-zero: error: 1 check before the start failed on this machine: mend what is said above"
-    )
+    assert last.startswith("sparse-zero: error: before the start, data failed on this machine (data.train ")
     assert "cluster.preflight" in last
     # A dry run starts nothing, so it looks at nothing.
     assert main(["launch", "--config", str(config), "--dry-run"]) == 0
     assert "none.json" not in "".join(capfd.readouterr())
     assert listing(tmp_path) == before
+
+
+def test_a_launch_warns_of_what_cannot_fit(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """While the ranks start; nothing of it is left when the launch ends."""
+    config = load_config(
+        write_config(base, tmp_path), ["--training.micro_batch_size=20000", "--training.global_batch_size=40000"]
+    )
+    wanted = wanted_of(config, [HERE], ranks_here=2, world_size=2, master_port=1, environment={})
+    answers = ask(wanted, seconds=30.0, waits_for_all=True)
+    with ForecastBeside(wanted, answers):
+        said, deadline = "", time.monotonic() + 60
+        while "\n" not in said and time.monotonic() < deadline:
+            said += capfd.readouterr().err
+            time.sleep(0.05)
+    assert "warn this machine: memory: 1 rank takes about" in said
+    assert not [
+        each for each in psutil.Process().children(recursive=True) if "forecast_beside" in " ".join(each.cmdline())
+    ]
 
 
 def question(folder: Path, **changes: Any) -> dict[str, Any]:

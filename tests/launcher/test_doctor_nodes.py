@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_shared(base, tmp_path):
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 2
         assert "FAIL node1: output: its output.folder" in output
-        assert "1 check before the start failed on node1" in output
+        assert "error: before the start, output failed on node1 (its output.folder" in output
         assert not [path for name in cluster.names for path in cluster.inside(name, own).iterdir()]
 
 
