@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     findings += check_memory(wanted, answers, need)
     if not args.no_build:
         findings = build_missing(wanted, answers, findings)
-    if not args.no_network:
+    # Where somebody else listens, nobody can meet: that is said already.
+    if not args.no_network and not any(each.check == "port" and each.status == "fail" for each in findings):
         findings += check_network(wanted, meet(wanted, answers))
     findings = in_order(wanted, findings)
     notes = []

@@ -219,7 +219,7 @@ def ask_nodes(
 
         def facts_of(talk: Talk) -> Facts | None:
             while (now := time.monotonic()) < since + seconds:
-                usual = statistics.median(taken.values()) if len(taken) * 2 >= len(questions) else None
+                usual = statistics.median(list(taken.values())) if len(taken) * 2 >= len(questions) else None
                 late = usual is not None and now - since > max(_LATE_SECONDS, _LATE_FACTOR * usual)
                 if late and not waits_for_all:
                     return None
@@ -231,14 +231,14 @@ def ask_nodes(
                     return talk.answer(time.monotonic() + 0.5)
             return None
 
-        answering = []
         for talk, facts in zip(talks.all, with_each(talks.all, facts_of), strict=True):
-            if facts is None:
-                code, said = talk.why()
-                found.silent[talk.node.name] = Silence(code=code, said=said, seconds=time.monotonic() - since)
-            else:
+            if facts is not None:
                 found.facts[talk.node.name] = facts
-                answering.append(talk)
+        answering = [talk for talk in talks.all if talk.node.name in found.facts]
+        others = [talk for talk in talks.all if talk.node.name not in found.facts]
+        taken_seconds = time.monotonic() - since
+        for talk, (code, said) in zip(others, with_each(others, Talk.why), strict=True):
+            found.silent[talk.node.name] = Silence(code=code, said=said, seconds=taken_seconds)
         for talk, clock in zip(answering, with_each(answering, _clock), strict=True):
             if clock is not None:
                 found.clocks[talk.node.name] = clock

@@ -36,10 +36,7 @@ class Came:
 
 
 def meet(wanted: Wanted, answers: Answers) -> dict[str, Came]:
-    """Start a process on every node that has answered, and have them meet; nothing where there is only one.
-
-    Those of the first start take part: others stand by.
-    """
+    """Start a process on every node that has answered, and have them meet; nothing where there is only one."""
     nodes = [node for node in wanted.nodes if node.name in answers.facts]
     if len(nodes) < 2:
         return {}

@@ -58,13 +58,18 @@ def result_tables(nodes: Sequence[str], findings: Sequence[Finding]) -> list[Tab
     return tables
 
 
+def _plain(text: str) -> str:
+    """In one line, without what a terminal would obey: paths may hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 def _told(findings: Sequence[Finding], check: str) -> str:
     """What of a check is worth a line in the table: what is well, as its first node has it."""
     well = [finding for finding in findings if finding.check == check and finding.status == "ok"]
     bad = [finding for finding in findings if finding.check == check and finding.status != "ok"]
     if bad:
         return "see below"
-    return "; ".join(finding.what for finding in well if finding.node == well[0].node)
+    return "; ".join(_plain(finding.what) for finding in well if finding.node == well[0].node)
 
 
 def problem_lines(findings: Iterable[Finding]) -> list[str]:
@@ -72,7 +77,8 @@ def problem_lines(findings: Iterable[Finding]) -> list[str]:
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
         if finding.status != "ok":
-            groups.setdefault((finding.status, finding.check, finding.what, finding.remedy), []).append(finding.node)
+            said = (finding.status, finding.check, _plain(finding.what), _plain(finding.remedy))
+            groups.setdefault(said, []).append(finding.node)
     lines = []
     for (status, check, what, remedy), nodes in sorted(groups.items(), key=lambda item: item[0][0] != "fail"):
         lines.append(f"{_WORDS['fail' if status == 'fail' else 'warn']} {', '.join(nodes)}: {check}: {what}")

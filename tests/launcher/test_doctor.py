@@ -134,7 +134,7 @@ def test_a_launch_warns_of_what_cannot_fit(base: Path, tmp_path: Path, capfd: py
 
 
 def question(folder: Path, **changes: Any) -> dict[str, Any]:
-    usual = {
+    usual: dict[str, Any] = {
         "python_path": [], "environment": {}, "names": [], "port": None, "output": str(folder / "run"), "mark": ".mark",
         "model": {"name": str(folder), "gguf_file": None, "tokenizer": None}, "files": {}, "operators": [], "seconds": 5.0,
     }  # fmt: skip
@@ -199,7 +199,7 @@ def test_ranks_meet_or_say_who_is_missing(missing: bool, tmp_path: Path) -> None
     with Talks() as talks:
         for rank in range(1 if missing else 2):
             talks.start(HERE, None, script, {**asked, "rank": rank})
-        told = []
+        told: list[list[dict[str, Any]]] = []
         for talk in talks.all:
             told.append([])
             while (line := talk.answer(deadline)) is not None:

@@ -315,6 +315,8 @@ def test_many_nodes_fit_a_terminal() -> None:
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("reachable") or line.startswith(" reachable") for line in lines) <= 2
     assert any("FAIL" in line for line in lines)
+    odd = [Finding(node="a", check="data", status="fail", what="a\nb\x1b[2J", remedy="c\td")]
+    assert problem_lines(odd) == ["FAIL a: data: a b?[2J", "     -> c d"]
     assert "[red]" in "\n".join(problem_lines(found))
 
 
