@@ -109,7 +109,17 @@ def check_code(wanted: Wanted, answers: Answers) -> list[Finding]:
     usual = _usual(digests) if digests else None
     for node, digest in digests.items():
         where = answers.facts[node]["code"]["where"]["launcher"]
-        if digest == usual:
+        if digest == usual and wanted.code_digest not in (None, digest):
+            found.append(
+                Finding(
+                    node=node,
+                    check="code",
+                    status="warn",
+                    what=f"its modules ({digest[:12]}) are not those of this machine, which reads the config",
+                    remedy="start the run with the version that the nodes have: ranks may not know all settings",
+                )
+            )
+        elif digest == usual:
             found.append(Finding(node=node, check="code", what=f"{digest[:12]} in {Path(where).parent}"))
         else:
             found.append(

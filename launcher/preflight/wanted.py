@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
+from launcher.preflight import node_probe
 from launcher.run_folder import kept_folder
 from launcher.starting.supervising import Node
 from sparse_zero.zero.unsupported import offload_device
@@ -50,6 +51,8 @@ class Wanted:
     # DeepSpeed's operators that ranks on CPUs and on GPUs compile when they first use them.
     cpu_operators: tuple[str, ...] = ()
     gpu_operators: tuple[str, ...] = ()
+    # Hash of this package's modules here, where the config is read; None: not asked.
+    code_digest: str | None = None
     # What the run will write in all, by a forecast; None: unknown.
     output_bytes: int | None = None
 
@@ -144,6 +147,7 @@ def wanted_of(
         is_whole=bool(nodes),
         cpu_operators=operators_of(config, has_gpus=False),
         gpu_operators=operators_of(config, has_gpus=True),
+        code_digest=node_probe.code()["digest"] if cluster.reaches_nodes else None,
     )
 
 

@@ -216,6 +216,20 @@ def test_what_differs_between_nodes_is_named(base, tmp_path):
     assert f"rm {own['cache']}/cpu_adam/lock" in texts(told, "node0", "build cache")[0]
 
 
+def test_nodes_that_meet_but_cannot_exchange(base, tmp_path):
+    """Their own addresses, as told to the others, are of an interface that leads nowhere."""
+    config = written(base, tmp_path, 2, cluster={"network_interface": "lo"})
+    with Cluster(2, environment=variables()) as cluster:
+        code, told, seconds = ask(cluster, config)
+    assert code == 2
+    assert seconds < 100.0
+    assert failed(told) == {(node, check) for node in ("node0", "node1") for check in ("names", "network")}
+    for node in ("node0", "node1"):
+        (text,) = texts(told, node, "network")
+        assert text.startswith("it met the others, but could not exchange with them")
+        assert "cluster.network_interface" in text
+
+
 def test_a_folder_that_is_not_shared(base, tmp_path):
     own = tmp_path / "own"
     own.mkdir()

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import itertools
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from launcher.preflight.asking import Answers, Clock, Facts, Silence
 from launcher.preflight.before_launch import as_of_launch
 from launcher.preflight.building import build_missing
 from launcher.preflight.examining import findings_of
-from launcher.preflight.findings import CHECKS, Finding, has_failed
+from launcher.preflight.findings import CHECKS, Finding, Status, has_failed
 from launcher.preflight.memory_check import Need, check_memory
 from launcher.preflight.node_probe import content_digest, data_facts, model_facts, parse_gpus
 from launcher.preflight.reach_checks import explain_silence
@@ -164,6 +163,11 @@ def test_a_minority_is_what_differs() -> None:
     assert bad(findings_of(wanted(nodes=(Node("a", 2), Node("b", 2))), two)) == [("b", "code", "fail")]
 
 
+def test_the_machine_that_reads_the_config_has_the_nodes_code() -> None:
+    assert bad(findings_of(wanted(code_digest="d" * 64), answers())) == []
+    assert bad(findings_of(wanted(code_digest="e" * 64), answers())) == [(name, "code", "warn") for name in NODES]
+
+
 @pytest.mark.parametrize(
     ("address", "resolved", "status"),
     [("a", ["10.0.0.0"], None), ("head", {"error": "unknown"}, "fail"), ("head", ["9.9.9.9"], "fail"), ("head", ["127.0.0.1"], "fail")],
@@ -302,19 +306,25 @@ def test_nothing_is_built_beside_a_stale_lock() -> None:
 
 def test_many_nodes_fit_a_terminal() -> None:
     names = [f"a-rather-long-name-of-a-node-{number:03d}.cluster.example" for number in range(64)]
-    statuses = itertools.cycle(["ok", "warn", "fail"])
+    # Ten kinds of nodes.
+    statuses: tuple[Status, ...] = ("ok", "warn", "fail")
     found = [
-        Finding(node=name, check=check, status=next(statuses) if number % 9 == 0 else "ok", what="[red]x" * 9, remedy="y")  # type: ignore[arg-type]
+        Finding(
+            node=name, check=check, status=statuses[row % 3 if row == number % 10 else 0], what="[red]x" * 9, remedy="y"
+        )
         for number, name in enumerate(names)
-        for check in CHECKS[:13]
-    ]  # fmt: skip
+        for row, check in enumerate(CHECKS[:13])
+    ]
     console = Console(width=80, record=True, file=io.StringIO())
     for table in result_tables(names, found):
         console.print(table)
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("reachable") or line.startswith(" reachable") for line in lines) <= 2
-    assert any("FAIL" in line for line in lines)
+    # Nodes of the same results share a column: eight are left, four beside each other, and every cell is whole.
+    groups = {tuple(each.status for each in found if each.node == name) for name in names}
+    assert sum("reachable" in line for line in lines) == -(-len(groups) // 4) == 2
+    words = " ".join(lines).split()
+    assert (words.count("FAIL"), words.count("warn")) == (3, 3)
     odd = [Finding(node="a", check="data", status="fail", what="a\nb\x1b[2J", remedy="c\td")]
     assert problem_lines(odd) == ["FAIL a: data: a b?[2J", "     -> c d"]
     assert "[red]" in "\n".join(problem_lines(found))
