@@ -185,5 +185,5 @@ def question_of(wanted: Wanted, node: Node, *, mark: str, seconds: float) -> dic
 
 
 def keeps_weights(config: RunConfig) -> bool:
-    """Whether only one node may see the run folder's kept base."""
+    """Whether the calibration leaves weights, which only one node has where nodes share no folder."""
     return kept_folder(config) is not None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ def test_all_is_well(base: Path, tmp_path: Path) -> None:
     )
     code, output = done.returncode, done.stdout
     assert code == 0, output + done.stderr
-    assert max(map(len, output.splitlines())) <= 80
+    table = output.partition("\nwarn ")[0]  # This machine may have little of something.
+    assert max(map(len, table.splitlines())) <= 80
     for check in ("reachable", "versions", "code", "model", "data", "output", "disk", "open files", "port", "memory"):
         assert any(line.split("  ")[0].strip() == check for line in output.splitlines()), check
     assert "FAIL" not in output
@@ -104,7 +106,7 @@ def test_a_launch_looks_first(base: Path, tmp_path: Path, capfd: pytest.CaptureF
     before = listing(tmp_path)
     since = time.monotonic()
     assert main(["launch", "--config", str(config)]) == 2
-    assert time.monotonic() - since < 10.0
+    assert time.monotonic() - since < 30.0
     *lines, last = capfd.readouterr().err.splitlines()
     assert "sparse-zero: FAIL this machine: data: data.train" in "\n".join(lines)
     assert last.startswith("sparse-zero: error: before the start, data failed on this machine (data.train ")
@@ -215,3 +217,34 @@ def test_ranks_meet_or_say_who_is_missing(missing: bool, tmp_path: Path) -> None
         assert [line["stage"] for line in lines] == ["started", "connected", "met", "joined", "done"]
         assert lines[-2]["num_ranks"] == 2
         assert lines[-1]["bus_bytes_per_second"] > 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_operators_are_built_once_and_an_interrupted_build_leaves_no_lock(base: Path, tmp_path: Path) -> None:
+    write_config(base, tmp_path)
+    cache = tmp_path / "cache"
+    variables = {**environment(), "TORCH_EXTENSIONS_DIR": str(cache)}
+    command = [sys.executable, "-m", "launcher", "doctor", "--config", "run.yaml", "--json"]
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL) as process:
+        lock, deadline = cache / "deepspeed_shm_comm" / "lock", time.monotonic() + 100
+        while not lock.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert lock.exists()
+        time.sleep(1.0)  # The compilers run.
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not lock.exists()
+    assert not psutil.wait_procs(started, timeout=10)[1]
+
+    def cache_of(*options: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=700, check=True
+        )
+        (found,) = [each for each in json.loads(done.stdout)["findings"] if each["check"] == "build cache"]
+        return dict(found)
+
+    assert cache_of("--no-build")["status"] == "warn"
+    assert cache_of()["what"].startswith("built deepspeed_shm_comm in ")
+    assert cache_of()["what"].startswith("nothing is to be built")
