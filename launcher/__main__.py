@@ -10,13 +10,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from launcher.commands import evaluate, export, inspect, launch, plan, report, select, sweep, train
+from launcher.commands import doctor, evaluate, export, inspect, launch, plan, report, select, sweep, train
 from launcher.commands.common import Parser
 from launcher.process_ranks import reports_errors
 from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_SIGNAL, Stopped, stoppable
 from sparse_zero.errors import InputError
 
-_COMMANDS = (train, launch, sweep, plan, select, inspect, evaluate, export, report)
+_COMMANDS = (train, launch, doctor, sweep, plan, select, inspect, evaluate, export, report)
 _EPILOG = """\
 one YAML is one run; any of its settings may be changed on the command line:
   sparse-zero launch --config configs/runs/quickstart.yaml --training.steps=300 --output.folder=runs/longer

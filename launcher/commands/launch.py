@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +14,20 @@ from launcher.commands.common import Parser, add_command, read_run
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.emitting.emit import SYSTEMS, emit
+from launcher.preflight.before_launch import check_before_launch
+from launcher.preflight.forecast_beside import ForecastBeside
+from launcher.preflight.wanted import wanted_of
 from launcher.process_ranks import free_port, slurm_port
 from launcher.run_folder import RunFolder
 from launcher.starting.cluster_config import ClusterConfig
-from launcher.starting.command_line import check_remote_shell, script_file, ssh_options, worker_by_hand, worker_command
+from launcher.starting.command_line import check_remote_shell, script_file, worker_by_hand, worker_command
 from launcher.starting.find_mpirun import mpirun_first
-from launcher.starting.guards import Node, Reach
 from launcher.starting.live_view import make_view
-from launcher.starting.slurm import nodes_of_allocation, on_allocated_node
+from launcher.starting.nodes import Limits, Node, Reach, Start, choose_nodes, limits_of, master_of, read_nodes
+from launcher.starting.reach import reach_of
+from launcher.starting.slurm import nodes_of_allocation
 from launcher.starting.start_files import exported_variables, files_of_run
-from launcher.starting.supervising import (
-    Limits,
-    Start,
-    Supervisor,
-    choose_nodes,
-    limits_of,
-    master_of,
-    read_nodes,
-)
+from launcher.starting.supervising import Supervisor
 from sparse_zero.errors import InputError
 
 # Two ranks show on any machine what one would hide, and share two cores.
@@ -70,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.emit is not None or args.out is not None:
         return emit(args)
     config = read_run(args)
-    num_gpus, devices = _ranks(config)
-    nodes = _nodes(config.cluster, num_gpus)
+    num_gpus, devices = ranks_of(config)
+    nodes = nodes_of(config.cluster, num_gpus)
     limits = limits_of(config.cluster, nodes) if nodes else Limits(least=1, most=1)
     ranks = sum(node.slots for node in choose_nodes(nodes, limits)) or (num_gpus or 0) * config.cluster.num_nodes
     if ranks:
@@ -87,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             package=script_file("launcher.starting.start_rank"),
         )
     environment = exported_variables(cluster, os.environ)
-    remote, port = _remote(cluster), _master_port(config)
+    remote, port = reach_of(cluster), master_port_of(config)
 
     def command(start: Start, folder: Path) -> list[str]:
         changed, hostfile = cluster, None
@@ -109,7 +104,20 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(args, config, nodes, limits, remote, environment, command)
         return 0
-    with tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
+    beside: AbstractContextManager[object] = nullcontext()
+    if cluster.preflight:
+        wanted = wanted_of(
+            config,
+            nodes,
+            ranks_here=num_gpus,
+            world_size=ranks or 1,
+            master_port=port,
+            environment=environment,
+            devices=devices,
+        )
+        starting = [node.name for node in choose_nodes(nodes, limits)]
+        beside = ForecastBeside(wanted, check_before_launch(wanted, starting))
+    with beside, tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
         supervisor = Supervisor(
             nodes or [Node("this machine", 1)],
             limits,
@@ -124,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         return supervisor.run()
 
 
-def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
+def nodes_of(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
     """All nodes that this command may start something on, and their ranks; none where every node has its command."""
     if cluster.launcher == "slurm":
         return nodes_of_allocation(cluster, os.environ)
@@ -140,22 +148,6 @@ def _nodes(cluster: ClusterConfig, ranks_per_node: int | None) -> list[Node]:
     import torch
 
     return [Node("this machine", ranks_per_node or torch.cuda.device_count())]
-
-
-def _remote(cluster: ClusterConfig) -> Reach | None:
-    """What runs a command on another node, as the launcher reaches it; None where there is no other."""
-    if not cluster.reaches_nodes:
-        return None
-    if cluster.launcher == "slurm":
-        return on_allocated_node
-    if shutil.which("ssh") is None:
-        raise InputError(
-            f"cluster.launcher is {cluster.launcher}, and this machine has no ssh: install the OpenSSH client"
-        )
-    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")) if cluster.launcher == "pdsh" else []
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(cluster.node_timeout))}"]
-    ssh = ["ssh", *options, *ssh_options(cluster), *given]
-    return lambda node, command: [*ssh, node, "exec " + shlex.join(command)]
 
 
 def _mpirun(cluster: ClusterConfig, folder: Path) -> AbstractContextManager[None]:
@@ -228,7 +220,7 @@ def _print_plan(
     print(shlex.join(worker_by_hand(args.config, args.overrides, python=sys.executable)))
 
 
-def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
+def ranks_of(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
     """Ranks per node (None: the launcher counts) and the GPUs that they may use (None: all)."""
     wanted = config.cluster.ranks_per_node
     visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
@@ -244,7 +236,7 @@ def _ranks(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
     return wanted, visible or None
 
 
-def _master_port(config: RunConfig) -> int:
+def master_port_of(config: RunConfig) -> int:
     """The port of the rendezvous: the config's, or a free one of this node, or the usual one across nodes."""
     cluster = config.cluster
     if cluster.master_port is not None:

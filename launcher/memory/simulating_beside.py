@@ -99,7 +99,7 @@ class SimulationBeside:
         self._out.close()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """End this process, and what it starts, when the parent ends."""
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -114,7 +114,7 @@ def _end_with(parent: int) -> None:
 
 def main() -> int:
     """Simulate what standard input describes; the result goes to standard output."""
-    _end_with(int(sys.argv[1]))
+    end_with(int(sys.argv[1]))
     os.nice(_LOWEST_PRIORITY)
     with suppress(OSError):
         _OOM_SCORE.write_text("1000")

@@ -61,6 +61,9 @@ class ClusterConfig:
     # than the slowest step; shorter than what waits for a lost rank by itself (NCCL 10 minutes, gloo 30), or that is
     # heard of first. None: never.
     hang_timeout: float | None = 540.0
+    # Look on every node for what would keep the run from starting, as `sparse-zero doctor` does, before a rank starts:
+    # about a second. False: the ranks find it out.
+    preflight: bool = True
 
     def __post_init__(self) -> None:
         if self.num_nodes < 1:

@@ -5,28 +5,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from launcher.starting import node_guard
+from launcher.starting.nodes import Node, Reach
 
 # A guard is sent a line a second.
 BEAT_SECONDS = 1.0
-
-# From the name of a node, and a command as an argument list, to the argument list that runs it on that node.
-Reach = Callable[[str, Sequence[str]], list[str]]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine and the ranks that it takes."""
-
-    name: str
-    slots: int
 
 
 class Guard:

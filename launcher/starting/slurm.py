@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from launcher.starting.cluster_config import ClusterConfig
-from launcher.starting.guards import Node
+from launcher.starting.nodes import Node
 from sparse_zero.errors import InputError
 
 _ASK_SECONDS = 30.0

@@ -191,7 +191,9 @@ def test_a_folder_that_is_said_to_be_shared_must_be(base, settings, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     changes = {**settings, "output__folder": str(own / "run"), "output__shared": True}
-    config = write_cluster_config(base, tmp_path, 2, **changes, cluster={"max_restarts": 3})
+    # Found by the ranks, not by the look before they start.
+    limits = {"max_restarts": 3, "preflight": False}
+    config = write_cluster_config(base, tmp_path, 2, **changes, cluster=limits)
     with Cluster(2, environment=variables(), private=[own]) as cluster:
         process = launch(cluster, "node0", config, tmp_path)
         output = process.communicate(timeout=120)[0]

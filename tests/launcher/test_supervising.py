@@ -13,18 +13,8 @@ import pytest
 from launcher.commands.launch import cluster_of_start, overrides_of_start, write_hostfile
 from launcher.config import parse_config
 from launcher.starting.cluster_config import ClusterConfig
-from launcher.starting.guards import Node
-from launcher.starting.supervising import (
-    Limits,
-    Outcome,
-    Start,
-    Supervisor,
-    choose_nodes,
-    judge,
-    limits_of,
-    master_of,
-    read_nodes,
-)
+from launcher.starting.nodes import Limits, Node, Start, choose_nodes, limits_of, master_of, read_nodes
+from launcher.starting.supervising import Outcome, Supervisor, judge
 from sparse_zero.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -256,7 +256,7 @@ HOSTILE = ["python", "a $(b)'\nc"]
 QUOTED = "python 'a $(b)'\"'\"'\nc' --point \"$SLURM_ARRAY_TASK_ID\""
 
 
-def array(cluster: dict[str, Any], indices: list[int], at_once: int | None = None, **others: Any) -> str:
+def array(cluster: dict[str, Any], indices: list[int], at_once: int | None = None, **others: dict[str, Any]) -> str:
     grid = {"training.seed": list(range(len(indices))), **others}
     mapping = {**run_mapping(), "cluster": cluster, "batch": {"gpus_per_rank": 0, "time_limit_minutes": 30}}
     points = expand(sweep(grid), mapping)
@@ -283,10 +283,10 @@ def test_points_that_start_through_slurm_get_the_script_of_a_run() -> None:
     assert f"run=({QUOTED})\n" in script
     assert "scontrol requeue" in script
     # Tasks of an array are all given the same.
-    differing = {"nodes": {"two": {}, "one": {"cluster.num_nodes": 1}}}
+    nodes: dict[str, Any] = {"two": {}, "one": {"cluster.num_nodes": 1}}
     with pytest.raises(
         InputError, match=r"the points seed=0,nodes=two and seed=0,nodes=one .* differ in cluster or batch"
     ):
-        array(slurm, [0, 1], **differing)
+        array(slurm, [0, 1], nodes=nodes)
     with pytest.raises(InputError, match="differ in cluster or batch"):
         array(slurm, [0, 1], launcher={"slurm": {}, "local": {"cluster.launcher": "local", "cluster.num_nodes": 1}})

@@ -461,7 +461,8 @@ def test_too_many_non_finite_steps_end_the_run_with_a_clear_error(base, tmp_path
 
 def test_an_error_on_one_rank_ends_all_with_one_line(base, tmp_path):
     (tmp_path / "model").symlink_to(base / "model")
-    config = write_config(base, tmp_path, data__train=str(tmp_path / "missing.json"))
+    # Found by the ranks, not by the look before they start.
+    config = write_config(base, tmp_path, data__train=str(tmp_path / "missing.json"), cluster__preflight=False)
     output = run(cli("launch", "--config", str(config)), tmp_path, code=2)
     lines = [line for line in output.splitlines() if "sparse-zero: error" in line]
     assert len(lines) == 1
