@@ -11,7 +11,7 @@ from launcher.faults import describe_disk_error, lost_a_rank
 from launcher.memory.measuring import RunMemory
 from launcher.memory.out_of_memory import explain, explain_kill, find_out_of_memory
 from launcher.process_ranks import Ranks
-from launcher.starting.node_guard import oom_kills
+from launcher.starting.control_groups import oom_kills
 from launcher.stopping import EXIT_ERROR, EXIT_LOST, Stopped
 
 # A rank that has lost another one ends this much later: the launcher then sees first the one that ended first, whose

@@ -43,8 +43,7 @@ def evaluate_model(
 
         def tell(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
-            # The last batch is followed by work that tells nothing.
-            world.pulse.tick(is_ticking=done < total)
+            world.pulse.tick()
 
         result = evaluate(
             model,

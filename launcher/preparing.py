@@ -371,17 +371,18 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
 
         def on_batch(index: int) -> None:
             progress.update(task, completed=index + 1)
-            world.pulse.tick(phase="calibrate", is_ticking=index + 1 < config.selection.calibration_batches)
+            world.pulse.tick()
 
         prepared.model.train()
-        scores = score_regions(
-            prepared.model,
-            batches if config.selection.needs_data else None,
-            config.selection,
-            calibration_loss,
-            module_map=prepared.module_map,
-            on_batch=on_batch,
-        )
+        with world.pulse.phase("calibrate", ticks=config.selection.needs_data):
+            scores = score_regions(
+                prepared.model,
+                batches if config.selection.needs_data else None,
+                config.selection,
+                calibration_loss,
+                module_map=prepared.module_map,
+                on_batch=on_batch,
+            )
     if kept_folder(config) is not None:
         prepared.base = _write_kept(prepared, world)
     scores.metadata["base"] = dataclasses.asdict(prepared.base)

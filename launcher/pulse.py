@@ -5,24 +5,23 @@ guard (:mod:`launcher.starting.node_guard`). Writing it takes some microseconds;
 """
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from launcher.starting.node_guard import STATUS_BYTES, node_folder, status_name
+from launcher.starting.node_guard import node_folder
+from launcher.starting.rank_status import status_file, write_status
 
 # What a status holds: ticks since the start (it is alive as long as they change), the phase and whether it ticks;
-# whether the run folder is this run's; then what is known of training: step, last step, loss, input tokens a second of
-# all ranks, seconds of this rank's forward passes in a step as they are lately, peak bytes of its device (without one,
-# of its process), the step of the newest checkpoint that was begun.
+# whether the run folder is this run's; then what is known of training: steps done, micro-batches done of the next one,
+# last step, loss, input tokens a second of all ranks, seconds of this rank's forward passes in a step as they are
+# lately, peak bytes of its device (without one, of its process), the step of the newest checkpoint that was begun.
 FIELDS = (
-    "ticks", "phase", "is_ticking", "owns_folder", "step", "num_steps", "loss", "tokens_per_second", "forward_seconds",
-    "memory_bytes", "checkpoint",
+    "ticks", "phase", "is_ticking", "owns_folder", "step", "micro_batch", "num_steps", "loss", "tokens_per_second",
+    "forward_seconds", "memory_bytes", "checkpoint",
 )  # fmt: skip
 # Asks for the stacks of all threads, in the log of the rank; see node_guard.
 STACKS_SIGNAL = signal.SIGUSR2
@@ -41,22 +40,15 @@ class Pulse:
         self._descriptor: int | None = None
         folder = None if record is None else node_folder(record)
         if folder is not None and folder.is_dir():  # Else a launcher was started by hand, with its arguments copied.
-            path = Path(folder, status_name(rank))
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._descriptor = os.open(status_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Before the first status: who has one can be asked.
             faulthandler.register(STACKS_SIGNAL, file=sys.stderr, all_threads=True)
             faulthandler.enable(file=sys.stderr)  # A crash in a library tells where it was.
         self._write()
 
     def _write(self) -> None:
-        if self._descriptor is None:
-            return
-        text = json.dumps(self._status).encode()
-        if len(text) <= STATUS_BYTES:
-            try:
-                os.pwrite(self._descriptor, text.ljust(STATUS_BYTES), 0)
-            except OSError:  # A full disk is for those who have something to save.
-                return
+        if self._descriptor is not None:
+            write_status(self._descriptor, self._status)
 
     def tick(self, **numbers: Any) -> None:
         """Something was done: a step, or a batch of something else.

@@ -187,6 +187,7 @@ def _optimizer_step(
             engine.step()
         total += nll.detach()
         input_tokens += sum(len(sample.input_ids) for sample in samples) if indices else 0
+        world.pulse.tick(micro_batch=index + 1)
     return float(total) / response, input_tokens
 
 
@@ -292,7 +293,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             }
             progress.update(row)
             pulse.tick(
-                step=step + 1, num_steps=num_steps, loss=result.final_loss,
+                step=step + 1, micro_batch=0, num_steps=num_steps, loss=result.final_loss,
                 tokens_per_second=row["tokens_per_second"], forward_seconds=usual_forward, memory_bytes=peak,
             )  # fmt: skip
             if metrics is not None and (

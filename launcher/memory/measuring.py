@@ -16,7 +16,7 @@ import torch
 from launcher.memory.memory_config import MemoryConfig
 from launcher.memory.room import held_bytes
 from launcher.memory.run_recorder import RunRecorder, named_nodes
-from launcher.starting.node_guard import oom_counter, oom_kills
+from launcher.starting.control_groups import oom_counter, oom_kills
 from models.data import IGNORED, TokenizedSample
 from models.families import head_name
 from sparse_zero.memory.measure import PeakMemory

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from launcher.plan.planned_run import Gpu
-from launcher.starting.node_guard import memory_groups
+from launcher.starting.control_groups import memory_groups
 from sparse_zero.memory.measure import status_bytes
 
 _MEMINFO = Path("/proc/meminfo")

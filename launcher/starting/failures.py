@@ -25,36 +25,40 @@ class RankReport:
     frozen: str = ""
     # See :data:`launcher.pulse.FIELDS`; empty before it has said anything.
     status: Mapping[str, Any] = field(default_factory=dict)
-    # What it said last, if it has ended; or its stacks, if it was asked for them.
+    # What it said last, if it has failed.
     words: str = ""
+    # Of its threads, if it was asked for them.
+    stacks: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
 
 
 def ended_first(reports: Sequence[RankReport], order: Mapping[int, float]) -> RankReport | None:
-    """The rank whose end explains those of the others; None if nobody has said anything.
+    """The rank whose last words explain the end of the others; None where nobody has said anything that does.
 
-    One that says an error comes before one that does not, and one that only lost the connection to another comes last.
+    Ranks that only lost the connection to another one are heard if there are no others. One that says an error comes
+    before one that does not.
 
     Args:
         reports: of all ranks.
         order: when each was seen to have ended.
     """
 
-    def key(report: RankReport) -> tuple[bool, bool, float, int]:
+    def key(report: RankReport) -> tuple[bool, float, int]:
         is_error = any(sign in report.words for sign in ERROR_SIGNS)
-        return not is_error, report.state == EXIT_LOST, order.get(report.rank, 0.0), report.rank
+        return not is_error, order.get(report.rank, 0.0), report.rank
 
-    told = [report for report in reports if report.state not in ("running", 0) and report.words.strip()]
-    return min(told, key=key, default=None)
+    failed = [report for report in reports if report.state not in ("running", 0)]
+    causes = [report for report in failed if report.state != EXIT_LOST] or failed
+    return min((report for report in causes if report.words.strip()), key=key, default=None)
 
 
 class HangWatch:
     """Notices that no rank goes on.
 
-    A run hangs if, for too long, no rank has told of a step or a batch, while all of them are in phases that tell such
-    things, or one of them does not run at all. Loading and saving tell nothing, and may take as long as they like.
+    A run hangs if, for too long, no rank has told of a micro-batch, while all of them are in phases that tell such
+    things, or one of them does not run at all. Loading, evaluating and saving may take as long as they like.
 
     Args:
         seconds: how long is too long; None: it is never noticed.
@@ -87,10 +91,17 @@ def holding_up(reports: Sequence[RankReport]) -> list[RankReport]:
     frozen = [report for report in running if report.frozen]
     if frozen:
         return frozen
-    # Ticks of training come after a collective: those of a rank that is behind are one less at most.
-    least = min((report.status.get("ticks", 0) for report in running), default=0)
-    behind = [report for report in running if report.status.get("ticks", 0) == least]
+    # Elsewhere ranks have shares of different size.
+    if not running or any(report.status.get("phase") != "train" for report in running):
+        return []
+    least = min(map(_done, running))
+    behind = [report for report in running if _done(report) == least]
     return behind if len(behind) < len(running) else []
+
+
+def _done(report: RankReport) -> tuple[int, int]:
+    """Steps, and micro-batches of the next one."""
+    return report.status.get("step", 0), report.status.get("micro_batch", 0)
 
 
 def describe_hang(reports: Sequence[RankReport], seconds: float) -> str:
@@ -104,8 +115,8 @@ def describe_hang(reports: Sequence[RankReport], seconds: float) -> str:
 
 
 def _place(report: RankReport) -> str:
-    step = report.status.get("step")
-    return f"is behind (phase {report.status.get('phase', 'start')}{'' if step is None else f', after step {step}'})"
+    step, micro_batch = _done(report)
+    return f"is behind ({step} steps and {micro_batch} micro-batches done)"
 
 
 def hung_stack(reports: Sequence[RankReport]) -> tuple[RankReport, str] | None:
@@ -113,7 +124,7 @@ def hung_stack(reports: Sequence[RankReport]) -> tuple[RankReport, str] | None:
     candidates = [*holding_up(reports), *sorted(reports, key=lambda report: report.rank)]
     for report in candidates:
         # Threads are told one by one, after an empty line, the main one last.
-        blocks = [block for block in report.words.split("\n\n") if "(most recent call first)" in block]
+        blocks = [block for block in report.stacks.split("\n\n") if "(most recent call first)" in block]
         if blocks:
             lines = blocks[-1].strip().splitlines()
             return report, "\n".join(lines if len(lines) <= _STACK_LINES else [*lines[:_STACK_LINES], "  ..."])

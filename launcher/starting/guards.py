@@ -36,7 +36,7 @@ class Guard:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
-        self.heard = self._beaten = time.monotonic()
+        self.heard = time.monotonic()
         self.report: dict[str, Any] | None = None
         # Of the newest checkpoint that its node sees, as told first and last.
         self.step: int | None = None
@@ -44,13 +44,16 @@ class Guard:
         self.addresses: dict[str, str] = {}
         # (stream, text) that rank 0 has written here, in its order.
         self.said: SimpleQueue[tuple[str, str]] = SimpleQueue()
-        # Of each rank: what it said last, or its stacks, as they came.
+        # Of each rank that failed: what it said last. And the stacks of all, None while they have not come.
         self.words: dict[int, str] = {}
+        self.stacks: dict[int, str] | None = None
         self.errors = ""
+        self._is_closed = threading.Event()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._read_errors)]
-        for thread in self._threads:
-            thread.start()
         self.send(json.dumps(setup))
+        # Also while a terminal keeps the main thread from writing: the guard ends the run of one that is silent.
+        for thread in (*self._threads, threading.Thread(target=self._beat, daemon=True)):
+            thread.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -63,6 +66,8 @@ class Guard:
                     for stream, text in report.get("said", ()):
                         self.said.put((stream, text))
                     self.words.update({int(rank): text for rank, text in report.get("words", {}).items()})
+                    if "stacks" in report:
+                        self.stacks = {int(rank): text for rank, text in report["stacks"].items()}
                     self.report, self.heard = report, time.monotonic()
 
     def _read_errors(self) -> None:
@@ -73,14 +78,13 @@ class Guard:
     def send(self, word: str) -> None:
         """One line to the guard; nothing where it is gone."""
         assert self._process.stdin is not None
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # It may have been closed.
             self._process.stdin.write(word.encode() + b"\n")
             self._process.stdin.flush()
 
-    def beat(self) -> None:
-        """A sign of life, if the last one was long enough ago."""
-        if time.monotonic() - self._beaten >= BEAT_SECONDS:
-            self._beaten = time.monotonic()
+    def _beat(self) -> None:
+        """Give signs of life."""
+        while not self._is_closed.wait(BEAT_SECONDS):
             self.send("beat")
 
     @property
@@ -102,6 +106,7 @@ class Guard:
         """Wait for its last report until a time of the monotonic clock, and end the connection."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
+        self._is_closed.set()
         self._process.kill()
         self._process.wait()
         for thread in self._threads:

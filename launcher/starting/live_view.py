@@ -14,9 +14,12 @@ from launcher.summary import ABSENT, as_number, format_bytes, format_count, form
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
-# As many ranks are listed one by one; of more, each node has a line.
-MOST_RANKS = 16
+# As many ranks are listed one by one; of more, each node has a line, and so many lines are shown, the worst first.
+MOST_RANKS, MOST_LINES = 16, 16
+# What a terminal would obey, and not show. Colours are kept.
+_CONTROLS = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\x1b"}
 # A rank whose forward pass takes so many times the median is slow.
 SLOW_FACTOR = 1.25
 # Redrawn so often: what it shows comes twice a second.
@@ -128,26 +131,44 @@ def ranks_table(reports: Sequence[RankReport]) -> "Table":
     groups: dict[object, list[RankReport]] = {}
     for report in sorted(reports, key=lambda report: report.rank):
         groups.setdefault(report.rank if one_by_one else report.node, []).append(report)
+    lines = []
     for group in groups.values():
-        # Of a node: its slowest rank, the one that needs most, and the worst state.
-        numbers = {
-            name: max(found, default=None)
-            for name in ("forward_seconds", "memory_bytes")
-            if (found := [value for each in group if (value := as_number(each.status.get(name))) is not None]) or True
-        }
-        behind = min(group, key=lambda each: each.status.get("ticks", 0))
         states = [(*_state(each, each.rank in slow), each.rank) for each in group]
-        words, style, rank = min(states, key=lambda state: ("bold red", "yellow", "dim", "").index(state[1]))
+        lines.append((group, min(states, key=_badness)))
+    shown = lines if len(lines) <= MOST_LINES else sorted(lines, key=lambda line: _badness(line[1]))[:MOST_LINES]
+    for group, (words, style, rank) in shown:
+        # Of a node: its slowest rank, the one that needs most, the one that is least far, and the worst state.
+        behind = min(group, key=lambda each: each.status.get("ticks", 0))
         table.add_row(
             str(group[0].rank) if one_by_one else str(len(group)),
-            behind.node,
+            Text(behind.node),
             str(behind.status.get("phase", "start")),
             str(behind.status.get("step", ABSENT)),
-            _seconds(numbers["forward_seconds"]),
-            format_bytes(numbers["memory_bytes"]),
+            _seconds(_most(group, "forward_seconds")),
+            format_bytes(_most(group, "memory_bytes")),
             Text(words if one_by_one or not words or style == "dim" else f"rank {rank} {words}", style=style),
         )
+    if len(shown) < len(lines):
+        table.add_row("", f"and {len(lines) - len(shown)} nodes more")
     return table
+
+
+def _badness(state: tuple[str, str, int]) -> int:
+    """The lower, the worse."""
+    return ("bold red", "yellow", "dim", "").index(state[1])
+
+
+def _most(group: Sequence[RankReport], name: str) -> float | None:
+    found = (as_number(each.status.get(name)) for each in group)
+    return max((value for value in found if value is not None), default=None)
+
+
+def shown_line(line: str) -> "Text":
+    """What a terminal shows of a line that a rank has written: its colours, and nothing else that it would obey."""
+    from rich.text import Text
+
+    # Of a progress bar, which goes back to the start of its line, the last state.
+    return Text.from_ansi(line.rstrip("\r").rpartition("\r")[2].translate(_CONTROLS))
 
 
 class TerminalView:
@@ -161,11 +182,14 @@ class TerminalView:
     def __init__(self, console: "Console", title: str) -> None:
         from rich.live import Live
 
-        self._console, self._title = console, title
+        self._console, self._title, self._plain = console, title, PlainView()
         self._reports: Sequence[RankReport] = ()
         # When steps were seen: the time that is left is reckoned from the last ones.
         self._seen: list[tuple[float, int]] = []
-        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=_PER_SECOND)
+        self._live = Live(
+            console=console, get_renderable=self._draw, refresh_per_second=_PER_SECOND,
+            redirect_stdout=sys.stdout.isatty(),
+        )  # fmt: skip
 
     def _draw(self) -> "RenderableType":
         from rich.console import Group
@@ -193,9 +217,12 @@ class TerminalView:
         return (now - since) / (step - before)
 
     def say(self, stream: str, text: str) -> None:
-        """Show what was written, above the picture."""
-        for line in text.splitlines():
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Show what was written, above the picture; or write it where standard output goes, if that is elsewhere."""
+        if stream == "out" and not sys.stdout.isatty():
+            self._plain.say(stream, text)
+            return
+        for line in text.rstrip("\n").split("\n"):
+            self._console.print(shown_line(line), soft_wrap=True)
 
     def update(self, reports: Sequence[RankReport]) -> None:
         """Show how far all ranks are."""

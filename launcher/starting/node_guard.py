@@ -9,11 +9,12 @@
          stacks  have the ranks write the stacks of their threads into their logs
          end     kill what is left, say so, and leave
     out  {"ranks": {RANK: STATE}, "oom_kills": NUMBER, "status": {RANK: STATUS, see launcher.pulse},
-          "frozen": {RANK: WHY}, "said": [[STREAM, TEXT]], "words": {RANK: TEXT}}, twice a second; a state is "running",
-         "lost", or an exit code; the number is that of processes which the kernel has ended for want of memory; frozen
-         are ranks that do not run, whatever they would like to do; said is what rank 0 has written since the last
-         report, and words are the last ones of a rank that has ended, or the stacks that it was asked for; in the first
-         report also "addresses": {INTERFACE: IPv4 address}
+          "frozen": {RANK: WHY}, "said": [[STREAM, TEXT]], "words": {RANK: TEXT}, "keeps": BOOL}, twice a second; a
+         state is "running", "lost", or an exit code; the number is that of processes which the kernel has ended for
+         want of memory; frozen are ranks that do not run, whatever they would like to do; said is what rank 0 has
+         written since the last report, words are the last ones of a rank that has failed, keeps tells whether the run
+         folder has logs; in the first report also "addresses": {INTERFACE: IPv4 address}, after "stacks" also
+         "stacks": {RANK: TEXT}
          {"ended": true, "left": [NAMES], "step": NEWEST CHECKPOINT or null, "ranks": ...}, last
 
 When the other side is gone, or silent for too long, everything is killed as well: nothing of a run outlives its
@@ -43,7 +44,9 @@ import psutil
 
 if __name__ == "__main__":  # Over ssh, PYTHONPATH may be missing.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from launcher.starting.rank_logs import RankLog
+from launcher.starting.control_groups import oom_counter, oom_kills
+from launcher.starting.rank_logs import RankLog, ranks_that_wrote
+from launcher.starting.rank_status import read_status
 
 # Between two looks.
 _INTERVAL_SECONDS = 0.5
@@ -56,8 +59,8 @@ _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # For killed processes to be gone.
 _KILL_SECONDS = 10.0
-# Of the file in which a rank says how far it is.
-STATUS_BYTES = 1024
+# A rank that has written something and is not seen so often in a row has ended.
+_UNSEEN_LOOKS = 3
 # For stacks to be written.
 _STACKS_SECONDS = 1.0
 # Why a process does not run, by what the kernel says.
@@ -84,41 +87,6 @@ def _exit_code(record: Path, rank: int) -> int | None:
         return int((record / str(rank)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def memory_groups(
-    pid: int | str = "self", proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
-) -> tuple[Path, Path]:
-    """Folders of the control groups by which the kernel counts the memory of ``pid``: versions 1 and 2."""
-    names: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            names.update({each: path.lstrip("/") for each in controllers.split(",")})
-    return groups / "memory" / names.get("memory", ""), groups / names.get("", "")
-
-
-def oom_counter(pid: int | str = "self", proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Path:
-    """The file that counts how many processes the kernel has ended for want of memory in the control group of ``pid``.
-
-    Where groups do not tell, that of the whole machine.
-    """
-    old, new = memory_groups(pid, proc, groups)
-    # Either version, and either where a container sees its own group as the root.
-    candidates = (old / "memory.oom_control", new / "memory.events", groups / "memory" / "memory.oom_control")
-    return next((path for path in candidates if _counted(path) is not None), proc / "vmstat")
-
-
-def _counted(counter: Path) -> int | None:
-    with contextlib.suppress(OSError):
-        match = re.search(r"^oom_kill (\d+)$", counter.read_text(encoding="utf-8"), re.MULTILINE)
-        return int(match[1]) if match else None
-    return None
-
-
-def oom_kills(counter: Path) -> int:
-    """How many processes the kernel has ended for want of memory, by a file of :func:`oom_counter`."""
-    return _counted(counter) or 0
 
 
 def newest_step(checkpoints: Path) -> int | None:
@@ -157,19 +125,6 @@ def _environment(process: psutil.Process) -> Mapping[str, str]:
         return {}
 
 
-def status_name(rank: int | str) -> str:
-    """Of the file in the node's folder in which a rank says how far it is."""
-    return f"rank-{rank}.status"
-
-
-def _status(path: Path) -> dict[str, Any] | None:
-    """What a rank says; None before it has said anything."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        return found if isinstance(found, dict) else None
-    return None
-
-
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -195,6 +150,8 @@ class Watch:
     def __init__(self, record: Path, files: Collection[str] = (), logs: Path | None = None) -> None:
         self._record, self._files, self._keep_logs_in = record, tuple(files), logs
         self._logs: dict[int, RankLog] = {}
+        # Of each rank that has written something: in how many looks its process was not to be seen.
+        self._unseen: dict[int, int] = {}
         # The first process of every rank: what it forks has its command line and environment too.
         self._ranks: dict[int, psutil.Process] = {}
         # Of each rank: the kernel's counter of processes that it ended for want of memory, and where it stood.
@@ -202,46 +159,63 @@ class Watch:
         self._started = self._searched = time.monotonic()
 
     def look(self) -> dict[str, Any]:
-        """The ranks' states."""
+        """The ranks' states, what they say of themselves, and what they have written."""
         now = time.monotonic()
-        if now - self._started < _STARTING_SECONDS or now - self._searched > _SELDOM_SECONDS:
+        # Asked for before the processes: who has written by then, and is not among them, has ended.
+        wrote = ranks_that_wrote(node_folder(self._record))
+        is_new = any(rank not in self._ranks for rank in wrote)
+        if is_new or now - self._started < _STARTING_SECONDS or now - self._searched > _SELDOM_SECONDS:
             self._searched = now
             self._search()
+        for rank in wrote:
+            # A process that becomes another program has no command line for a moment.
+            self._unseen[rank] = 0 if rank in self._ranks else self._unseen.get(rank, 0) + 1
         states = self._states()
         return {"ranks": states, "oom_kills": self.oom_kills(), **self._from_ranks(states)}
+
+    def _log(self, rank: int) -> RankLog:
+        return self._logs.setdefault(rank, RankLog(node_folder(self._record), rank, self._keep_logs_in))
 
     def _from_ranks(self, states: Mapping[str, Any]) -> dict[str, Any]:
         """What the ranks say of themselves, and what they have written."""
         status, frozen, words = {}, {}, {}
-        for rank, process in self._ranks.items():
-            found = _status(node_folder(self._record) / status_name(rank))
+        for name, state in states.items():
+            rank = int(name)
+            found = read_status(node_folder(self._record), rank)
             if found is not None:
-                status[str(rank)] = found
-            with contextlib.suppress(psutil.Error):
-                why = _FROZEN.get(process.status())
-                if why is not None:
-                    frozen[str(rank)] = why
-            log = self._logs[rank]
-            log.read(keeps=bool(found and found.get("owns_folder")))
-            if states[str(rank)] not in ("running", 0) and not log.has_told:
-                words[str(rank)] = log.last_words()
+                status[name] = found
+            why = self._why_frozen(rank)
+            if why is not None:
+                frozen[name] = why
+            log = self._log(rank)
+            log.read(keeps=bool(found and found.get("owns_folder")), has_ended=state != "running")
+            if state not in ("running", 0) and (last := log.last_words()):
+                words[name] = last
         said = self._logs[0].take() if 0 in self._logs else []
-        return {"status": status, "frozen": frozen, "said": said, "words": words}
+        keeps = any(log.is_kept for log in self._logs.values())
+        return {"status": status, "frozen": frozen, "said": said, "words": words, "keeps": keeps}
+
+    def _why_frozen(self, rank: int) -> str | None:
+        with contextlib.suppress(psutil.Error, KeyError):
+            return next(filter(None, (_FROZEN.get(each.status()) for each in _signalled(self._ranks[rank]))), None)
+        return None
 
     def stacks(self) -> dict[str, Any]:
         """Have the ranks write the stacks of their threads; a report with them."""
         waiting = []
         for rank, process in self._ranks.items():
             # One that has said nothing yet would be ended by the signal.
-            if _is_alive(process) and _status(node_folder(self._record) / status_name(rank)) is not None:
-                self._logs[rank].read(keeps=False)
-                waiting.append((rank, self._logs[rank].mark()))
+            if _is_alive(process) and read_status(node_folder(self._record), rank) is not None:
+                self._log(rank).read()
+                waiting.append((rank, self._log(rank).mark()))
                 with contextlib.suppress(psutil.Error):
-                    process.send_signal(signal.SIGUSR2)
+                    for each in _signalled(process):
+                        each.send_signal(signal.SIGUSR2)
         time.sleep(_STACKS_SECONDS if waiting else 0.0)
-        report = self.look()
-        report["words"].update({str(rank): self._logs[rank].since(mark) for rank, mark in waiting})
-        return report
+        for rank, _ in waiting:
+            self._log(rank).read()
+        stacks = {str(rank): self._log(rank).since(mark) for rank, mark in waiting}
+        return {**self.look(), "stacks": stacks}
 
     def _search(self) -> None:
         """Find ranks that have started."""
@@ -254,14 +228,15 @@ class Watch:
                 parent = next((other for other in processes if other.pid == parents[process.pid]), None)
                 if parent is None or rank_told(_environment(parent)) != rank:
                     self._ranks[int(rank)] = process
-                    self._logs[int(rank)] = RankLog(node_folder(self._record), int(rank), self._keep_logs_in)
                     counter = oom_counter(process.pid)
                     self._oom_kills[int(rank)] = (counter, oom_kills(counter))
 
-    def _states(self) -> dict[str, Any]:
+    def _states(self, *, at_the_end: bool = False) -> dict[str, Any]:
+        """Of ranks whose processes were seen, and of those that ended too soon for that but have written something."""
+        unseen = {rank for rank, looks in self._unseen.items() if at_the_end or looks >= _UNSEEN_LOOKS}
         states: dict[str, Any] = {}
-        for rank, process in self._ranks.items():
-            if _is_alive(process):
+        for rank in sorted(self._ranks.keys() | unseen):
+            if rank in self._ranks and _is_alive(self._ranks[rank]):
                 states[str(rank)] = "running"
             else:
                 code = _exit_code(self._record, rank)
@@ -294,7 +269,7 @@ class Watch:
         self.remove_files()
         for left in node_folder(self._record).glob("rank-*"):
             left.unlink(missing_ok=True)
-        for rank in self._ranks:
+        for rank in self._ranks.keys() | self._unseen.keys():
             (self._record / str(rank)).unlink(missing_ok=True)
         for left in (node_folder(self._record), self._record):
             with contextlib.suppress(OSError):
@@ -302,7 +277,10 @@ class Watch:
 
     def end(self) -> dict[str, Any]:
         """Kill everything; the last states, and the names of what could not be killed."""
-        before = self.look()["ranks"]
+        for rank in ranks_that_wrote(node_folder(self._record)):
+            self._unseen.setdefault(rank, 0)
+        self._search()
+        before = self._states(at_the_end=True)
         deadline = time.monotonic() + _KILL_SECONDS
         while (left := processes_of(str(self._record))) and time.monotonic() < deadline:
             for process in left:
@@ -310,7 +288,7 @@ class Watch:
                     process.kill()
             time.sleep(0.05)
         # What was running until now has been ended, which is no loss; what came between is told as it was.
-        after = self._states()
+        after = self._states(at_the_end=True)
         ranks = {
             rank: state if state == "running" and after[rank] == "lost" else after[rank]
             for rank, state in before.items()

@@ -146,6 +146,9 @@ class Supervisor:
         self._files = dict(files or {})
         self._logs = checkpoints.parent / "logs" if logs is None else logs
         self._view: View = PlainView() if view is None else view
+        # What is known of all ranks, from reports that were heard at these times.
+        self._reports: list[RankReport] = []
+        self._heard: list[float] = []
         # When each rank of this start was seen to have ended.
         self._ended: dict[int, float] = {}
         # Of all starts, the last one's last: their folders on every node.
@@ -179,6 +182,7 @@ class Supervisor:
                     outcome = self._attempt(guards, restarts)
                 finally:
                     self._end(guards)
+                self._show(guards)
                 outcome = self._with_last_reports(outcome, guards)
                 code, may_do_better = judge(outcome)
                 if code and not outcome.signal:
@@ -254,8 +258,6 @@ class Supervisor:
             and any(not guard.report and not guard.is_gone for guard in guards)
         ):
             time.sleep(_LOOK_SECONDS)
-            for guard in guards:
-                guard.beat()
         answering = [guard for guard in guards if guard.report and not guard.is_gone]
         others = [guard for guard in guards if guard not in answering]
         silent = {}
@@ -289,16 +291,15 @@ class Supervisor:
         lost, deadline, told, hastened = "", math.inf, False, False
         hangs = HangWatch(self._cluster.hang_timeout, time.monotonic())
         self._ended.clear()
+        self._reports, self._heard = [], []
         try:
             while True:
                 time.sleep(_LOOK_SECONDS)
                 now, code = time.monotonic(), process.poll()
-                for guard in guards:
-                    guard.beat()
                 reports = self._show(guards)
                 if self._hurry:
                     break
-                if not lost and not told and hangs.look(reports, now):
+                if not (lost or told or hastened) and hangs.look(reports, now):
                     lost = self._why_it_hangs(guards)
                     break
                 if self._signal and not told:
@@ -370,46 +371,42 @@ class Supervisor:
         for guard in guards:
             while not guard.said.empty():
                 self._view.say(*guard.said.get())
-        reports = _reports(guards)
-        for report in reports:
-            if report.state != "running":
-                self._ended.setdefault(report.rank, time.monotonic())
-        self._view.update(reports)
-        return reports
+        heard = [guard.heard for guard in guards]
+        if heard != self._heard:  # Reports come twice a second, and there may be thousands of ranks.
+            self._heard, self._reports = heard, _reports(guards)
+            for report in self._reports:
+                if report.state != "running":
+                    self._ended.setdefault(report.rank, time.monotonic())
+            self._view.update(self._reports)
+        return self._reports
 
     def _why_it_hangs(self, guards: Sequence[Guard]) -> str:
         """Ask all ranks for their stacks; in words, why the run hangs."""
         for guard in guards:
-            guard.words.clear()
             guard.send("stacks")
         deadline = time.monotonic() + _STACKS_SECONDS
-        # The stacks come with a report that takes longer than others.
-        while time.monotonic() < deadline and not all(
-            guard.words or guard.is_gone or not guard.states for guard in guards
-        ):
+        while time.monotonic() < deadline and any(guard.stacks is None and not guard.is_gone for guard in guards):
             time.sleep(_LOOK_SECONDS)
-            for guard in guards:
-                guard.beat()
         reports = self._show(guards)
         assert self._cluster.hang_timeout is not None
         why = describe_hang(reports, self._cluster.hang_timeout)
         found = hung_stack(reports)
         if found is not None:
-            _say(f"{why}; {found[0]} was here, and all stacks are in {self._logs}:\n{textwrap.indent(found[1], '  ')}")
-        for guard in guards:  # Stacks are no last words.
-            guard.words.clear()
+            place = f", and all stacks are in {self._logs}" if _keeps_logs(guards) else ""
+            _say(f"{why}; {found[0]} was here{place}:\n{textwrap.indent(found[1], '  ')}")
         return why
 
     def _tell_first_failure(self, guards: Sequence[Guard]) -> None:
         """Show the error that explains those of the others, unless it was rank 0's, which has been seen."""
-        reports = self._show(guards)
+        reports = _reports(guards)
         first = ended_first(reports, self._ended)
         if first is None or first.rank == 0:
             return
-        others = sum(report.state not in ("running", 0) for report in reports) - 1
-        more = f"; {others} more ended after it" if others else ""
-        _say(f"{first} ended first{more} (all that ranks wrote is in {self._logs}); it said:\n"
-             f"{textwrap.indent(first.words, '  ')}")  # fmt: skip
+        failed = [report for report in reports if report.state not in ("running", 0)]
+        what = "failed first" if self._ended[first.rank] == min(self._ended[each.rank] for each in failed) else "failed"
+        more = f", of {len(failed)} that did" if len(failed) > 1 else ""
+        kept = f" (all that ranks wrote is in {self._logs})" if _keeps_logs(guards) else ""
+        _say(f"{first} {what}{more}{kept}; it said:\n{textwrap.indent(first.words, '  ')}")
 
     def _with_last_reports(self, outcome: Outcome, guards: Sequence[Guard]) -> Outcome:
         """The outcome with what the guards said last, after everything was ended."""
@@ -461,6 +458,12 @@ def _reports(guards: Sequence[Guard]) -> list[RankReport]:
                     frozen=report.get("frozen", {}).get(rank, ""),
                     status=report.get("status", {}).get(rank, {}),
                     words=guard.words.get(int(rank), ""),
+                    stacks=(guard.stacks or {}).get(int(rank), ""),
                 )
             )
     return found
+
+
+def _keeps_logs(guards: Sequence[Guard]) -> bool:
+    """Whether the run folder has logs of this start."""
+    return any((guard.report or {}).get("keeps") for guard in guards)

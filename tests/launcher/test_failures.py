@@ -20,8 +20,11 @@ STACKS = (
 )
 
 
-def report(rank: int, state: int | str = "running", words: str = "", frozen: str = "", **status: Any) -> RankReport:
-    return RankReport(rank=rank, node=f"node{rank}", state=state, frozen=frozen, status=status, words=words)
+def report(
+    rank: int, state: int | str = "running", words: str = "", frozen: str = "", stacks: str = "", **status: Any
+) -> RankReport:
+    node = f"node{rank}"
+    return RankReport(rank=rank, node=node, state=state, frozen=frozen, status=status, words=words, stacks=stacks)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,9 @@ def report(rank: int, state: int | str = "running", words: str = "", frozen: str
         # Of two errors, the earlier; at once, the lower rank.
         ([report(1, "lost", TRACE), report(2, "lost", TRACE)], {1: 2.0, 2: 1.0}, 2),
         ([report(2, "lost", TRACE), report(1, "lost", TRACE)], {1: 1.0, 2: 1.0}, 1),
+        # One that was killed says nothing; those that lost the connection to it are no cause.
+        ([report(3, "lost"), report(5, 75, "sparse-zero: error: lost the connection")], {3: 1.0, 5: 2.0}, None),
+        ([report(4, 75), report(5, 75, "sparse-zero: error: lost the connection")], {4: 1.0, 5: 2.0}, 5),
         # A crash in a library.
         ([report(0, 75, "sparse-zero: error: x"), report(1, "lost", "Fatal Python error: Aborted")], {}, 1),
     ],
@@ -92,17 +98,29 @@ def test_what_was_seen_after_a_pause_is_old() -> None:
     assert watched(4.5, *looks) == [False, False, False, True]
 
 
+def done(rank: int, step: int, micro_batch: int, **others: str) -> RankReport:
+    return report(rank, phase="train", is_ticking=True, step=step, micro_batch=micro_batch, **others)
+
+
 @pytest.mark.parametrize(
     ("reports", "ranks", "words"),
     [
         (
-            training(5, 4, 5),
+            [done(0, 7, 2), done(1, 7, 1), done(2, 7, 2)],
             [1],
-            "no step for 9 seconds (cluster.hang_timeout): rank 1 on node1 is behind (phase start)",
+            "no step for 9 seconds (cluster.hang_timeout): rank 1 on node1 is behind (7 steps and 1 micro-batches done)",
         ),
-        (training(5, 5), [], "no step for 9 seconds (cluster.hang_timeout): all ranks wait"),
         (
-            [*training(5, 4), report(2, ticks=5, frozen="stopped by a signal")],
+            [done(0, 7, 0), done(1, 6, 3)],
+            [1],
+            "no step for 9 seconds (cluster.hang_timeout): rank 1 on node1 is behind (6 "
+            "steps and 3 micro-batches done)",
+        ),
+        ([done(0, 7, 2), done(1, 7, 2)], [], "no step for 9 seconds (cluster.hang_timeout): all ranks wait"),
+        # Shares of calibration differ.
+        (training(5, 4, 5), [], "no step for 9 seconds (cluster.hang_timeout): all ranks wait"),
+        (
+            [done(0, 7, 2), done(1, 7, 1), report(2, ticks=5, frozen="stopped by a signal")],
             [2],
             "no step for 9 seconds (cluster.hang_timeout): rank 2 on node2 stopped by a signal",
         ),
@@ -116,22 +134,20 @@ def test_who_holds_the_others_up(reports: list[RankReport], ranks: list[int], wo
 def test_a_whole_node_that_was_suspended_is_not_listed_rank_by_rank() -> None:
     reports = [report(rank, frozen="stopped by a signal") for rank in range(64)]
     assert describe_hang(reports, 60.0).endswith("; 60 more")
-    behind = [report(0, ticks=1, phase="train", step=7), report(1, ticks=2)]
-    assert describe_hang(behind, 60.0).endswith("rank 0 on node0 is behind (phase train, after step 7)")
 
 
 def test_the_stack_that_is_shown() -> None:
     assert hung_stack([report(0), report(1)]) is None
     # The main thread's, of the rank that is behind; a frozen one cannot give any.
-    reports = [report(0, ticks=2, words=STACKS.replace("step", "other")), report(1, ticks=1, words=STACKS)]
+    reports = [done(0, 7, 2, stacks=STACKS.replace("step", "other")), done(1, 7, 1, stacks=STACKS)]
     found = hung_stack(reports)
     assert found is not None
     assert found[0].rank == 1
     assert found[1].splitlines()[1:] == ["  File a.py, line 5 in all_reduce", "  File b.py, line 7 in step"]
-    frozen = hung_stack([report(0, words=STACKS), report(1, frozen="stopped by a signal")])
+    frozen = hung_stack([report(0, stacks=STACKS), report(1, frozen="stopped by a signal")])
     assert frozen is not None
     assert frozen[0].rank == 0
     deep = STACKS + "\n  File c.py, line 1 in f" * 50
-    cut = hung_stack([report(0, words=deep)])
+    cut = hung_stack([report(0, stacks=deep)])
     assert cut is not None
     assert len(cut[1].splitlines()) == 15

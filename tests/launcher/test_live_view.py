@@ -7,7 +7,16 @@ import pytest
 from rich.console import Console
 
 from launcher.starting.failures import RankReport
-from launcher.starting.live_view import MOST_RANKS, PlainView, TerminalView, headline, ranks_table, slow_ranks
+from launcher.starting.live_view import (
+    MOST_LINES,
+    MOST_RANKS,
+    PlainView,
+    TerminalView,
+    headline,
+    ranks_table,
+    shown_line,
+    slow_ranks,
+)
 
 MIB = 2**20
 
@@ -127,3 +136,40 @@ def test_words_only(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == "a result"
     assert captured.err == "an errorsparse-zero: rank 1 on node1 stopped by a signal\n"
+
+
+def test_standard_output_that_goes_elsewhere_gets_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True, color_system=None)
+    with TerminalView(console, "runs/mine") as view:
+        view.say("out", "a result :key:\n")
+        view.say("err", "words\n")
+    assert capsys.readouterr().out == "a result :key:\n"
+    assert isinstance(console.file, io.StringIO)
+    assert "words" in console.file.getvalue()
+    assert "a result" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("line", "plain"),
+    [
+        ("\x1b]0;title\x07a\x1b[2Jb\x1b[3A\x07c\x00", "0;titleabc"),  # Nothing that it would obey.
+        ("layer :key: [red]3[/red]", "layer :key: [red]3[/red]"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("10%\r20%\r30%", "30%"),
+        ("done\r", "done"),
+        ("größer\t1", "größer\t1"),
+    ],
+)
+def test_a_line_cannot_take_the_terminal(line: str, plain: str) -> None:
+    found = shown_line(line)
+    assert found.plain == plain
+    assert bool(found.spans) == ("\x1b[31m" in line)
+
+
+def test_of_hundreds_of_nodes_the_worst_are_shown() -> None:
+    reports = [report(rank, node=f"node{rank}", ticks=rank, phase="train", step=1) for rank in range(300)]
+    reports[250] = report(250, "lost", node="node250")
+    lines = drawn(reports)
+    assert len(lines) == MOST_LINES + 2
+    assert "rank 250 lost" in lines[1]
+    assert lines[-1].strip() == "and 284 nodes more"

@@ -16,7 +16,8 @@ from launcher.memory.out_of_memory import Failure, asked_bytes, describe, explai
 from launcher.memory.room import Room, group_limit, held_bytes, room_of
 from launcher.plan.forecasting import Shapes, forecast_run, planned_selection, shapes_of
 from launcher.plan.search import bytes_needed, changes_that_fit, fits, largest_that_fits
-from launcher.starting.node_guard import Watch, oom_counter, oom_kills
+from launcher.starting.control_groups import oom_counter, oom_kills
+from launcher.starting.node_guard import Watch
 from scripts import tiny_run as tiny
 from sparse_zero.selection.selection import Selection
 from tests.launcher.memory_worker import be_a_limited_rank

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from launcher.pulse import FIELDS, Pulse
-from launcher.starting.node_guard import STATUS_BYTES, node_folder, status_name
-from launcher.starting.rank_logs import RankLog, last_error, stream_file
+from launcher.starting.node_guard import node_folder
+from launcher.starting.rank_logs import RankLog, last_error, ranks_that_wrote, redirect, stream_file
+from launcher.starting.rank_status import STATUS_BYTES, status_file
 
 
 def write(folder: Path, text: str, descriptor: int = 2, rank: int = 1) -> None:
@@ -22,7 +23,7 @@ def test_nothing_is_kept_before_the_folder_is_the_runs_own_and_then_everything(t
     logs = tmp_path / "run" / "logs"
     (tmp_path / "run").mkdir()
     log = RankLog(tmp_path, 1, logs)
-    log.read(keeps=True)  # There is nothing yet.
+    log.read()  # There is nothing yet.
     write(tmp_path, "loading\n")
     log.read(keeps=False)
     assert not logs.exists()
@@ -33,7 +34,7 @@ def test_nothing_is_kept_before_the_folder_is_the_runs_own_and_then_everything(t
     log.read(keeps=True)
     heading, *lines = (logs / "rank-1.log").read_text().splitlines()
     assert heading.startswith("== rank 1 on ")
-    assert lines == ["loading", "a result", "an error"]
+    assert lines == ["a result", "loading", "an error"]  # Of what is kept at once, standard output first.
     # Another start continues the file.
     again = RankLog(tmp_path, 1, logs)
     again.read(keeps=True)
@@ -46,6 +47,8 @@ def test_a_log_that_cannot_be_kept_is_no_reason_to_stop(tmp_path: Path) -> None:
     write(tmp_path, "words\n")
     log.read(keeps=True)
     assert log.last_words() == "words"
+    assert not log.is_kept
+    assert log.last_words() == ""  # Told once.
 
 
 def test_of_rank_0_both_streams_are_passed_on_once(tmp_path: Path) -> None:
@@ -57,18 +60,92 @@ def test_of_rank_0_both_streams_are_passed_on_once(tmp_path: Path) -> None:
     assert log.take() == []
 
 
-def test_a_rank_that_writes_without_end_is_read_in_pieces_of_whole_lines(tmp_path: Path) -> None:
+LINE = "x" * 99 + "\n"
+
+
+def test_a_rank_that_writes_without_end_is_read_in_pieces_and_kept_whole(tmp_path: Path) -> None:
+    log = RankLog(tmp_path, 0, tmp_path)
+    write(tmp_path, LINE * 60_000, rank=0)
+    write(tmp_path, "Traceback (most recent call last):\n  x\nE: the end", rank=0)
+    log.read(keeps=True)
+    kept = tmp_path / "rank-0.log"
+    assert 1 << 20 < kept.stat().st_size < 5 << 20
+    # A launcher that was stopped meanwhile is not flooded, and is told so.
+    (note, *taken) = log.take()
+    assert "left out" in note[1]
+    assert sum(len(text) for _, text in taken) <= 1 << 18
+    assert all(text.endswith("\n") for _, text in taken)
+    # Of a rank that has ended, the rest is read at once, and its end is what it said.
+    log.read(has_ended=True)
+    assert log.last_words().splitlines()[-1] == "E: the end"
+    heading, _, text = kept.read_text().partition("\n")
+    assert heading.startswith("== rank 0")
+    assert text.startswith(LINE * 60_000 + "Traceback")
+    assert text.endswith("E: the end")
+
+
+def test_what_is_kept_gives_its_room_back_while_the_rank_goes_on(tmp_path: Path) -> None:
+    redirected = tmp_path / "guard"
+    redirected.mkdir()
+    log = RankLog(redirected, 1, tmp_path)
+    with stream_file(redirected, 1, 2).open("ab") as rank:
+        for number in range(5):
+            rank.write(f"{number}\n".encode() + LINE.encode() * 30_000)
+            rank.flush()
+            log.read(keeps=True)
+    size = stream_file(redirected, 1, 2).stat()
+    assert size.st_size == 5 * (2 + 3_000_000)
+    assert size.st_blocks * 512 < 4 << 20
+    lines = (tmp_path / "rank-1.log").read_text().splitlines()[1:]
+    assert lines == [line for number in range(5) for line in [str(number), *[LINE[:-1]] * 30_000]]
+
+
+def test_a_disk_that_is_full_for_a_while_leaves_nothing_out_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RankLog(tmp_path, 1, tmp_path)
+    write(tmp_path, LINE * 100)
+    real, room = os.write, [250]
+
+    def limited(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        number = real(descriptor, data[: room[0]])
+        room[0] -= number
+        return number
+
+    monkeypatch.setattr(os, "write", limited)
+    for more in (0, 300, 0, 5000, 10**6):
+        room[0] += more
+        log.read(keeps=True)
+    assert (tmp_path / "rank-1.log").read_text().split("\n", 1)[1] == LINE * 100
+
+
+def test_a_line_is_never_torn_while_its_rank_lives(tmp_path: Path) -> None:
     log = RankLog(tmp_path, 0, None)
-    line = "x" * 99 + "\n"
-    write(tmp_path, line * 60_000, rank=0)
-    found = ""
-    for _ in range(3):
-        log.read(keeps=False)
-        taken = log.take()
-        assert sum(len(text) for _, text in taken) <= 1 << 22
-        assert all(text.endswith("\n") for _, text in taken)
-        found += "".join(text for _, text in taken)
-    assert found == line * 60_000
+    with stream_file(tmp_path, 0, 2).open("ab") as rank:
+        for piece in ("gr\u00f6".encode()[:3], "gr\u00f6".encode()[3:] + b"\xc3", b"\x9fer\nnext"):
+            rank.write(piece)
+            rank.flush()
+            log.read()
+    assert log.take() == [("err", "gr\u00f6\u00dfer\n")]
+    log.read(has_ended=True)
+    assert log.take() == [("err", "next")]
+
+
+def test_which_ranks_wrote(tmp_path: Path) -> None:
+    assert ranks_that_wrote(tmp_path) == []
+    for name in ("rank-0.err", "rank-12.err", "rank-x.err", "rank-3.out", "rank-4.status"):
+        (tmp_path / name).touch()
+    assert ranks_that_wrote(tmp_path) == [0, 12]
+    code = f"from pathlib import Path; from launcher.starting.rank_logs import redirect; redirect(Path({str(tmp_path)!r}), '7')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-u", "-c", f"{code}; import os; print('to out'); os.write(2, b'to err')"]
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == (b"", b"")
+    assert ranks_that_wrote(tmp_path) == [0, 7, 12]
+    assert [stream_file(tmp_path, 7, number).read_text() for number in (1, 2)] == ["to out\n", "to err"]
+    redirect(tmp_path / "missing", "1")  # Nothing happens.
 
 
 def test_last_words_are_the_last_traceback_or_the_last_lines() -> None:
@@ -101,13 +178,18 @@ def test_what_came_after_a_mark(tmp_path: Path) -> None:
     write(tmp_path, "not an error\n", descriptor=1)
     log.read(keeps=False)
     assert log.since(mark) == "stacks\n"
+    mark = log.mark()
+    write(tmp_path, "thread\n" * 5000 + "main thread\n")
+    log.read(keeps=False)
+    assert log.since(mark).endswith("thread\nmain thread\n")
+    assert len(log.since(mark)) <= 20_000
 
 
 # --- the status ----------------------------------------------------------------------------------------------
 
 
 def status(record: Path, rank: int) -> dict[str, object]:
-    text = Path(node_folder(record), status_name(rank)).read_bytes()
+    text = status_file(node_folder(record), rank).read_bytes()
     assert len(text) == STATUS_BYTES
     found: dict[str, object] = json.loads(text)
     return found

@@ -66,8 +66,8 @@ def test_of_a_crash_the_first_rank_is_heard_and_all_is_kept(base: Path, tmp_path
     assert process.returncode == 75, err
     assert "training 9,344 of 197,184 parameters" in err  # Rank 0's words, where they were meant to go.
     assert "training 9,344" not in out
-    assert "sparse-zero: rank 1 on this machine ended first" in err, err
-    words = err[err.index("sparse-zero: rank 1 on this machine ended first") :]
+    assert "sparse-zero: rank 1 on this machine failed first, of 2 that did" in err, err
+    words = err[err.index("sparse-zero: rank 1 on this machine failed first") :]
     assert "Fatal Python error: Segmentation fault" in words
     assert "in _optimizer_step" in words or "in train" in words
     assert f"(all that ranks wrote is in {tmp_path / 'run' / 'logs'})" in words
