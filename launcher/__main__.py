@@ -20,6 +20,7 @@ _COMMANDS = (train, launch, doctor, sweep, plan, select, inspect, evaluate, expo
 _EPILOG = """\
 one YAML is one run; any of its settings may be changed on the command line:
   sparse-zero launch --config configs/runs/quickstart.yaml --training.steps=300 --output.folder=runs/longer
+  sparse-zero doctor --config ...                      what would keep it from starting, on all nodes
 
 from there:
   sparse-zero inspect runs/longer/adapter              what was trained

@@ -58,8 +58,8 @@ class ClusterConfig:
     node_timeout: float = 60.0
     # Seconds without a micro-batch of training, or a batch of calibration, on any rank after which the run is taken to
     # hang: stacks of all ranks are logged, it is ended, and max_restarts counts it. Loading, evaluating and saving are
-    # not timed. Longer than the slowest micro-batch; shorter than what waits for a lost rank by itself, or that is heard
-    # of first: NCCL does for 10 minutes, gloo for 30. None: never.
+    # not timed. Longer than the slowest micro-batch; shorter than the 10 minutes of NCCL, whose error is heard of first
+    # otherwise, and names a rank that waited. None: never.
     hang_timeout: float | None = 540.0
     # Look on every node for what would keep the run from starting, as `sparse-zero doctor` does, before a rank starts:
     # about a second. False: the ranks find it out.
