@@ -145,9 +145,12 @@ if [ "$asked" = USR1 ] && [ "$code" -eq $((128 + $(kill -l USR1))) ]; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {most} ]; then
         echo "sparse-zero: not queued again after {most} times (batch.slurm.max_requeues); sbatch continues it" >&2
     else
+        # One task of an array has the number of all of them.
+        job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+        job=${{job:-$SLURM_JOB_ID}}
         # Said first: Slurm ends this script for the sake of it.
-        echo "sparse-zero: job $SLURM_JOB_ID is queued again, to continue from its checkpoint" >&2
-        scontrol requeue "$SLURM_JOB_ID"
+        echo "sparse-zero: job $job is queued again, to continue from its checkpoint" >&2
+        scontrol requeue "$job"
     fi
 fi
 """

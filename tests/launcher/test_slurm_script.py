@@ -1,8 +1,10 @@
 """Does the emitted batch script, under a real Slurm, end the run in time, queue it again, and lose no step?"""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.__main__ import main
@@ -50,7 +52,11 @@ def cluster_of(folder):
 
 def environments(cluster):
     """Of the Python processes on all nodes."""
-    return [process.environ() for name in cluster.names for process in pythons(cluster, name)]
+    found = []
+    for process in (process for name in cluster.names for process in pythons(cluster, name)):
+        with suppress(psutil.Error, ProcessLookupError):  # It has just ended.
+            found.append(process.environ())
+    return found
 
 
 def check_complete(folder, cluster, said, expected, at):
@@ -117,7 +123,9 @@ def test_the_points_of_a_sweep_run_as_tasks_of_an_array(base, tmp_path, monkeypa
         wait_until(lambda: slurm.run("squeue", "-h", "-j", f"{array}_1", "-o", "%T").split() == ["PENDING"], outputs[1])
         slurm.run("scontrol", "update", f"job={array}_1", "starttime=now")
         wait_until(lambda: all((run / "summary.json").is_file() for run in runs), outputs[1], 300)
-        wait_until(lambda: not slurm.run("squeue", "-h").strip(), outputs[1], 60)
+        for task in range(2):
+            # A task has the array's number; the others are not to be queued again with it.
+            assert slurm.wait_for(f"{array}_{task}", ["COMPLETED"], 60)["Restarts"] == str(task)
         assert not [name for name in cluster.names if pythons(cluster, name)]
     for run in runs:
         assert [row["step"] for row in rows(run)] == list(range(1, steps + 1))
