@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -53,8 +54,7 @@ def check_gpus(wanted: Wanted, answers: Answers) -> list[Finding]:
     found: list[Finding] = []
     if wanted.devices is not None and not wanted.devices:
         # Drivers and tools that no rank uses may be as they are.
-        what = "torch has none here: ranks compute on the CPU"
-        return [Finding(node=node, check="gpus", what=what) for node in answers.facts]
+        return [_without_gpus(wanted, node, facts) for node, facts in answers.facts.items()]
     slots = {node.name: node.slots for node in wanted.nodes}
     largest = max((gpu["total_bytes"] or 0 for each in gpus.values() for gpu in each), default=0)
     for node, facts in answers.facts.items():
@@ -81,6 +81,23 @@ def check_gpus(wanted: Wanted, answers: Answers) -> list[Finding]:
                 Finding(node=node, check="gpus", what=_gpu_names(gpus[node]))
             ]
     return found
+
+
+def _without_gpus(wanted: Wanted, node: str, facts: Facts) -> Finding:
+    """Of a node on which torch has no GPU: a warning where that is hardly meant."""
+    what = "torch has no GPU here: ranks compute on the CPU"
+    is_meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not wanted.config.batch.gpus_per_rank
+    if is_meant or not facts["gpus"]:
+        return Finding(node=node, check="gpus", what=what)
+    says = "lists some" if isinstance(facts["gpus"], list) else f"fails: {facts['gpus']['error']}"
+    return Finding(
+        node=node,
+        check="gpus",
+        status="warn",
+        what=f"{what}, where nvidia-smi {says}",
+        remedy="if it is to use GPUs, have the driver mended or a torch for CUDA installed; if not, set "
+        "CUDA_VISIBLE_DEVICES to nothing",
+    )
 
 
 def _gpu_names(gpus: Sequence[Mapping[str, Any]]) -> str:

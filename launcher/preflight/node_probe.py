@@ -47,6 +47,8 @@ _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
 # As in models.loading, which ranks load it by.
 _TOKENIZER_NEEDS_ONE_OF = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# Of a run folder: what is large (launcher.run_folder).
+_REPLACED = ("checkpoints", "adapter", "merged")
 _POLL_SECONDS = 0.1
 # Between two questions.
 _PATIENCE_SECONDS = 60.0
@@ -317,12 +319,13 @@ def folder_facts(name: str) -> dict[str, Any]:
 
 
 def _held_bytes(folder: Path) -> int:
-    """Of all files below; what goes away meanwhile does not count."""
+    """Of what a run replaces as it goes on; what goes away meanwhile does not count."""
     total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(where, name)).st_size
+    for kind in _REPLACED:
+        for where, _, names in os.walk(folder / kind):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(where, name)).st_size
     return total
 
 
@@ -379,24 +382,15 @@ def _cache_folder(environment: Mapping[str, str]) -> Path:
     return usual / f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{kind.replace('.', '')}"
 
 
-def _holder(path: Path, owner: int) -> tuple[str, bool]:
-    """The process that has a file open, which torch's builds have as long as they run; empty if none.
-
-    Also whether all processes of the file's owner could be looked into, as far as they run here.
-    """
-    is_sure = True
+def _holder(path: Path) -> str:
+    """The process that has a file open, which torch's builds have as long as they run; empty if none is seen."""
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(OSError, psutil.Error):
             for each in os.scandir(f"/proc/{process.pid}/fd"):
                 with contextlib.suppress(OSError):
                     if os.path.samefile(each.path, path):
-                        return f"{process.name()}, process {process.pid}", True
-        except PermissionError:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                is_sure = is_sure and owner not in process.uids()
-        except (OSError, psutil.Error):  # It has ended.
-            continue
-    return "", is_sure
+                        return f"{process.name()}, process {process.pid}"
+    return ""
 
 
 def _locks(folder: Path, operators: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -405,16 +399,15 @@ def _locks(folder: Path, operators: Sequence[str]) -> Iterator[dict[str, Any]]:
         path = folder / operator / "lock"
         with contextlib.suppress(OSError):
             status = path.stat()
-            holder, is_sure = _holder(path, status.st_uid)
             yield {
                 "operator": operator,
                 "path": str(path),
                 "age_seconds": max(0.0, time.time() - status.st_mtime),
                 # Of one file that several nodes see, one of them knows who holds it.
                 "identity": f"{status.st_ino} {status.st_mtime_ns}",
-                "holder": holder,
-                # Whether a process of this node would have been seen.
-                "is_sure": is_sure,
+                "holder": _holder(path),
+                # Into processes of others nobody but root can look.
+                "is_sure": os.geteuid() in (0, status.st_uid),
             }
 
 

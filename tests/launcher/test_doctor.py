@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from launcher.preflight.asking import Talks, ask_nodes
 from launcher.preflight.before_launch import check_before_launch
 from launcher.preflight.examining import ask, findings_of
 from launcher.preflight.forecast_beside import ForecastBeside
-from launcher.preflight.wanted import wanted_of
+from launcher.preflight.reach_checks import check_names
+from launcher.preflight.wanted import Wanted, wanted_of
 from launcher.process_ranks import free_port
 from launcher.run_folder import RunFolder, RunLock
 from launcher.starting.control_groups import group_limit
@@ -130,7 +132,7 @@ def test_gpu_tools_that_no_rank_uses(
     code, output = doctor("--json")
     assert code == 0, output
     (found,) = [each for each in json.loads(output)["findings"] if each["check"] == "gpus"]
-    assert (found["status"], found["what"]) == ("ok", "torch has none here: ranks compute on the CPU")
+    assert (found["status"], found["what"]) == ("ok", "torch has no GPU here: ranks compute on the CPU")
 
 
 def test_the_launchers_command_for_cpus_includes_no_gpus(
@@ -325,18 +327,64 @@ def test_locks_are_those_of_this_torch_and_python(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
 def test_a_holder_of_another_user_is_not_taken_for_none(tmp_path: Path) -> None:
-    """A process of the lock's owner into which the asking user cannot look."""
-    path = tmp_path / "lock"
-    path.touch()
+    """Into the process of the lock's owner the asking user cannot look."""
+    script = str(Path(node_probe.__file__))
     code = (
-        f"import runpy, json; m = runpy.run_path({str(Path(node_probe.__file__))!r}); from pathlib import Path; "
-        "import os; print(json.dumps([m['_holder'](Path('/'), owner) for owner in (0, 54321)]))"
+        f"import runpy, json; from pathlib import Path; m = runpy.run_path({script!r}); "
+        "print(json.dumps([[each['holder'], each['is_sure']] for each in m['_locks'](Path('.'), ['theirs', 'own'])]))"
     )
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
-    if "Permission denied" in done.stderr:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # All users may enter it, once they are let.
+        os.chmod(folder, 0o755)
+        for name in ("theirs", "own"):
+            Path(folder, name).mkdir()
+            Path(folder, name, "lock").touch()
+        os.chown(Path(folder, "own", "lock"), 65534, 65534)
+        with Path(folder, "theirs", "lock").open():
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if "Permission denied" in done.stderr or "ermissionError" in done.stderr:
         pytest.skip("another user cannot read this environment")
     assert json.loads(done.stdout) == [["", False], ["", True]], done.stderr
+
+
+def test_what_a_run_replaces_is_counted(tmp_path: Path) -> None:
+    for name, size in {"checkpoints/step-1/a": 1000, "merged/b": 200, "logs/c": 30, "d": 4}.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"x" * size)
+    with Talks() as talks:
+        facts = talks.start(HERE, None, Path(node_probe.__file__), question(tmp_path)).answer(time.monotonic() + 20.0)
+    assert facts is not None
+    assert facts["output"]["held_bytes"] == 1200
+
+
+def _can_unshare() -> bool:
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    return os.getuid() == 0 and tried.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not _can_unshare(), reason="needs namespaces")
+def test_a_hosts_file_as_debian_writes_it(tmp_path: Path) -> None:
+    """The name of the machine itself is one of its loopback; the other node's is not."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.1.1 debian.example\n10.9.9.9 other.example\n")
+    first, other = Node("debian.example", 1), Node("other.example", 1)
+
+    def reach(node: str, command: Sequence[str]) -> list[str]:
+        mounts = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mounts, str(hosts), *command]
+
+    asked = question(tmp_path, names=[first.name, other.name])
+    answered = ask_nodes({first: asked}, reach, 20.0, waits_for_all=True)
+    wanted = Wanted(
+        config=load_config(write_config(tmp_path, tmp_path), []),
+        nodes=(first, other),
+        world_size=2,
+        master_address=first.name,
+        master_port=1,
+    )
+    (found,) = check_names(wanted, answered)
+    assert found.what == "by its own name debian.example it means 127.0.1.1, which others cannot reach"
+    assert found.status == "warn"
 
 
 def test_a_section_that_hangs_is_told_by_name(tmp_path: Path) -> None:

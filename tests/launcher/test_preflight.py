@@ -225,12 +225,16 @@ def test_the_first_nodes_own_loopback_is_itself(address: str, resolved: list[str
     assert ("b", "names", "fail") in bad(findings_of(wanted(master_address=address), answers(**names)))
 
 
-def test_a_run_on_the_cpu_has_no_gpus_to_look_at() -> None:
+def test_a_run_on_the_cpu_has_no_gpus_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever tools and drivers say that no rank uses."""
     broken = {"gpus": {"error": "no driver"}}
     alone = {"nodes": (Node("a", 2),), "master_port": None}
     for changes in ({"gpus": [gpu(0)]}, broken):
         facts = Answers(facts={"a": {**facts_of(0), **changes}}, folders={"a": "a"})
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert bad(findings_of(wanted(devices=(), **alone), facts)) == [("a", "gpus", "warn")]
+        assert bad(findings_of(wanted(devices=(), config={"batch.gpus_per_rank": 0}, **alone), facts)) == []
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert bad(findings_of(wanted(devices=(), **alone), facts)) == []
         assert bad(findings_of(wanted(devices=None, **alone), facts)) == [("a", "gpus", "fail")]
     # A job that asks for none.
