@@ -26,7 +26,6 @@ from launcher.preflight.reach_checks import check_names
 from launcher.preflight.wanted import Wanted, wanted_of
 from launcher.process_ranks import free_port
 from launcher.run_folder import RunFolder, RunLock
-from launcher.starting.control_groups import group_limit
 from launcher.starting.guards import Guard
 from launcher.starting.nodes import Node
 from tests.launcher.test_train import environment, write_config
@@ -298,15 +297,6 @@ def test_a_guard_is_heard_behind_a_login_shell(tmp_path: Path) -> None:
         guard.close(time.monotonic() + 20)
 
 
-def test_the_limit_of_a_job_is_the_nodes_memory(tmp_path: Path) -> None:
-    """As the ranks' own report has it, wherever above them the limit is."""
-    with Talks() as talks:
-        facts = talks.start(HERE, None, Path(node_probe.__file__), question(tmp_path)).answer(time.monotonic() + 20.0)
-    assert facts is not None
-    total = psutil.virtual_memory().total
-    assert facts["memory"]["total_bytes"] == min(total, group_limit() or total)
-
-
 def test_locks_are_those_of_this_torch_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -360,6 +350,27 @@ def test_what_a_run_replaces_is_counted(tmp_path: Path) -> None:
 def _can_unshare() -> bool:
     tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     return os.getuid() == 0 and tried.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not _can_unshare(), reason="needs namespaces")
+def test_the_limit_of_a_job_is_the_nodes_memory(tmp_path: Path) -> None:
+    """As Slurm sets it, on a group above the probe's own."""
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    (groups / "job_7" / "step_0").mkdir(parents=True)
+    for name, limit in {"memory.max": "max", "job_7/memory.max": "300000000", "job_7/step_0/memory.max": "max"}.items():
+        (groups / name).write_text(f"{limit}\n")
+    own.write_text("0::/job_7/step_0\n")
+
+    def reach(node: str, command: Sequence[str]) -> list[str]:
+        mounts = 'mount --bind "$0" /sys/fs/cgroup && mount --bind "$1" /proc/$$/cgroup && shift && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mounts, str(groups), str(own), *command]
+
+    answered = ask_nodes({HERE: question(tmp_path)}, reach, 20.0, waits_for_all=True)
+    if HERE.name in answered.silent and "mount" in answered.silent[HERE.name].said:
+        pytest.skip(f"needs mounts: {answered.silent[HERE.name].said}")
+    memory = answered.facts[HERE.name]["memory"]
+    assert memory["total_bytes"] == 300000000
+    assert memory["available_bytes"] <= 300000000
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None or not _can_unshare(), reason="needs namespaces")
