@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from launcher.preflight.findings import has_failed
     from launcher.preflight.memory_check import check_memory, forecast_need
     from launcher.preflight.rendezvous import check_network, meet
+    from launcher.preflight.run_folder_check import check_run_folder
     from launcher.preflight.table import as_json, show
     from sparse_zero.files import to_json
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         answers = ask(wanted, seconds=config.cluster.node_timeout, waits_for_all=True)
         need = forecast.result()
     findings = findings_of(dataclasses.replace(wanted, output_bytes=need.output_bytes), answers)
-    findings += check_memory(wanted, answers, need)
+    findings += [*check_run_folder(wanted), *check_memory(wanted, answers, need)]
     if not args.no_build:
         findings = build_missing(wanted, answers, findings)
     # Where somebody else listens, nobody can meet: that is said already.

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             master_port=port,
             hostfile=hostfile,
             nodes=[node.name for node in start.nodes],
-            devices=devices,
+            devices=devices or None,
         )
 
     if args.dry_run:
@@ -221,7 +221,7 @@ def _print_plan(
 
 
 def ranks_of(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
-    """Ranks per node (None: the launcher counts) and the GPUs that they may use (None: all)."""
+    """Ranks per node (None: the launcher counts) and the GPUs that they may use (None: all; none: on the CPU)."""
     wanted = config.cluster.ranks_per_node
     visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
     if config.cluster.reaches_nodes:
@@ -229,7 +229,7 @@ def ranks_of(config: RunConfig) -> tuple[int | None, Sequence[str] | None]:
     import torch  # takes a second
 
     if not torch.cuda.is_available():
-        return wanted or _CPU_RANKS, None
+        return wanted or _CPU_RANKS, ()
     available = torch.cuda.device_count()
     if wanted is not None and wanted > available:
         raise InputError(f"cluster.ranks_per_node is {wanted}, but {available} GPUs are visible: lower it")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import resource
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from launcher.plan.planned_run import Gpu
-from launcher.starting.control_groups import memory_groups
+from launcher.starting.control_groups import group_limit
 from sparse_zero.memory.measure import status_bytes
 
 _MEMINFO = Path("/proc/meminfo")
-_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Without a limit, version 2 says "max", version 1 a number near 2**63.
-_NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +35,6 @@ class Room:
 def held_bytes() -> dict[str, int]:
     """What this process holds now: ``address_space`` and ``resident`` bytes; 0 where the system does not tell."""
     return {"address_space": status_bytes("VmSize") or 0, "resident": status_bytes("VmRSS") or 0}
-
-
-def group_limit(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
-    """Bytes that the control groups of this process may take, by the tightest of them; 0 where none has a limit.
-
-    A batch system limits a group somewhere above the one in which the process is.
-
-    Args:
-        proc: where the kernel shows processes.
-        groups: where it shows control groups.
-    """
-    old, new = memory_groups("self", proc, groups)
-    limits = []
-    for group, name, root in ((old, "memory.limit_in_bytes", groups / "memory"), (new, "memory.max", groups)):
-        # In a container the path may be that on its host, and the root is the container's own group.
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root):
-                with suppress(OSError, ValueError):
-                    limits.append(int((folder / name).read_text()))
-    return min((limit for limit in limits if limit < _NO_LIMIT), default=0)
 
 
 def room_of(device: torch.device, ranks_here: int, overhead: dict[str, int]) -> Room:

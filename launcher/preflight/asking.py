@@ -70,9 +70,9 @@ class Talk:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            with suppress(ValueError):  # What a login shell prints.
+            with suppress(ValueError):  # What a login shell prints, also where that is JSON by chance.
                 value = json.loads(line)
-                if isinstance(value, dict):
+                if isinstance(value, dict) and value.pop("probe", None) is True:
                     self._answers.put(value)
         self._answers.put(None)
 

@@ -26,14 +26,16 @@ def as_of_launch(findings: Collection[Finding], starting: Collection[str]) -> li
     """What keeps a run from starting; the rest as warnings.
 
     Whether a node that does not answer is left out, is for the supervisor to decide; one that stands by may be mended
-    while the run goes on.
+    while the run goes on; and what only may keep a run from starting, the run will tell.
 
     Args:
         findings: of all nodes.
         starting: names of the nodes on which ranks start at first, if all answer.
     """
     return [
-        finding.as_warning() if finding.check == "reachable" or finding.node not in starting else finding
+        finding.as_warning()
+        if finding.check == "reachable" or finding.lets_launch or finding.node not in starting
+        else finding
         for finding in findings
     ]
 

@@ -74,8 +74,13 @@ def main() -> int:
                     _build(name)
             except Exception as problem:  # Of a compiler, of a missing library.
                 error = " ".join(f"{type(problem).__name__}: {problem}".split())[:500]
-            told = {"operator": name, "seconds": time.monotonic() - since, **({"error": error} if error else {})}
-            print(json.dumps(told), file=answers, flush=True)
+            told = {
+                "probe": True,
+                "operator": name,
+                "seconds": time.monotonic() - since,
+                **({"error": error} if error else {}),
+            }
+            print("\n" + json.dumps(told), file=answers, flush=True)
     except _GivenUp:
         return 1
     return 0

@@ -10,18 +10,18 @@ from typing import Any
 from launcher.preflight import build_probe
 from launcher.preflight.asking import Answers, Talk, Talks, with_each
 from launcher.preflight.findings import Finding
-from launcher.preflight.machine_checks import has_gpus
+from launcher.preflight.machine_checks import BUILD_SECONDS, has_gpus, nodes_with_lone_locks
 from launcher.preflight.wanted import OPERATORS, Wanted, python_path
 from launcher.starting.reach import reach_of
 
 # Two minutes each on two slow cores; CUDA's take longer.
-_SECONDS = 600.0
+_SECONDS = BUILD_SECONDS
 
 
 def build_missing(wanted: Wanted, answers: Answers, findings: Sequence[Finding]) -> list[Finding]:
     """Build what is missing, on all nodes at once, and hold the findings about it against what came of it.
 
-    A node whose cache has a stale lock or cannot be written is left as it is.
+    A node whose cache cannot be written, or has a lock that nobody is seen to hold, is left as it is.
 
     Args:
         wanted: of the run.
@@ -30,6 +30,7 @@ def build_missing(wanted: Wanted, answers: Answers, findings: Sequence[Finding])
     """
     needed = wanted.gpu_operators if has_gpus(wanted, answers) else wanted.cpu_operators
     failed = {found.node for found in findings if (found.check, found.status) == ("build cache", "fail")}
+    failed |= nodes_with_lone_locks(answers, needed)
     missing: dict[str, list[str]] = {}
     for each, facts in answers.facts.items():
         names = [name for name in needed if name in facts["build_cache"].get("missing", ())]

@@ -41,6 +41,8 @@ class Finding:
     what: str
     # What mends it; empty where nothing is to be mended.
     remedy: str = ""
+    # Whether `launch` starts all the same: it may be mended by itself meanwhile, or be seen wrongly from here.
+    lets_launch: bool = False
 
     def as_warning(self) -> Finding:
         """The same, where it does not keep a run from starting."""

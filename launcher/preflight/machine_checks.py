@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,14 @@ from launcher.preflight.same_checks import untold
 from launcher.preflight.wanted import Wanted
 from launcher.summary import format_bytes
 
-# What a driver or a desktop takes stays below the one; a GPU of which another job has the other is not free.
-_BUSY_WARN_BYTES, _BUSY_FAIL_FRACTION = 2**30, 0.1
+# What a driver or a desktop takes stays below both.
+_BUSY_BYTES, _BUSY_FRACTION = 2**30, 0.1
 # GPUs of one name differ by little; less than this much of the largest is another GPU.
 _EQUAL_FRACTION = 0.95
-# Where no forecast says how much a run writes: no checkpoint fits, or hardly one of a large selection.
-_DISK_FAIL_BYTES, _DISK_WARN_BYTES = 256 * 2**20, 2 * 2**30
+# Logs and metrics alone take the one. Where no forecast says how much a run writes, a checkpoint may take the other.
+_DISK_FAIL_BYTES, _DISK_WARN_BYTES = 4 * 2**20, 256 * 2**20
+# A lock that nobody is seen to hold may be of a node or container that is not asked, as long as a build may take.
+BUILD_SECONDS = 600.0
 # NCCL's buffers between two ranks of a node take some 10 MiB, DeepSpeed's on a CPU 64 MiB; containers get 64 MiB in all
 # unless told otherwise.
 _SHARED_PER_RANK_BYTES, _SHARED_FAIL_BYTES = 64 * 2**20, 4 * 2**20
@@ -48,7 +51,10 @@ def has_gpus(wanted: Wanted, answers: Answers) -> bool:
 def check_gpus(wanted: Wanted, answers: Answers) -> list[Finding]:
     """As many as ranks, as large as the others', and not in use; a cluster without any computes on CPUs."""
     gpus = {node: gpus_of(facts, wanted.devices) for node, facts in answers.facts.items()}
-    found = []
+    found: list[Finding] = []
+    if wanted.devices is not None and not wanted.devices:
+        # Drivers and tools that no rank uses may be as they are.
+        return [_without_gpus(wanted, node, facts) for node, facts in answers.facts.items()]
     slots = {node.name: node.slots for node in wanted.nodes}
     largest = max((gpu["total_bytes"] or 0 for each in gpus.values() for gpu in each), default=0)
     for node, facts in answers.facts.items():
@@ -56,7 +62,8 @@ def check_gpus(wanted: Wanted, answers: Answers) -> list[Finding]:
             error = facts["gpus"]["error"]
             remedy = "have the driver mended there (nvidia-smi must list the GPUs)"
             what = f"nvidia-smi fails: {error}"
-            found.append(Finding(node=node, check="gpus", status="fail", what=what, remedy=remedy))
+            status: Status = "fail" if wanted.config.batch.gpus_per_rank else "warn"
+            found.append(Finding(node=node, check="gpus", status=status, what=what, remedy=remedy))
         elif not any(gpus.values()):
             found.append(Finding(node=node, check="gpus", what="none anywhere: ranks compute on CPUs"))
         elif len(gpus[node]) < slots[node]:
@@ -74,6 +81,23 @@ def check_gpus(wanted: Wanted, answers: Answers) -> list[Finding]:
                 Finding(node=node, check="gpus", what=_gpu_names(gpus[node]))
             ]
     return found
+
+
+def _without_gpus(wanted: Wanted, node: str, facts: Facts) -> Finding:
+    """Of a node on which torch has no GPU: a warning where that is hardly meant."""
+    what = "torch has no GPU here: ranks compute on the CPU"
+    is_meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not wanted.config.batch.gpus_per_rank
+    if is_meant or not facts["gpus"]:
+        return Finding(node=node, check="gpus", what=what)
+    says = "lists some" if isinstance(facts["gpus"], list) else f"fails: {facts['gpus']['error']}"
+    return Finding(
+        node=node,
+        check="gpus",
+        status="warn",
+        what=f"{what}, where nvidia-smi {says}",
+        remedy="if it is to use GPUs, have the driver mended or a torch for CUDA installed; if not, set "
+        "CUDA_VISIBLE_DEVICES to nothing",
+    )
 
 
 def _gpu_names(gpus: Sequence[Mapping[str, Any]]) -> str:
@@ -97,13 +121,12 @@ def _gpu_problems(node: str, gpus: Sequence[Mapping[str, Any]], largest: int) ->
                     remedy="the smallest one decides what fits: leave this node out, or plan for it",
                 )
             )
-        if used is not None and used > min(_BUSY_WARN_BYTES, _BUSY_FAIL_FRACTION * total):
-            status: Status = "fail" if used > _BUSY_FAIL_FRACTION * total else "warn"
+        if used is not None and used > min(_BUSY_BYTES, _BUSY_FRACTION * total):
             found.append(
                 Finding(
                     node=node,
                     check="gpus",
-                    status=status,
+                    status="warn",  # How much of it ranks need, the check of memory says.
                     what=f"GPU {gpu['index']} has {format_bytes(used)} of {format_bytes(total)} in use",
                     remedy="end what uses it (nvidia-smi lists the processes), or leave it out",
                 )
@@ -120,12 +143,16 @@ def check_disk(wanted: Wanted, answers: Answers) -> list[Finding]:
             continue  # Said by the check of the folder.
         free, place = output["free_bytes"], f"{format_bytes(output['free_bytes'])} free in {output['existing']}"
         merged = facts["model"].get("bytes", 0) if wanted.config.output.merged else 0
+        # What the folder holds is replaced as the run goes on.
+        held = output.get("held_bytes", 0)
         if wanted.output_bytes is None:
-            fail, warn, why = merged + _DISK_FAIL_BYTES, merged + _DISK_WARN_BYTES, "a checkpoint may not fit"
+            fail, warn, why = _DISK_FAIL_BYTES, merged + _DISK_WARN_BYTES - held, "a checkpoint may not fit"
         else:
-            fail = merged + wanted.output_bytes
-            warn, why = 2 * fail, f"the run writes about {format_bytes(fail)}"
-        if free >= warn:
+            needed = merged + wanted.output_bytes
+            fail, warn = max(_DISK_FAIL_BYTES, needed - held), 2 * needed - held
+            why = f"the run writes about {format_bytes(needed)}"
+            why += f", of which output.folder holds {format_bytes(held)}" if held else ""
+        if free >= max(fail, warn):
             found.append(Finding(node=node, check="disk", what=place))
             continue
         found.append(
@@ -213,25 +240,41 @@ def check_build_cache(wanted: Wanted, answers: Answers) -> list[Finding]:
     """Where DeepSpeed's operators are compiled: no build that was killed, what is missing can be built."""
     found = []
     operators = wanted.gpu_operators if has_gpus(wanted, answers) else wanted.cpu_operators
-    caches = {node: facts["build_cache"] for node, facts in answers.facts.items()}
-    held = {
-        lock["identity"]: f"{lock['holder']} on {node}"
-        for node, cache in caches.items()
-        for lock in cache.get("locks", ())
-        if lock["holder"]
-    }
-    for node, cache in caches.items():
+    locks, holders = _locks(answers, operators)
+    for node, facts in answers.facts.items():
+        cache = facts["build_cache"]
         problem = untold(node, "build cache", cache)
         if problem is not None:
             found.append(problem)
             continue
-        problems = [_lock_problem(node, lock, held.get(lock["identity"], "")) for lock in cache["locks"]]
+        problems = [_lock_problem(node, lock, holders.get(lock["identity"], "")) for lock in locks[node]]
         missing = [name for name in operators if name in cache["missing"]]
         problems += _missing_problem(node, cache, missing) if missing else []
         found += problems or [
             Finding(node=node, check="build cache", what=f"nothing is to be built ({cache['folder']})")
         ]
     return found
+
+
+def _locks(answers: Answers, operators: Sequence[str]) -> tuple[dict[str, list[Mapping[str, Any]]], dict[str, str]]:
+    """The locks of those operators, by node, and of each lock that is held, by its identity, who holds it."""
+    locks = {
+        node: [lock for lock in facts["build_cache"].get("locks", ()) if lock["operator"] in operators]
+        for node, facts in answers.facts.items()
+    }
+    holders = {
+        lock["identity"]: f"{lock['holder']} on {node}"
+        for node, each in locks.items()
+        for lock in each
+        if lock["holder"]
+    }
+    return locks, holders
+
+
+def nodes_with_lone_locks(answers: Answers, operators: Sequence[str]) -> set[str]:
+    """Nodes on which nobody is seen to hold a lock of one of those operators: a build there may wait for ever."""
+    locks, holders = _locks(answers, operators)
+    return {node for node, each in locks.items() if any(lock["identity"] not in holders for lock in each)}
 
 
 def _lock_problem(node: str, lock: Mapping[str, Any], holder: str) -> Finding:
@@ -243,13 +286,23 @@ def _lock_problem(node: str, lock: Mapping[str, Any], holder: str) -> Finding:
             what=f"{lock['path']} is held by {holder}: an operator is being built",
             remedy="ranks will wait for it",
         )
+    remedy = f"if no build is running elsewhere, on {node}: rm {shlex.quote(lock['path'])}"
+    age = f"{lock['age_seconds']:.0f} s old"
+    if lock["age_seconds"] < BUILD_SECONDS or not lock["is_sure"]:
+        return Finding(
+            node=node,
+            check="build cache",
+            status="warn",
+            what=f"{lock['path']} is {age}, and who holds it is not to be seen: ranks wait for it",
+            remedy=remedy,
+        )
     return Finding(
         node=node,
         check="build cache",
         status="fail",
-        what=f"{lock['path']} was left by a build that was killed {lock['age_seconds']:.0f} s ago: ranks wait for it "
-        "for ever",
-        remedy=f"if no build is running elsewhere, on {node}: rm {shlex.quote(lock['path'])}",
+        what=f"{lock['path']} is {age} and nobody holds it, as a build that was killed leaves it: ranks wait for ever",
+        remedy=remedy,
+        lets_launch=True,  # A node that is not asked may see the same folder.
     )
 
 

@@ -1,7 +1,8 @@
 """What does this node have of what a run needs?
 
 `sparse-zero doctor` and `sparse-zero launch` start this script on every node, here or over ssh, and speak with it in
-lines of JSON (:mod:`launcher.preflight.asking`); it needs the standard library and psutil alone:
+lines of JSON (:mod:`launcher.preflight.asking`); it needs the standard library and psutil alone. Each answer begins on
+a line of its own, whatever a login shell has written before, and has the key ``probe``:
 
     in   the question, see :func:`_sections`       out  the facts, by section
          {"do": "clock"}                           out  {"time": SECONDS}
@@ -23,6 +24,7 @@ import json
 import os
 import platform
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -43,12 +45,15 @@ _OWN_PACKAGES = ("launcher", "models", "sparse_zero")
 _HASHED_BYTES = 64 * 2**20
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
+# As in models.loading, which ranks load it by.
+_TOKENIZER_NEEDS_ONE_OF = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# Of a run folder: what is large (launcher.run_folder).
+_REPLACED = ("checkpoints", "adapter", "merged")
 _POLL_SECONDS = 0.1
 # Between two questions.
 _PATIENCE_SECONDS = 60.0
-# cgroup version 2 and 1. Without a limit, the one says "max", the other a number near 2**63.
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_NO_LIMIT = 2**60
+# By its path: imported, it would hide which copy of the package the ranks will find.
+_CONTROL_GROUPS = Path(__file__).resolve().parents[1] / "starting" / "control_groups.py"
 
 
 def _gathered(sections: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
@@ -135,11 +140,7 @@ def _gpus(seconds: float) -> Any:
 
 def _memory() -> dict[str, int]:
     memory = psutil.virtual_memory()
-    total = memory.total
-    for path in _MEMORY_LIMITS:
-        with contextlib.suppress(OSError, ValueError):
-            limit = int(Path(path).read_text(encoding="utf-8"))
-            total = min(total, limit) if limit < _NO_LIMIT else total
+    total = min(memory.total, runpy.run_path(str(_CONTROL_GROUPS))["group_limit"]() or memory.total)
     return {"total_bytes": total, "available_bytes": min(total, memory.available)}
 
 
@@ -245,21 +246,51 @@ def _weights(folder: Path, gguf_file: str | None) -> list[Path]:
     return [folder / Path(name).name for name in sorted(names)]
 
 
-def model_facts(name: str, gguf_file: str | None, tokenizer: str | None) -> dict[str, Any]:
-    """Outline of a model: its config, names and sizes of its weight files, and the content of its tokenizer's files."""
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def tokenizer_facts(name: str) -> dict[str, Any]:
+    """The content of a tokenizer's files.
+
+    Raises:
+        FileNotFoundError: its folder has none.
+    """
     folder = Path(name)
     if not folder.exists():
         return {"missing": True}
+    if not any((folder / each).is_file() for each in _TOKENIZER_NEEDS_ONE_OF):
+        raise FileNotFoundError(errno.ENOENT, "no tokenizer.json or tokenizer.model", name)
+    files = _tokenizer_files(folder)
+    return {"digest": _digest_of(files), "bytes": sum(path.stat().st_size for path in files)}
+
+
+def model_facts(name: str, gguf_file: str | None, tokenizer: str | None) -> dict[str, Any]:
+    """Outline of a model: its config, names and sizes of its weight files, and the content of its tokenizer's files.
+
+    Args:
+        name: its folder.
+        gguf_file: the file in it that holds everything.
+        tokenizer: another place of the tokenizer, which :func:`tokenizer_facts` is about.
+
+    Raises:
+        FileNotFoundError: the folder lacks what ranks would load.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        return {"missing": True}
+    if gguf_file is None and not (folder / "config.json").is_file():
+        raise FileNotFoundError(errno.ENOENT, "no config.json", name)
+    if gguf_file is None and tokenizer is None:
+        tokenizer_facts(name)
     content = (folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b""
     weights = _weights(folder, gguf_file)
     for path in weights:
         with path.open("rb") as file:  # Readable for this user?
             file.read(1)
     lines = [f"{path.name} {path.stat().st_size}" for path in weights]
-    words = folder if tokenizer is None else Path(tokenizer)
-    files = [path for pattern in _TOKENIZER_FILES for path in words.glob(pattern) if path.is_file()]
     outline = hashlib.sha256(content + "\n".join(lines).encode(errors="surrogateescape"))
-    outline.update(_digest_of(sorted(set(files))).encode())
+    outline.update(_digest_of(_tokenizer_files(folder)).encode() if tokenizer is None else b"")
     return {"digest": outline.hexdigest(), "bytes": sum(path.stat().st_size for path in weights)}
 
 
@@ -279,6 +310,25 @@ def data_facts(name: str, split: str | None) -> dict[str, Any]:
     return {"digest": _digest_of(sorted(files)), "bytes": sum(each.stat().st_size for each in files)}
 
 
+def folder_facts(name: str) -> dict[str, Any]:
+    """Whether files can be made in a folder that must be there; nothing is made."""
+    path = Path(name)
+    if not path.is_dir():
+        return {"problem": "it is a file" if path.exists() else "it is not there"}
+    return {} if os.access(path, os.W_OK | os.X_OK) else {"problem": "it is not writable for this user"}
+
+
+def _held_bytes(folder: Path) -> int:
+    """Of what a run replaces as it goes on; what goes away meanwhile does not count."""
+    total = 0
+    for kind in _REPLACED:
+        for where, _, names in os.walk(folder / kind):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(where, name)).st_size
+    return total
+
+
 def _output(folder: str, mark: str) -> dict[str, Any]:
     """Where files of the run would be made, whether they can be (by making the mark), and the room there."""
     path = Path(folder)
@@ -287,7 +337,7 @@ def _output(folder: str, mark: str) -> dict[str, Any]:
     if not existing.is_dir():
         return {**found, "problem": "it is a file"}
     usage = shutil.disk_usage(existing)
-    found.update(free_bytes=usage.free, total_bytes=usage.total)
+    found.update(free_bytes=usage.free, total_bytes=usage.total, held_bytes=_held_bytes(path))
     _MADE.append(existing / mark)
     try:
         os.close(os.open(existing / mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -317,14 +367,23 @@ def _seen(folder: str, names: Sequence[str], seconds: float) -> list[str]:
 
 
 def _cache_folder(environment: Mapping[str, str]) -> Path:
-    """Where torch keeps what it compiles."""
+    """Where the ranks' torch keeps what it compiles: by its version and Python's, or where it is told."""
     named = environment.get("TORCH_EXTENSIONS_DIR") or os.environ.get("TORCH_EXTENSIONS_DIR")
+    if named:
+        return Path(named)
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    return Path(named) if named else usual
+    kind = "cpu"
+    spec = importlib.util.find_spec("torch")  # Does not import it.
+    if spec is not None and spec.origin is not None:
+        with contextlib.suppress(OSError):
+            version = runpy.run_path(str(Path(spec.origin).parent / "version.py"))
+            hip, cuda = version.get("hip"), version.get("cuda")
+            kind = f"rocm{hip}" if hip is not None else "cpu" if cuda is None else f"cu{cuda}"
+    return usual / f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{kind.replace('.', '')}"
 
 
 def _holder(path: Path) -> str:
-    """The process that has a file open, which torch's builds have as long as they run; empty if none."""
+    """The process that has a file open, which torch's builds have as long as they run; empty if none is seen."""
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
             for each in os.scandir(f"/proc/{process.pid}/fd"):
@@ -334,21 +393,26 @@ def _holder(path: Path) -> str:
     return ""
 
 
-def _locks(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")]):
+def _locks(folder: Path, operators: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Of the operators that are wanted: others, and those of other projects, keep no rank waiting."""
+    for operator in operators:
+        path = folder / operator / "lock"
         with contextlib.suppress(OSError):
             status = path.stat()
             yield {
+                "operator": operator,
                 "path": str(path),
                 "age_seconds": max(0.0, time.time() - status.st_mtime),
                 # Of one file that several nodes see, one of them knows who holds it.
                 "identity": f"{status.st_ino} {status.st_mtime_ns}",
                 "holder": _holder(path),
+                # Into processes of others nobody but root can look.
+                "is_sure": os.geteuid() in (0, status.st_uid),
             }
 
 
 def _is_built(name: str, folder: Path) -> bool:
-    if any(folder.glob(f"{name}/{name}.so")) or any(folder.glob(f"*/{name}/{name}.so")):
+    if (folder / name / f"{name}.so").is_file():
         return True
     spec = importlib.util.find_spec("deepspeed")  # Does not import it.
     installed = Path(spec.origin).parent / "ops" if spec is not None and spec.origin else None
@@ -364,7 +428,7 @@ def _build_cache(operators: Sequence[str], environment: Mapping[str, str]) -> di
     return {
         "folder": str(folder),
         "is_writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
-        "locks": list(_locks(folder)),
+        "locks": list(_locks(folder, operators)),
         "missing": [name for name in operators if not _is_built(name, folder)],
         "no_tools": [what for what, tool in tools.items() if shutil.which(tool.split()[0], path=search) is None],
     }
@@ -388,9 +452,12 @@ def _sections(question: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
         "names": lambda: _names(question["names"], 0.8 * seconds),
         "port": lambda: _port(question["port"]),
         "model": lambda: model_facts(model["name"], model["gguf_file"], model["tokenizer"]),
+        "tokenizer": lambda: {} if model["tokenizer"] is None else tokenizer_facts(model["tokenizer"]),
         "output": lambda: _output(question["output"], question["mark"]),
         "build_cache": lambda: _build_cache(question["operators"], question["environment"]),
     }
+    for field, folder in question["folders"].items():
+        sections[field] = lambda folder=folder: folder_facts(folder)  # type: ignore[misc]
     for field, each in question["files"].items():
         sections[field] = lambda each=each: data_facts(each["path"], each["split"])  # type: ignore[misc]
     return sections
@@ -408,8 +475,8 @@ def _lines() -> Iterator[Any]:
             yield json.loads(line)
 
 
-def _say(value: Any) -> None:
-    print(json.dumps(value), flush=True)
+def _say(value: Mapping[str, Any]) -> None:
+    print("\n" + json.dumps({"probe": True, **value}), flush=True)
 
 
 def _leave(number: int, frame: Any) -> NoReturn:

@@ -157,6 +157,7 @@ def _name_problem(
             status="fail" if is_master else "warn",
             what=f"{name} has no address there ({resolved['error']})",
             remedy=f"add it to DNS, or the same line for it to /etc/hosts on all nodes{_or_address(is_master)}",
+            lets_launch=True,  # In a job that is just starting it may get one: torch asks again and again.
         )
     if target is None or target not in own or set(resolved) & own[target]:
         loops = target not in (None, node) and resolved and all(map(_is_loopback, resolved))
@@ -166,6 +167,14 @@ def _name_problem(
     other = next((each for each, addresses in own.items() if each != target and set(resolved) & addresses), None)
     if target != node and all(map(_is_loopback, resolved)):
         other = node
+    if target == node and resolved and all(map(_is_loopback, resolved)):  # As Debian's installer writes it.
+        return Finding(
+            node=node,
+            check="names",
+            status="warn",
+            what=f"by its own name {name} it means {shown}, which others cannot reach",
+            remedy=f"make it its address in the nodes' network, in /etc/hosts{_or_address(is_master)}",
+        )
     remedy = f"make it one address of {target} in /etc/hosts or DNS, on all nodes alike{_or_address(is_master)}"
     if other is not None:
         means = "itself" if other == node else other

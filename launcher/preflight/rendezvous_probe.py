@@ -26,7 +26,7 @@ _ROUNDS = 5
 
 
 def _say(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
+    print("\n" + json.dumps({"probe": True, **values}), flush=True)
 
 
 def _fail(error: BaseException) -> NoReturn:

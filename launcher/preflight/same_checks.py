@@ -73,7 +73,7 @@ def check_versions(wanted: Wanted, answers: Answers) -> list[Finding]:
                 Finding(
                     node=node,
                     check="versions",
-                    status="fail",
+                    status=_severity(name, each[name], usual[name]),
                     what=f"{name} {each[name]}, where {_others(having[name], usual[name])} has {usual[name]}",
                     remedy="install the same environment on every node (constraints.txt names tested versions)"
                     if name != "driver"
@@ -85,6 +85,12 @@ def check_versions(wanted: Wanted, answers: Answers) -> list[Finding]:
             what = ", ".join(f"{name} {each[name]}" for name in shown)
             found.append(Finding(node=node, check="versions", what=what))
     return found
+
+
+def _severity(name: str, version: str, usual: str) -> Status:
+    """Of another version: drivers of the same GPUs and patches of one Python work together."""
+    is_patch = name == "python" and version.split(".")[:2] == usual.split(".")[:2]
+    return "warn" if name == "driver" or is_patch else "fail"
 
 
 def check_code(wanted: Wanted, answers: Answers) -> list[Finding]:
@@ -187,9 +193,14 @@ def _check_files(answers: Answers, check: str, field: str, value: str, *, is_hub
 
 def check_model(wanted: Wanted, answers: Answers) -> list[Finding]:
     """Its config, tokenizer, and names and sizes of weight files; contents of weights are compared by the ranks."""
-    name = wanted.config.model.name_or_path
-    is_hub_name = HUB_NAME.fullmatch(name) is not None
-    return _check_files(answers, "model", "model.name_or_path", name, is_hub_name=is_hub_name, key="model")
+    model = wanted.config.model
+    found = []
+    named = {"model": ("model.name_or_path", model.name_or_path), "tokenizer": ("model.tokenizer", model.tokenizer)}
+    for key, (field, value) in named.items():
+        if value is not None:
+            is_hub_name = HUB_NAME.fullmatch(value) is not None
+            found += _check_files(answers, "model", field, value, is_hub_name=is_hub_name, key=key)
+    return found
 
 
 def check_data(wanted: Wanted, answers: Answers) -> list[Finding]:
@@ -200,6 +211,7 @@ def check_data(wanted: Wanted, answers: Answers) -> list[Finding]:
         "data.validation": data.validation,
         "data.test": data.test,
         "selection.file": wanted.config.selection.file,
+        "zero.config": str(wanted.config.zero.config),  # Asked for only where it names a file.
     }
     asked = {field for facts in answers.facts.values() for field in facts}
     found = []
@@ -212,7 +224,7 @@ def check_data(wanted: Wanted, answers: Answers) -> list[Finding]:
 
 def check_output(wanted: Wanted, answers: Answers) -> list[Finding]:
     """The run folder: files can be made there, and nodes share it or may have their own."""
-    output, found = wanted.config.output, []
+    output, found = wanted.config.output, _check_folders(wanted, answers)
     first = next((node.name for node in wanted.nodes if node.name in answers.folders), None)
     for node, facts in answers.facts.items():
         each = facts["output"]
@@ -231,6 +243,25 @@ def check_output(wanted: Wanted, answers: Answers) -> list[Finding]:
             found.append(Finding(node=node, check="output", what=f"files can be made in {each['existing']}"))
         else:
             found.append(_own_folder(wanted, node, first))
+    return found
+
+
+def _check_folders(wanted: Wanted, answers: Answers) -> list[Finding]:
+    """Of settings that name folders for what a run puts aside: they must be there."""
+    found = []
+    for field, folder in wanted.folders.items():
+        for node, facts in answers.facts.items():
+            each = facts.get(field, {})
+            problem = untold(node, "output", each)
+            if "problem" in each:
+                problem = Finding(
+                    node=node,
+                    check="output",
+                    status="fail",
+                    what=f"{field} is {folder}: {each['problem']}",
+                    remedy="create it there, or name another folder",
+                )
+            found += [problem] if problem is not None else []
     return found
 
 

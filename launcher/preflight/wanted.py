@@ -44,7 +44,7 @@ class Wanted:
     master_port: int | None
     # Variables that every rank gets.
     environment: Mapping[str, str] = field(default_factory=dict)
-    # Ids of the GPUs that local ranks may use; None: all.
+    # Ids of the GPUs that local ranks may use; None: all; none where ranks compute on the CPU, whatever is there.
     devices: Sequence[str] | None = None
     # Whether all nodes are asked, from here; False: only this one of several is.
     is_whole: bool = True
@@ -60,6 +60,15 @@ class Wanted:
     def several(self) -> bool:
         """Whether ranks of several machines meet."""
         return len(self.nodes) > 1 or not self.is_whole
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Of every setting that names a folder of each node, which must be there: the folder."""
+        named = {
+            "zero.nvme_path": self.config.zero.nvme_path,
+            "selection.accumulator_folder": self.config.selection.accumulator_folder,
+        }
+        return {field: folder for field, folder in named.items() if folder is not None}
 
     @property
     def master(self) -> str | None:
@@ -97,6 +106,7 @@ def _files(config: RunConfig) -> dict[str, dict[str, str | None]]:
         "data.validation": (data.validation, data.validation_split),
         "data.test": (data.test if config.output.evaluate else None, data.test_split),
         "selection.file": (config.selection.file, None),
+        "zero.config": (config.zero.config if isinstance(config.zero.config, str) else None, None),
     }
     return {name: {"path": absolute(path), "split": split} for name, (path, split) in found.items() if path is not None}
 
@@ -177,6 +187,7 @@ def question_of(wanted: Wanted, node: Node, *, mark: str, seconds: float) -> dic
             "tokenizer": config.model.tokenizer and absolute(config.model.tokenizer),
         },
         "files": _files(config),
+        "folders": {field: absolute(folder) for field, folder in wanted.folders.items()},
         "output": absolute(config.output.folder),
         "mark": mark,
         "operators": sorted({*wanted.cpu_operators, *wanted.gpu_operators}),

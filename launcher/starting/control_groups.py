@@ -1,8 +1,11 @@
-"""By which groups does the kernel count a process's memory, and which processes has it ended for want of it?"""
+"""By which groups does the kernel count and limit a process's memory, and which has it ended for want of it?"""
 
 import contextlib
 import re
 from pathlib import Path
+
+# Without a limit, version 2 says "max", version 1 a number near 2**63.
+_NO_LIMIT = 2**60
 
 
 def memory_groups(
@@ -15,6 +18,26 @@ def memory_groups(
             _, controllers, path = line.split(":", 2)
             names.update({each: path.lstrip("/") for each in controllers.split(",")})
     return groups / "memory" / names.get("memory", ""), groups / names.get("", "")
+
+
+def group_limit(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the control groups of this process may take, by the tightest of them; 0 where none has a limit.
+
+    A batch system limits a group somewhere above the one in which the process is.
+
+    Args:
+        proc: where the kernel shows processes.
+        groups: where it shows control groups.
+    """
+    old, new = memory_groups("self", proc, groups)
+    limits = []
+    for group, name, root in ((old, "memory.limit_in_bytes", groups / "memory"), (new, "memory.max", groups)):
+        # In a container the path may be that on its host, and the root is the container's own group.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                with contextlib.suppress(OSError, ValueError):
+                    limits.append(int((folder / name).read_text()))
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=0)
 
 
 def oom_counter(pid: int | str = "self", proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Path:

@@ -389,6 +389,7 @@ def main() -> int:
     try:
         # Also when this write fails, because the other side is gone already.
         with contextlib.suppress(BrokenPipeError):
+            print()  # A login shell may have left a line without an end.
             _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"])), "addresses": _addresses()})
             _serve(watch, setup["silence"])
     finally:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,17 @@ import psutil
 import pytest
 
 from launcher.__main__ import main
-from launcher.config import load_config
+from launcher.config import load_config, resolved_yaml
 from launcher.preflight import node_probe, rendezvous_probe
-from launcher.preflight.asking import Talks
-from launcher.preflight.examining import ask
+from launcher.preflight.asking import Talks, ask_nodes
+from launcher.preflight.before_launch import check_before_launch
+from launcher.preflight.examining import ask, findings_of
 from launcher.preflight.forecast_beside import ForecastBeside
-from launcher.preflight.wanted import wanted_of
+from launcher.preflight.reach_checks import check_names
+from launcher.preflight.wanted import Wanted, wanted_of
 from launcher.process_ranks import free_port
+from launcher.run_folder import RunFolder, RunLock
+from launcher.starting.guards import Guard
 from launcher.starting.nodes import Node
 from tests.launcher.test_train import environment, write_config
 
@@ -66,9 +73,15 @@ def test_what_is_wrong_is_named_with_its_remedy(
     base: Path, tmp_path: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache $(touch hacked)"
-    (cache / "cpu_adam").mkdir(parents=True)
-    lock = cache / "cpu_adam" / "lock"
+    lock = cache / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
     lock.touch()
+    os.utime(lock, (time.time() - 700.0,) * 2)  # Longer ago than any build takes.
+    # Of what this run does not need, and of another project.
+    for other in ("cpu_adam/lock", "py311_cpu/deepspeed_shm_comm/lock"):
+        (cache / other).parent.mkdir(parents=True)
+        (cache / other).touch()
+        os.utime(cache / other, (0.0, 0.0))
     config = write_config(
         base, tmp_path, data__train=str(tmp_path / "none.json"), output__folder=str(base / "model" / "config.json")
     )
@@ -83,6 +96,8 @@ def test_what_is_wrong_is_named_with_its_remedy(
     assert set(failed) == {"data", "output", "build cache"}
     assert "none.json is not there" in failed["data"]["what"]
     assert f"rm '{lock}'" in failed["build cache"]["remedy"]
+    assert "cpu_adam" not in output
+    assert "py311" not in output
     # A build that goes on is no reason to fail.
     with lock.open():
         code, output = doctor(
@@ -99,6 +114,73 @@ def test_a_run_that_cannot_fit(base: Path, tmp_path: Path, doctor: Any) -> None:
     assert code == 2
     assert "FAIL this machine: memory: 2 ranks take about" in output
     assert "sparse-zero plan" in output
+
+
+@pytest.mark.parametrize("tool", ["echo '0, 550.1, 81559, 40000, H100'", "echo 'no driver' >&2; exit 9"])
+def test_gpu_tools_that_no_rank_uses(
+    tool: str, base: Path, tmp_path: Path, doctor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that CUDA_VISIBLE_DEVICES hides, a driver that is not there: ranks compute on the CPU all the same."""
+    write_config(base, tmp_path)
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\n{tool}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, output = doctor("--json")
+    assert code == 0, output
+    (found,) = [each for each in json.loads(output)["findings"] if each["check"] == "gpus"]
+    assert (found["status"], found["what"]) == ("ok", "torch has no GPU here: ranks compute on the CPU")
+
+
+def test_the_launchers_command_for_cpus_includes_no_gpus(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["launch", "--config", str(write_config(base, tmp_path)), "--dry-run"]) == 0
+    output = capfd.readouterr().out
+    assert "--num_gpus" in output
+    assert "--include" not in output
+
+
+def test_a_folder_of_another_run_or_in_use(base: Path, tmp_path: Path, doctor: Any) -> None:
+    config = load_config(write_config(base, tmp_path), [])
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.config.write_text(resolved_yaml(config))
+    folder.summary.write_text("{}")
+    before = listing(tmp_path)
+
+    def output_of(*options: str) -> tuple[int, list[str]]:
+        code, output = doctor("--json", "--no-network", *options)
+        found = [each for each in json.loads(output)["findings"] if each["check"] == "output"]
+        return code, [each["what"] for each in found if each["status"] == "fail"]
+
+    assert output_of() == (0, [])
+    code, (what,) = output_of("--training.learning_rate=0.5")
+    assert code == 2
+    assert "holds another run (training.learning_rate was 0.0002 and is now 0.5)" in what
+    with RunLock(folder.path) as lock:
+        lock.take()
+        code, (what,) = output_of()
+    assert code == 2
+    assert "is in use by another start" in what
+    assert listing(tmp_path) == before
+
+
+def test_a_launch_warns_of_a_lock(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds it may be where nobody looks."""
+    lock = tmp_path / "cache" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 700.0,) * 2)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    config = load_config(write_config(base, tmp_path), [])
+    wanted = wanted_of(config, [HERE], ranks_here=2, world_size=2, master_port=1, environment={}, devices=())
+    check_before_launch(wanted, ["this machine"])
+    findings = findings_of(wanted, ask(wanted, seconds=30.0, waits_for_all=True))
+    assert ("build cache", "fail") in {(each.check, each.status) for each in findings}
 
 
 def test_a_launch_looks_first(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +222,7 @@ def test_a_launch_warns_of_what_cannot_fit(base: Path, tmp_path: Path, capfd: py
 
 def question(folder: Path, **changes: Any) -> dict[str, Any]:
     usual: dict[str, Any] = {
-        "python_path": [], "environment": {}, "names": [], "port": None, "output": str(folder / "run"), "mark": ".mark",
+        "folders": {}, "python_path": [], "environment": {}, "names": [], "port": None, "output": str(folder / "run"), "mark": ".mark",
         "model": {"name": str(folder), "gguf_file": None, "tokenizer": None}, "files": {}, "operators": [], "seconds": 5.0,
     }  # fmt: skip
     return {**usual, **changes}
@@ -155,6 +237,7 @@ def test_the_mark_is_gone_whatever_ends_the_probe(way: str, tmp_path: Path) -> N
         assert process.stdout is not None
         process.stdin.write(json.dumps(question(tmp_path)).encode() + b"\n")
         process.stdin.flush()
+        assert process.stdout.readline() == b"\n"  # Ends what a login shell may have begun.
         facts = json.loads(process.stdout.readline())
         assert facts["output"]["existing"] == str(tmp_path)
         assert os.listdir(tmp_path) == [".mark"]
@@ -174,6 +257,145 @@ def test_the_probe_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert not {"torch", "numpy", "launcher", "sparse_zero", "deepspeed"} & set(loaded.stdout.split())
+
+
+def test_what_a_login_shell_prints_is_no_answer(tmp_path: Path) -> None:
+    """Text without a line end right before the answer, and lines that are JSON."""
+
+    def reach(node: str, command: Sequence[str]) -> list[str]:
+        says = 'printf \'{}\\n{"gpus": 1}\\n[1]\\nWelcome to %s\' $0; exec "$@"'
+        return ["/bin/sh", "-c", says, node, *command]
+
+    answered = ask_nodes({HERE: question(tmp_path)}, reach, 20.0, waits_for_all=True)
+    assert not answered.silent
+    facts = answered.facts[HERE.name]
+    assert facts["output"]["existing"] == str(tmp_path)
+    assert set(answered.clocks) == {HERE.name}
+
+
+def test_a_guard_is_heard_behind_a_login_shell(tmp_path: Path) -> None:
+    def reach(node: str, command: Sequence[str]) -> list[str]:
+        return ["/bin/sh", "-c", 'printf Welcome; exec "$@"', node, *command]
+
+    setup: dict[str, Any] = {
+        "record": str(tmp_path / "record"), "before": [], "checkpoints": str(tmp_path), "silence": None, "files": {},
+        "logs": str(tmp_path / "logs"),
+    }  # fmt: skip
+    guard = Guard(HERE, reach, setup)
+    try:
+        deadline = time.monotonic() + 20
+        while not guard.report and time.monotonic() < deadline:
+            time.sleep(0.02)
+        # Only the first line has them.
+        own = {each.address for every in psutil.net_if_addrs().values() for each in every}
+        assert guard.addresses or own <= {"127.0.0.1", "::1", "00:00:00:00:00:00"}
+        assert set(guard.addresses.values()) <= own
+        assert guard.report is not None
+        assert guard.report["ranks"] == {}
+    finally:
+        guard.send("end")
+        guard.close(time.monotonic() + 20)
+
+
+def test_locks_are_those_of_this_torch_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    used = Path(_get_build_directory("cpu_adam", verbose=False))
+    folders = [used, tmp_path / "torch_extensions" / "py27_cpu" / "cpu_adam", used.parent / "another_project"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch()
+    asked = question(tmp_path, operators=["cpu_adam", "cpu_lion"])
+    with Talks() as talks:
+        facts = talks.start(HERE, None, Path(node_probe.__file__), asked).answer(time.monotonic() + 20.0)
+    assert facts is not None
+    (lock,) = facts["build_cache"]["locks"]
+    assert (lock["operator"], lock["path"], lock["is_sure"]) == ("cpu_adam", str(used / "lock"), True)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_a_holder_of_another_user_is_not_taken_for_none(tmp_path: Path) -> None:
+    """Into the process of the lock's owner the asking user cannot look."""
+    script = str(Path(node_probe.__file__))
+    code = (
+        f"import runpy, json; from pathlib import Path; m = runpy.run_path({script!r}); "
+        "print(json.dumps([[each['holder'], each['is_sure']] for each in m['_locks'](Path('.'), ['theirs', 'own'])]))"
+    )
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # All users may enter it, once they are let.
+        os.chmod(folder, 0o755)
+        for name in ("theirs", "own"):
+            Path(folder, name).mkdir()
+            Path(folder, name, "lock").touch()
+        os.chown(Path(folder, "own", "lock"), 65534, 65534)
+        with Path(folder, "theirs", "lock").open():
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if "Permission denied" in done.stderr or "ermissionError" in done.stderr:
+        pytest.skip("another user cannot read this environment")
+    assert json.loads(done.stdout) == [["", False], ["", True]], done.stderr
+
+
+def test_what_a_run_replaces_is_counted(tmp_path: Path) -> None:
+    for name, size in {"checkpoints/step-1/a": 1000, "merged/b": 200, "logs/c": 30, "d": 4}.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"x" * size)
+    with Talks() as talks:
+        facts = talks.start(HERE, None, Path(node_probe.__file__), question(tmp_path)).answer(time.monotonic() + 20.0)
+    assert facts is not None
+    assert facts["output"]["held_bytes"] == 1200
+
+
+def _can_unshare() -> bool:
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    return os.getuid() == 0 and tried.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not _can_unshare(), reason="needs namespaces")
+def test_the_limit_of_a_job_is_the_nodes_memory(tmp_path: Path) -> None:
+    """As Slurm sets it, on a group above the probe's own."""
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    (groups / "job_7" / "step_0").mkdir(parents=True)
+    for name, limit in {"memory.max": "max", "job_7/memory.max": "300000000", "job_7/step_0/memory.max": "max"}.items():
+        (groups / name).write_text(f"{limit}\n")
+    own.write_text("0::/job_7/step_0\n")
+
+    def reach(node: str, command: Sequence[str]) -> list[str]:
+        mounts = 'mount --bind "$0" /sys/fs/cgroup && mount --bind "$1" /proc/$$/cgroup && shift && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mounts, str(groups), str(own), *command]
+
+    answered = ask_nodes({HERE: question(tmp_path)}, reach, 20.0, waits_for_all=True)
+    if HERE.name in answered.silent and "mount" in answered.silent[HERE.name].said:
+        pytest.skip(f"needs mounts: {answered.silent[HERE.name].said}")
+    memory = answered.facts[HERE.name]["memory"]
+    assert memory["total_bytes"] == 300000000
+    assert memory["available_bytes"] <= 300000000
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not _can_unshare(), reason="needs namespaces")
+def test_a_hosts_file_as_debian_writes_it(tmp_path: Path) -> None:
+    """The name of the machine itself is one of its loopback; the other node's is not."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.1.1 debian.example\n10.9.9.9 other.example\n")
+    first, other = Node("debian.example", 1), Node("other.example", 1)
+
+    def reach(node: str, command: Sequence[str]) -> list[str]:
+        mounts = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mounts, str(hosts), *command]
+
+    asked = question(tmp_path, names=[first.name, other.name])
+    answered = ask_nodes({first: asked}, reach, 20.0, waits_for_all=True)
+    wanted = Wanted(
+        config=load_config(write_config(tmp_path, tmp_path), []),
+        nodes=(first, other),
+        world_size=2,
+        master_address=first.name,
+        master_port=1,
+    )
+    (found,) = check_names(wanted, answered)
+    assert found.what == "by its own name debian.example it means 127.0.1.1, which others cannot reach"
+    assert found.status == "warn"
 
 
 def test_a_section_that_hangs_is_told_by_name(tmp_path: Path) -> None:

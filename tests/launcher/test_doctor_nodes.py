@@ -1,6 +1,7 @@
 """Does the doctor name what is wrong on nodes that only ssh connects, within its time, and leave nothing behind?"""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,9 +174,10 @@ def test_what_differs_between_nodes_is_named(base, tmp_path):
         hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node0\n10.77.0.1 node1\n10.77.0.3 node2\n")
         cluster.run("node2", ["mount", "--bind", str(hosts), "/etc/hosts"])
         cluster.run("node1", ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(own["disk"])])
-        (inside["node0"]["cache"] / "cpu_adam").mkdir()
-        lock = inside["node0"]["cache"] / "cpu_adam" / "lock"
+        (inside["node0"]["cache"] / "deepspeed_shm_comm").mkdir()
+        lock = inside["node0"]["cache"] / "deepspeed_shm_comm" / "lock"
         lock.touch()
+        os.utime(lock, (time.time() - 700.0,) * 2)  # Longer ago than any build takes.
         listens = (
             "import socket, time; s = socket.create_server(('', 29517)); print('listening', flush=True); time.sleep(99)"
         )
@@ -213,7 +215,7 @@ def test_what_differs_between_nodes_is_named(base, tmp_path):
     assert "is not there" in texts(told, "node1", "model")[0]
     assert "by node1 (10.77.0.1) it means node0" in texts(told, "node2", "names")[0]
     assert "python" in texts(told, "node0", "port")[0]
-    assert f"rm {own['cache']}/cpu_adam/lock" in texts(told, "node0", "build cache")[0]
+    assert f"rm {own['cache']}/deepspeed_shm_comm/lock" in texts(told, "node0", "build cache")[0]
 
 
 def test_nodes_that_meet_but_cannot_exchange(base, tmp_path):

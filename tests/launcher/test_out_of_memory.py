@@ -13,10 +13,10 @@ from launcher.config import RunConfig, load_config
 from launcher.memory.measuring import RunMemory
 from launcher.memory.memory_config import MemoryConfig
 from launcher.memory.out_of_memory import Failure, asked_bytes, describe, explain, find_out_of_memory, module_at_work
-from launcher.memory.room import Room, group_limit, held_bytes, room_of
+from launcher.memory.room import Room, held_bytes, room_of
 from launcher.plan.forecasting import Shapes, forecast_run, planned_selection, shapes_of
 from launcher.plan.search import bytes_needed, changes_that_fit, fits, largest_that_fits
-from launcher.starting.control_groups import oom_counter, oom_kills
+from launcher.starting.control_groups import group_limit, oom_counter, oom_kills
 from launcher.starting.node_guard import Watch
 from scripts import tiny_run as tiny
 from sparse_zero.selection.selection import Selection

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from launcher.preflight.building import build_missing
 from launcher.preflight.examining import findings_of
 from launcher.preflight.findings import CHECKS, Finding, Status, has_failed
 from launcher.preflight.memory_check import Need, check_memory
-from launcher.preflight.node_probe import content_digest, data_facts, model_facts, parse_gpus
+from launcher.preflight.node_probe import (
+    content_digest,
+    data_facts,
+    folder_facts,
+    model_facts,
+    parse_gpus,
+    tokenizer_facts,
+)
 from launcher.preflight.reach_checks import explain_silence
 from launcher.preflight.rendezvous import Came, check_network
 from launcher.preflight.table import as_json, problem_lines, result_tables, verdict
@@ -90,7 +98,7 @@ def test_nodes_in_order_have_no_finding() -> None:
     assert bad(alone) == []
 
 
-LOCK = {"path": "/cache/cpu_adam/lock", "age_seconds": 7.0, "identity": "1 2", "holder": ""}
+LOCK = {"operator": "deepspeed_shm_comm", "path": "/cache/shm/lock", "age_seconds": 700.0, "identity": "1 2", "holder": "", "is_sure": True}  # fmt: skip
 NO_GPUS: dict[str, Any] = {name: {"gpus": []} for name in NODES}
 
 
@@ -98,11 +106,17 @@ def without_gpus(**changes: Any) -> dict[str, Any]:
     return {name: {"gpus": [], **changes.get(name, {})} for name in NODES}
 
 
+def with_lock(**changes: Any) -> dict[str, Any]:
+    return {"build_cache": {**facts_of(0)["build_cache"], "locks": [{**LOCK, **changes}]}}
+
+
 # What differs on nodes, what follows, and words of it.
 CASES: dict[str, tuple[dict[str, Any], list[tuple[str, str, str]], str]] = {
     "a library": ({"b": {"versions": {**facts_of(0)["versions"], "torch": "2.12"}}}, [("b", "versions", "fail")], "torch 2.12, where a, c has 2.13"),
     "no library": ({"b": {"versions": {**facts_of(0)["versions"], "numpy": None}}}, [("b", "versions", "fail")], "numpy not installed"),
-    "a driver": ({"c": {"gpus": [gpu(0, driver="535"), gpu(1, driver="535")]}}, [("c", "versions", "fail")], "driver 535, where a, b has 550.1"),
+    "a driver": ({"c": {"gpus": [gpu(0, driver="535"), gpu(1, driver="535")]}}, [("c", "versions", "warn")], "driver 535, where a, b has 550.1"),
+    "a patch of Python": ({"b": {"versions": {**facts_of(0)["versions"], "python": "3.11.9"}}}, [("b", "versions", "warn")], "python 3.11.9, where a, c has 3.11.2"),
+    "another Python": ({"b": {"versions": {**facts_of(0)["versions"], "python": "3.12.2"}}}, [("b", "versions", "fail")], "python 3.12.2"),
     "code": ({"a": {"code": {**facts_of(0)["code"], "digest": "e" * 64}}}, [("a", "code", "fail")], "are not those of b, c"),
     "no code": ({"a": {"code": {"digest": "e", "where": {"launcher": "/x", "models": None}}}}, [("a", "code", "fail")], "models cannot be imported"),
     "a model": ({"b": {"model": {"digest": "n", "bytes": 9}}}, [("b", "model", "fail")], "model.name_or_path model-folder is not the same as on a, c"),
@@ -111,11 +125,11 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[str, str, str]], str]] = {
     "other data": ({"b": {"data.train": {"digest": "u", "bytes": 9}}}, [("b", "data", "fail")], "is not the same as on a, c"),
     "not writable": ({"c": {"output": {"existing": "/", "problem": "Permission denied"}}}, [("c", "output", "fail")], "a file cannot be made in /"),
     "full disk": ({"c": {"output": {**facts_of(0)["output"], "free_bytes": 10**6}}}, [("c", "disk", "fail")], "free in /runs: a checkpoint may not fit"),
-    "small disk": ({"c": {"output": {**facts_of(0)["output"], "free_bytes": 10**9}}}, [("c", "disk", "warn")], "may not fit"),
+    "small disk": ({"c": {"output": {**facts_of(0)["output"], "free_bytes": 10**8}}}, [("c", "disk", "warn")], "may not fit"),
     "few GPUs": ({"b": {"gpus": [gpu(0)]}}, [("b", "gpus", "fail")], "1 GPUs for 2 ranks"),
     "broken driver": ({"b": {"gpus": {"error": "no devices"}}}, [("b", "gpus", "fail")], "nvidia-smi fails: no devices"),
     "small GPU": ({"b": {"gpus": [gpu(0), gpu(1, total_bytes=40 * GIB)]}}, [("b", "gpus", "warn")], "GPU 1 has 40.0 GiB, others 80.0 GiB"),
-    "busy GPU": ({"b": {"gpus": [gpu(0), gpu(1, used_bytes=20 * GIB)]}}, [("b", "gpus", "fail")], "GPU 1 has 20.0 GiB of 80.0 GiB in use"),
+    "busy GPU": ({"b": {"gpus": [gpu(0), gpu(1, used_bytes=20 * GIB)]}}, [("b", "gpus", "warn")], "GPU 1 has 20.0 GiB of 80.0 GiB in use"),
     "shared GPU": ({"b": {"gpus": [gpu(0), gpu(1, used_bytes=2 * GIB)]}}, [("b", "gpus", "warn")], "in use"),
     "a GPU more than ranks": ({"b": {"gpus": [gpu(0), gpu(1), gpu(2, used_bytes=20 * GIB)]}}, [], ""),
     "shared memory": ({"b": {"shared_memory": {"total_bytes": 2**26, "free_bytes": 2**26}}}, [("b", "shared memory", "warn")], "2 ranks may take 128 MiB"),
@@ -124,9 +138,13 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[str, str, str]], str]] = {
     "some open files": ({"b": {"open_files": {"soft": 300, "hard": 4096}}}, [("b", "open files", "warn")], "6 ranks may need 560"),
     "port": ({"a": {"port": {"problem": "Address already in use", "listener": "python, process 7"}}}, [("a", "port", "fail")], "port 29500, where ranks would meet, cannot be had (address already in use by python, process 7)"),
     "port of another node": ({"b": {"port": {"problem": "Address already in use", "listener": ""}}}, [], ""),
-    "stale lock": ({"b": {"build_cache": {**facts_of(0)["build_cache"], "locks": [LOCK]}}}, [("b", "build cache", "fail")], "rm /cache/cpu_adam/lock"),
+    "stale lock": (without_gpus(b=with_lock()), [("b", "build cache", "fail")], "rm /cache/shm/lock"),
+    "young lock": (without_gpus(b=with_lock(age_seconds=590.0)), [("b", "build cache", "warn")], "who holds it is not to be seen"),
+    "lock of another user": (without_gpus(b=with_lock(is_sure=False)), [("b", "build cache", "warn")], "if no build is running elsewhere, on b: rm /cache/shm/lock"),
+    "lock of another operator": (without_gpus(b=with_lock(operator="cpu_adam")), [], ""),
+    "lock that GPUs do not need": ({"b": with_lock()}, [], ""),
     "build on another node": (
-        {"b": {"build_cache": {**facts_of(0)["build_cache"], "locks": [LOCK]}}, "c": {"build_cache": {**facts_of(0)["build_cache"], "locks": [{**LOCK, "holder": "python, process 7"}]}}},
+        without_gpus(b=with_lock(), c=with_lock(holder="python, process 7")),
         [("b", "build cache", "warn"), ("c", "build cache", "warn")], "is held by python, process 7 on c",
     ),
     "not built": (without_gpus(b={"build_cache": {**facts_of(0)["build_cache"], "missing": ["deepspeed_shm_comm", "fused_adam"]}}), [("b", "build cache", "warn")], "deepspeed_shm_comm not built yet in /cache"),
@@ -137,6 +155,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[str, str, str]], str]] = {
     "another's address": ({"b": {"names": {**facts_of(1)["names"], "c": ["10.0.0.0"]}}}, [("b", "names", "fail")], "by c (10.0.0.0) it means a"),
     "loopback": ({"b": {"names": {**facts_of(1)["names"], "c": ["127.0.1.1"]}}}, [("b", "names", "fail")], "by c (127.0.1.1) it means itself"),
     "own loopback": ({"b": {"names": {**facts_of(1)["names"], "b": ["127.0.0.1"]}}}, [], ""),
+    "Debian's own name": ({"b": {"names": {**facts_of(1)["names"], "b": ["127.0.1.1"]}}}, [("b", "names", "warn")], "by its own name b it means 127.0.1.1"),
     "translated address": ({"b": {"names": {**facts_of(1)["names"], "c": ["1.2.3.4"]}}}, [("b", "names", "warn")], "by c it means 1.2.3.4, which c does not have"),
     "a section that hangs": ({"b": {"names": {"error": "no answer within 6 seconds"}}}, [("b", "names", "warn")], "no answer within 6"),
     "a disk that hangs": ({"b": {"output": {"error": "no answer within 6 seconds"}}}, [("b", "output", "fail")], "could not be found out"),
@@ -195,6 +214,35 @@ def test_clocks(ahead: float, within: float, status: str) -> None:
     assert bad(findings_of(wanted(), found)) == ([] if status == "ok" else [("b", "clock", status)])
 
 
+@pytest.mark.parametrize(("address", "resolved"), [("a", ["127.0.1.1"]), ("head", ["127.0.1.1", "::1"])])
+def test_the_first_nodes_own_loopback_is_itself(address: str, resolved: list[str]) -> None:
+    """Debian's installer writes 127.0.1.1 for a machine's name; ranks go by the address of its interface."""
+    names = {name: {"names": {**facts_of(0)["names"], "head": ["10.0.0.0"]}} for name in NODES}
+    names["a"]["names"][address] = resolved
+    assert bad(findings_of(wanted(master_address=address), answers(**names))) == [("a", "names", "warn")]
+    # On any other node it is that one.
+    names["b"]["names"][address] = resolved
+    assert ("b", "names", "fail") in bad(findings_of(wanted(master_address=address), answers(**names)))
+
+
+def test_a_run_on_the_cpu_has_no_gpus_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever tools and drivers say that no rank uses."""
+    broken = {"gpus": {"error": "no driver"}}
+    alone = {"nodes": (Node("a", 2),), "master_port": None}
+    for changes in ({"gpus": [gpu(0)]}, broken):
+        facts = Answers(facts={"a": {**facts_of(0), **changes}}, folders={"a": "a"})
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert bad(findings_of(wanted(devices=(), **alone), facts)) == [("a", "gpus", "warn")]
+        assert bad(findings_of(wanted(devices=(), config={"batch.gpus_per_rank": 0}, **alone), facts)) == []
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert bad(findings_of(wanted(devices=(), **alone), facts)) == []
+        assert bad(findings_of(wanted(devices=None, **alone), facts)) == [("a", "gpus", "fail")]
+    # A job that asks for none.
+    config = {"batch.gpus_per_rank": 0}
+    found = findings_of(wanted(config=config), answers(**dict.fromkeys(NODES, broken)))
+    assert bad(found) == [(name, "gpus", "warn") for name in NODES]
+
+
 @pytest.mark.parametrize(("shared", "status"), [(True, "fail"), ("auto", "warn"), (False, "ok")])
 def test_folders_of_their_own(shared: Any, status: str) -> None:
     found = answers()
@@ -208,6 +256,11 @@ def test_a_disk_must_hold_what_is_forecast() -> None:
     assert bad(findings_of(wanted(output_bytes=4 * GIB), answers(**facts))) == [("b", "disk", "fail")]
     assert bad(findings_of(wanted(output_bytes=2 * GIB), answers(**facts))) == [("b", "disk", "warn")]
     assert bad(findings_of(wanted(output_bytes=GIB), answers(**facts))) == []
+    # What is there is replaced.
+    held = {"b": {"output": {**facts["b"]["output"], "held_bytes": 2 * GIB}}}
+    assert bad(findings_of(wanted(output_bytes=4 * GIB), answers(**held))) == [("b", "disk", "warn")]
+    held["b"]["output"]["free_bytes"] = 2**20
+    assert bad(findings_of(wanted(output_bytes=2**20), answers(**held))) == [("b", "disk", "fail")]
     # A merged model is as large as the base.
     facts["b"]["model"] = {"digest": "m", "bytes": 13 * GIB}
     merged = wanted(output_bytes=GIB, config={"output.merged": True})
@@ -247,6 +300,28 @@ def test_a_launch_leaves_to_the_supervisor_who_does_not_answer() -> None:
     # b stands by.
     judged = as_of_launch(every, starting=["a", "c"])
     assert bad(judged) == [("c", "reachable", "warn"), ("a", "data", "fail"), ("b", "data", "warn")]
+
+
+def test_a_launch_warns_of_what_may_mend_itself() -> None:
+    """A lock that a node outside of the run may hold, a name that a job's network has yet to get."""
+    names = {**facts_of(0)["names"], "head": ["10.0.0.0"]}
+    changes = without_gpus(b=with_lock())
+    for each in changes.values():
+        each["names"] = names
+    changes["c"]["names"] = {**names, "head": {"error": "gaierror"}}
+    every = findings_of(wanted(master_address="head"), answers(**changes))
+    assert bad(every) == [("c", "names", "fail"), ("b", "build cache", "fail")]
+    assert bad(as_of_launch(every, NODES)) == [("c", "names", "warn"), ("b", "build cache", "warn")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_launch_refuses_the_doctor_refuses(name: str) -> None:
+    """The launch has no forecast of what is written."""
+    found = answers(**CASES[name][0])
+    at_launch = as_of_launch(findings_of(wanted(), found), NODES)
+    for output_bytes in (0, GIB, 1000 * GIB):
+        by_doctor = findings_of(wanted(output_bytes=output_bytes), found)
+        assert {each for each in bad(at_launch) if each[2] == "fail"} <= set(bad(by_doctor))
 
 
 @pytest.mark.parametrize(
@@ -296,9 +371,10 @@ def test_operators_that_are_compiled(optimizer: str, offload: str, on_cpus: list
     assert list(operators_of(config, has_gpus=True)) == on_gpus
 
 
-def test_nothing_is_built_beside_a_stale_lock() -> None:
+@pytest.mark.parametrize("age", [7.0, 700.0])
+def test_nothing_is_built_beside_a_lock_that_nobody_is_seen_to_hold(age: float) -> None:
     """It would wait for ever."""
-    cache = {**facts_of(0)["build_cache"], "locks": [LOCK], "missing": ["deepspeed_shm_comm"]}
+    cache = {**facts_of(0)["build_cache"], "locks": [{**LOCK, "age_seconds": age}], "missing": ["deepspeed_shm_comm"]}
     found = answers(**without_gpus(**{name: {"build_cache": cache} for name in NODES}))
     before = findings_of(wanted(), found)
     assert build_missing(wanted(), found, before) == before
@@ -342,7 +418,7 @@ def test_what_is_said_of_many_nodes_is_said_once() -> None:
     assert as_json(NODES, found[3:], [], 1.0)["ok"]
     assert has_failed(found)
     assert not has_failed([finding.as_warning() for finding in found])
-    assert dataclasses.asdict(found[0]) == told["findings"][0]
+    assert dataclasses.asdict(found[0]) == {**told["findings"][0], "lets_launch": False}
 
 
 def test_gpus_as_nvidia_smi_lists_them() -> None:
@@ -369,6 +445,23 @@ def test_digests_of_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(FileNotFoundError):
         model_facts(str(folder), None, None)
     assert model_facts(str(tmp_path / "none"), None, None) == {"missing": True}
+    # What is missing of it, ranks would miss.
+    write_tiny_llama(folder)
+    tokenizer = tokenizer_facts(str(folder))
+    for path in [*folder.glob("tokenizer*"), *folder.glob("special*")]:
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        model_facts(str(folder), None, None)
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        tokenizer_facts(str(folder))
+    model_facts(str(folder), None, "/words")
+    assert tokenizer["bytes"] > 0
+    assert tokenizer_facts(str(tmp_path / "none")) == {"missing": True}
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        model_facts(str(folder), None, "/words")
+    (folder / "all.gguf").write_bytes(b"x")
+    assert model_facts(str(folder), "all.gguf", None)["bytes"] == 1
 
     # Of a large file, the beginning and the end.
     monkeypatch.setattr("launcher.preflight.node_probe._HASHED_BYTES", 8)
@@ -390,6 +483,33 @@ def test_names_of_the_hub_are_not_looked_for() -> None:
     assert {each.what for each in found if each.check == "model"} == {"owner/model, a name of the hub: not looked at"}
     # A folder that one node has and another lacks.
     assert bad(findings_of(wanted(config=config), answers(b={"model": {"missing": True}}))) == [("b", "model", "fail")]
+
+
+def test_a_tokenizer_of_its_own_is_looked_for_like_a_model() -> None:
+    config = {"model.tokenizer": "/words"}
+    same = {name: {"tokenizer": {"digest": "w", "bytes": 3}} for name in NODES}
+    assert bad(findings_of(wanted(config=config), answers(**same))) == []
+    for changed in ({"missing": True}, {"error": "FileNotFoundError: no"}, {"digest": "v", "bytes": 3}):
+        found = findings_of(wanted(config=config), answers(**{**same, "b": {"tokenizer": changed}}))
+        assert bad(found) == [("b", "model", "fail")]
+        assert "model.tokenizer /words" in "\n".join(problem_lines(found))
+    hub = {name: {"tokenizer": {"missing": True}} for name in NODES}
+    assert bad(findings_of(wanted(config={"model.tokenizer": "owner/words"}), answers(**hub))) == []
+
+
+def test_folders_for_what_is_put_aside_must_be_there(tmp_path: Path) -> None:
+    config = {"zero.nvme_path": "/nvme", "selection.accumulator_folder": "/sums"}
+    there: dict[str, Any] = {"zero.nvme_path": {}, "selection.accumulator_folder": {}}
+    assert bad(findings_of(wanted(config=config), answers(**dict.fromkeys(NODES, there)))) == []
+    changed = {name: dict(there) for name in NODES}
+    changed["b"]["zero.nvme_path"] = {"problem": "it is not there"}
+    found = findings_of(wanted(config=config), answers(**changed))
+    assert bad(found) == [("b", "output", "fail")]
+    assert "zero.nvme_path is /nvme: it is not there" in problem_lines(found)[0]
+    (tmp_path / "file").touch()
+    assert folder_facts(str(tmp_path)) == {}
+    assert folder_facts(str(tmp_path / "none")) == {"problem": "it is not there"}
+    assert folder_facts(str(tmp_path / "file")) == {"problem": "it is a file"}
 
 
 def test_facts_are_not_changed_by_checks() -> None:

@@ -80,6 +80,7 @@ def test_a_guard_writes_them_for_the_ranks_and_removes_them(tmp_path: Path) -> N
     assert guard.stdout is not None
     guard.stdin.write(json.dumps(setup) + "\n")
     guard.stdin.flush()
+    assert guard.stdout.readline() == "\n"  # Ends what a login shell may have begun.
     first = json.loads(guard.stdout.readline())
     assert all(not address.startswith("127.") for address in first["addresses"].values())
     assert stat.S_IMODE(record.stat().st_mode) == 0o700
