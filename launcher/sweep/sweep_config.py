@@ -195,6 +195,8 @@ def _check_overrides(sweep: SweepConfig, overrides: Sequence[str]) -> None:
             given += [(name, leaf) for leaf in _leaves(name, parse_yaml(text, f"the value of --{name}"))]
     if not given:
         return
+    if any(leaf == "output.folder" for _, leaf in given):
+        raise InputError("--output.folder is given, but each point has its own in sweep.folder: give --sweep.folder")
     for what, settings in _settings_of_grid(sweep):
         for setting in settings:
             lost = next((name for name, leaf in given if f"{leaf}.".startswith(f"{setting}.")), None)

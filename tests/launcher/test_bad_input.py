@@ -263,6 +263,7 @@ CONFIG_CASES = [
     Case(name="folder and config of a sweep", command="sweep", files=sweep_file(), overrides=["--folder=sweeps", "--point=0"], says=["--folder is sweeps beside --config run.yaml"]),
     Case(name="folder of a sweep that changes", arguments=["sweep", "--folder", "sweeps", "--point=0", "--training.steps=2"], says=["--folder is sweeps beside --training.steps=2"]),
     Case(name="override of what a choice sets", command="sweep", files=sweep_file(grid={"a": {"x": {"training.steps": 2}, "y": {}}}), overrides=["--training.steps=3"], says=["--training.steps is given", "the choice x of sweep.grid.a"]),
+    Case(name="folder of all points", command="sweep", files=sweep_file(), overrides=["--output.folder=x"], says=["--output.folder is given", "--sweep.folder"]),
     Case(name="array across nodes", command="sweep", files=sweep_file(), overrides=["--emit=slurm", "--cluster.launcher=torchrun", "--cluster.num_nodes=2", "--cluster.master_address=a", "--cluster.ranks_per_node=2"], says=["cluster.launcher is torchrun", "set it to slurm"]),
     Case(name="two things at once", command="sweep", files=sweep_file(), overrides=["--collect", "--dry-run"], says=["--dry-run", "--collect"]),
     Case(name="list of points damaged", command="sweep", files={**sweep_file(), "sweeps/points.json": "{}"}, says=["sweeps/points.json is no list of points"]),
