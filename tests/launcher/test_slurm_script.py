@@ -95,13 +95,18 @@ def test_a_job_whose_time_ends_queues_itself_again(base, settings, expected, tmp
         check_complete(tmp_path, cluster, said, expected, at)
 
 
-def test_the_points_of_a_sweep_run_as_tasks_of_an_array(base, tmp_path, monkeypatch):
-    """Two points on the same two nodes, at once; one gets the signal of its time's end, and continues."""
+@pytest.mark.parametrize(
+    "section",
+    [{"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 1}, {"launcher": "torchrun", "ranks_per_node": 2}],
+    ids=lambda section: section["launcher"],
+)
+def test_the_points_of_a_sweep_run_as_tasks_of_an_array(section, base, tmp_path, monkeypatch):
+    """Two points at once, on the same two nodes or one; one gets the signal of its time's end, and continues."""
     skip_without_slurm()
     steps = 24
     settings = {
         **short_run(steps), "checkpoint__every": None, "output": {},
-        "cluster": {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 1},
+        "cluster": section,
         "batch": {"gpus_per_rank": 0, "setup": [f"export PATH={programs(tmp_path)}:{variables()['PATH']}"]},
     }  # fmt: skip
     config = write_sweep(base, tmp_path, {"training.seed": [0, 1]}, **settings)
