@@ -222,6 +222,17 @@ def check_out_file(out: Path, option: str = "--out") -> None:
     check_can_write_in(out.parent, f"{option} is {out}")
 
 
+def check_new_file(out: Path, option: str = "--out") -> None:
+    """Raise unless a file ``out`` can be written and nothing is there yet: people edit scripts by hand.
+
+    Raises:
+        InputError: something is there, or :func:`check_out_file` refuses it.
+    """
+    check_out_file(out, option)
+    if os.path.lexists(out):
+        raise InputError(f"{option} is {out}, which is there already: remove it, or name another file")
+
+
 def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(key for key in new if key not in old)]:

@@ -25,8 +25,9 @@ def add_command(
     examples: str,
     *,
     config: bool = True,
+    needs_config: bool = True,
 ) -> Parser:
-    """A subcommand's parser; ``config`` gives it ``--config`` and overrides."""
+    """A subcommand's parser; ``config`` gives it ``--config`` and overrides, which some can do without."""
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -36,7 +37,7 @@ def add_command(
         allow_abbrev=False,
     )
     if config:
-        parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
+        parser.add_argument("--config", required=needs_config, metavar="FILE", help="the YAML file of the run")
     parser.set_defaults(takes_overrides=config)
     return parser
 

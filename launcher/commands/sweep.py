@@ -1,13 +1,14 @@
 """`sparse-zero sweep`: run many configs, and collect one table."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.commands.common import Parser, add_command
-from launcher.run_folder import check_can_write_in, check_out_file
+from launcher.run_folder import check_new_file
 from launcher.stopping import EXIT_SIGNAL, stop_requests
 from launcher.sweep.points import expand, find_config
 from launcher.sweep.sweep_config import SweepConfig, read_sweep
@@ -56,7 +57,11 @@ docs/sweeps.md. Exit code: 0 all chosen points are finished, 1 one is not, 2 wro
 def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
     """Describe the command's arguments."""
     parser = add_command(
-        subparsers, "sweep", "run every point of a grid over settings, and collect one table", _EXAMPLES
+        subparsers,
+        "sweep",
+        "run every point of a grid over settings, and collect one table",
+        _EXAMPLES,
+        needs_config=False,
     )
     parser.add_argument("--only", metavar="TEXT", help="the points whose name has this in it")
     parser.add_argument("--points", metavar="RANGES", help="the points of these numbers, as in 0-3,7")
@@ -66,8 +71,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[Parser]") -> Parser:
     what.add_argument("--dry-run", action="store_true", help="list the points instead of running them")
     what.add_argument("--collect", action="store_true", help="only make the table of what there is")
     what.add_argument("--point", metavar="POINT", help="run one listed point, by number or name, as an array task does")
+    parser.add_argument("--folder", metavar="FOLDER", help="with --point, instead of --config: the folder of the sweep")
     what.add_argument("--emit", choices=("slurm",), help="write the list of points and print an array script for it")
-    parser.add_argument("--out", metavar="FILE", help="with --emit: where the script goes; default: standard output")
+    parser.add_argument("--out", metavar="FILE", help="with --emit: the script's file, a new one (default: printed)")
     parser.add_argument("--at-once", type=int, metavar="K", help="with --emit: tasks that may run at a time")
     return parser
 
@@ -81,15 +87,19 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and (args.collect or args.point is not None):
             other = "--collect, which is about all points" if args.collect else "--point, which names one"
             raise InputError(f"{name} is {value} beside {other}: leave one out")
+    if args.folder is not None:
+        return _run_one_of(args)
+    if args.config is None:
+        raise InputError("--config is missing: name the YAML file of the sweep")
     sweep, base = read_sweep(args.config, args.overrides)
     folder = SweepFolder(sweep.path)
     if args.point is not None:
-        return _run_one(args, sweep, base, folder)
+        return _run_one(folder, args.point, lambda each: _say_if_changed(args.config, sweep, base, folder, each))
     listed = list_points(read_list(folder), expand(sweep, base))
     chosen = _choose(args, [each for each in listed if each.point is not None])
     if args.dry_run:
         return _print_points(folder, listed, chosen)
-    check_can_write_in(folder.path, f"sweep.folder is {folder.path}")
+    folder.check_writable()
     # Also of those that are not chosen: they stand in the same table.
     check_folders(folder, {each.name: each.point.config for each in listed if each.point is not None})
     if args.collect:
@@ -153,44 +163,55 @@ def _print_points(folder: SweepFolder, listed: Sequence[Listed], chosen: Sequenc
     return 0
 
 
-def _run_one(args: argparse.Namespace, sweep: SweepConfig, base: dict[str, Any], folder: SweepFolder) -> int:
-    """Run one point as it was listed, whatever became of the grid since."""
+def _run_one_of(args: argparse.Namespace) -> int:
+    """Run one point of a sweep's folder. No config is read but the one that was written with the list."""
+    if args.point is None:
+        raise InputError(f"--folder is {args.folder} without --point: name one, or give --config instead")
+    if args.config is not None or args.overrides:
+        other = f"--config {args.config}" if args.config is not None else args.overrides[0]
+        raise InputError(f"--folder is {args.folder} beside {other}: a point runs as it was listed; leave one out")
+    return _run_one(SweepFolder(Path(args.folder)), args.point)
+
+
+def _run_one(folder: SweepFolder, named: str, tell: Callable[[Listed], None] | None = None) -> int:
+    """Run one point as it was listed, whatever became of the grid since; ``tell`` is called before."""
     from launcher.sweep.running import run_point
 
-    listed = find_listed(read_list(folder), args.point, "--point")
+    listed = find_listed(read_list(folder), named, "--point")
     config = frozen_config(folder, listed)
-    try:
-        is_same = find_config(sweep, base, listed.name) == config
-    except InputError:
-        is_same = False
-    if not is_same:
-        _say(f"{args.config} has changed since {listed.name} was listed: run as it was listed")
+    if tell is not None:
+        tell(listed)
+    # A relative path is that of the directory in which the list was written.
+    if os.path.realpath(config.output.folder) != os.path.realpath(folder.run(listed.name).path):
+        raise InputError(
+            f"--point is {named}, whose output.folder is {config.output.folder}: it leads elsewhere than "
+            f"{folder.run(listed.name).path}; start it in the directory where the sweep was listed"
+        )
     check_folders(folder, {listed.name: config})
     if folder.state(listed.name) == "finished":
         _say(f"{listed.name} is finished already")
         return 0
     with stop_requests() as request:
-        code = run_point(folder, listed.name, request, None)
-        return EXIT_SIGNAL + request.signal if request.signal else code
+        return run_point(folder, listed.name, request, None)
+
+
+def _say_if_changed(file: str, sweep: SweepConfig, base: dict[str, Any], folder: SweepFolder, listed: Listed) -> None:
+    try:
+        is_same = find_config(sweep, base, listed.name) == frozen_config(folder, listed)
+    except InputError:
+        is_same = False
+    if not is_same:
+        _say(f"{file} has changed since {listed.name} was listed: run as it was listed")
 
 
 def _emit(args: argparse.Namespace, folder: SweepFolder, listed: Sequence[Listed], chosen: Sequence[Listed]) -> int:
     from launcher.sweep.array_script import array_of_points
     from launcher.sweep.running import lock_of
 
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "sweep",
-        "--config",
-        str(Path(args.config).absolute()),
-        *args.overrides,
-    ]
-    points = {each.name: (each.index, each.point.config) for each in chosen if each.point is not None}
-    script = array_of_points(points, command, Path.cwd(), args.at_once)
     if args.out is not None:
-        check_out_file(Path(args.out))
+        check_new_file(Path(args.out))
+    points = {each.name: (each.index, each.point.config) for each in chosen if each.point is not None}
+    script = array_of_points(points, folder.path.absolute(), Path.cwd(), args.at_once)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()

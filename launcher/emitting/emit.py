@@ -1,7 +1,6 @@
 """Where does what is emitted for a batch system come from, and where does it go?"""
 
 import argparse
-import os
 from pathlib import Path
 
 from launcher.config import load_config
@@ -10,7 +9,7 @@ from launcher.emitting.job import ranks_per_node, refuse_secrets
 from launcher.emitting.kubernetes import kubernetes_manifest
 from launcher.emitting.skypilot import skypilot_task
 from launcher.emitting.slurm_script import slurm_script
-from launcher.run_folder import check_out_file
+from launcher.run_folder import check_new_file
 from sparse_zero.errors import InputError
 
 SYSTEMS = ("slurm", "kubernetes", "skypilot")
@@ -31,9 +30,7 @@ def emit(args: argparse.Namespace) -> int:
         raise InputError(f"--out is {args.out}, and nothing is emitted: add --emit, with one of {', '.join(SYSTEMS)}")
     out = None if args.out is None else Path(args.out)
     if out is not None:
-        check_out_file(out)
-        if os.path.lexists(out):  # It may have been edited by hand.
-            raise InputError(f"--out is {out}, which is there already: remove it, or name another file")
+        check_new_file(out)
     config = load_config(args.config, args.overrides if args.emit == "slurm" else [*args.overrides, _ADDRESS])
     check_own_config(config)
     refuse_secrets(config)

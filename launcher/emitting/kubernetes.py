@@ -68,6 +68,11 @@ def _check_places(config: RunConfig) -> None:
             f"batch.gpu_type is {batch.gpu_type!r}, which no label of a node can be: give what kubectl shows as "
             "nvidia.com/gpu.product, or leave it out"
         )
+    if batch.memory_gib is not None and kubernetes.shared_memory_gib >= batch.memory_gib:
+        raise InputError(
+            f"batch.kubernetes.shared_memory_gib is {kubernetes.shared_memory_gib} and batch.memory_gib is "
+            f"{batch.memory_gib}, in which it counts: lower the one or raise the other"
+        )
     check_exported(config, [each.variable for each in kubernetes.secrets], "batch.kubernetes.secrets", volumes)
 
 

@@ -85,11 +85,14 @@ def _run(config: RunConfig) -> str:
     return "\n".join(
         [
             *config.batch.setup,
+            "# Read through a descriptor: no file is left, however the run ends.",
             "config=$(mktemp) || exit 1",
             f"cat >\"$config\" <<'{end}'",
             *lines,
             end,
-            'exec sparse-zero launch --config "$config" \\',
+            'exec 9<"$config" || exit 1',
+            'rm -- "$config"',
+            "exec sparse-zero launch --config /dev/fd/9 \\",
             *(f"    {override} \\" for override in overrides[:-1]),
             f"    {overrides[-1]}",
             "",

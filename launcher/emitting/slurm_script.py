@@ -89,8 +89,15 @@ def slurm_array(config: RunConfig, words: str, folder: Path, name: str, tasks: s
         tasks: their numbers, as ``--array`` has them.
 
     Raises:
-        InputError: as :func:`slurm_script`.
+        InputError: the config starts ranks on nodes that Slurm does not give, says too little, or has what no line of
+            Slurm's can hold.
     """
+    cluster = config.cluster
+    if cluster.launcher != "slurm" and (cluster.names_nodes or cluster.num_nodes > 1):
+        raise InputError(
+            f"cluster.launcher is {cluster.launcher}, and a task of an array starts ranks on other nodes through srun: "
+            "set it to slurm, or to local with num_nodes 1"
+        )
     changed = replace(config, batch=replace(config.batch, name=name))
     options = [each if each[0] != "output" else ("output", "sparse-zero-%A_%a.out") for each in _options(changed)]
     return script_of_job(changed, words, folder, [("array", tasks), *options])
@@ -160,6 +167,10 @@ def _options(config: RunConfig) -> list[tuple[str, str | None]]:
     """Names and values of sbatch's options, quoted."""
     cluster, batch, slurm = config.cluster, config.batch, config.batch.slurm
     ranks = ranks_per_node(config)
+    tasks, cpus = ranks, batch.cpus_per_rank
+    if cluster.launcher != "slurm":
+        # One task starts all ranks of the node; left alone, Slurm would give it one core.
+        tasks, cpus = 1, ranks * (cpus or 1)
     gpus = None
     if batch.gpus_per_rank:
         gpus = f"{batch.gpu_type}:{ranks}" if batch.gpu_type else str(ranks)
@@ -172,9 +183,9 @@ def _options(config: RunConfig) -> list[tuple[str, str | None]]:
     found: list[tuple[str, str, int | str | None]] = [
         ("job-name", "batch.name", job_name(config)),
         ("nodes", "", cluster.num_nodes),
-        ("ntasks-per-node", "", ranks),
+        ("ntasks-per-node", "", tasks),
         ("gpus-per-node", "batch.gpu_type", gpus),
-        ("cpus-per-task", "", batch.cpus_per_rank),
+        ("cpus-per-task", "", cpus),
         ("mem", "", None if batch.memory_gib is None else f"{batch.memory_gib}G"),
         ("time", "", limit),
         ("partition", "batch.slurm.partition", slurm.partition),

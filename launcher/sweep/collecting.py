@@ -41,6 +41,8 @@ class Mean:
     mean: float
     # Of the sample (divided by n - 1); None of a single one.
     deviation: float | None
+    # Of how many finished points; None: of all. A loss that was not finite is in no mean.
+    num_points: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Group:
     num_points: int
     num_finished: int
     num_failed: int
-    # Over the finished points; without those that were not measured.
+    # Over the finished points that have the number.
     numbers: Mapping[str, Mean]
 
 
@@ -86,7 +88,8 @@ def group(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], repeats: Seque
             values = [float(row[name]) for row in finished if row[name] is not None]
             if values:
                 deviation = statistics.stdev(values) if len(values) > 1 else None
-                numbers[name] = Mean(mean=statistics.fmean(values), deviation=deviation)
+                found = len(values) if len(values) < len(finished) else None
+                numbers[name] = Mean(mean=statistics.fmean(values), deviation=deviation, num_points=found)
         groups.append(
             Group(
                 settings={key: each[0][key] for key in kept},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.run_folder import RunLock
-from launcher.stopping import EXIT_ERROR, EXIT_SIGNAL, Stopped, StopRequest, stop_requests
+from launcher.stopping import EXIT_ERROR, EXIT_SIGNAL, SIGNALS, Stopped, StopRequest, stop_requests
 from launcher.sweep.progress import SweepProgress
 from launcher.sweep.sweep_folder import Listed, SweepFolder
 
@@ -61,12 +61,13 @@ def run_points(
             with log.open("ab") as output:
                 begin = output.tell()
                 ended = run_point(folder, listed.name, request, output)
-            if request.signal:
-                progress.end(listed.name, "stopped")
-                return EXIT_SIGNAL + request.signal
             if ended == 0:
                 progress.end(listed.name, "finished")
                 continue
+            # It may have failed for a reason of its own just when the signal came.
+            if request.signal and ended - EXIT_SIGNAL in (*SIGNALS, signal.SIGKILL):
+                progress.end(listed.name, "stopped")
+                return EXIT_SIGNAL + request.signal
             code = EXIT_ERROR
             progress.end(listed.name, f"failed with exit code {ended}", [*last_lines(log, begin), f"all of it: {log}"])
             if stops_at_failure:
@@ -83,7 +84,8 @@ def run_point(folder: SweepFolder, name: str, request: StopRequest, output: IO[b
         request: signals that have come are passed on.
         output: where the point's output goes; None: where this process's goes.
     """
-    folder.outcome(name).unlink(missing_ok=True)
+    if folder.state(name) != "running":
+        folder.outcome(name).unlink(missing_ok=True)
     began = time.monotonic()
     # A session of its own: a terminal's interrupt comes to this process alone, which passes it on.
     process = subprocess.Popen(
@@ -100,7 +102,9 @@ def run_point(folder: SweepFolder, name: str, request: StopRequest, output: IO[b
             process.terminate()
     if code == 0 and not folder.run(name).summary.is_file():
         code = EXIT_ERROR
-    folder.write_outcome(name, code, time.monotonic() - began)
+    # Another start that has the run folder will say how the point ends; this one was turned away.
+    if not (code and folder.state(name) == "running"):
+        folder.write_outcome(name, code, time.monotonic() - began)
     return code
 
 

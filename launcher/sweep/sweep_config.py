@@ -1,13 +1,13 @@
 """What may the section ``sweep`` of a config say?"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.config import parse_as, read_with_overrides
-from launcher.yaml_files import names_of_files
+from launcher.yaml_files import names_of_files, parse_yaml, read_mapping
 from sparse_zero.errors import InputError
 from sparse_zero.files import to_json
 
@@ -182,11 +182,49 @@ def read_sweep(path: str | Path, overrides: list[str]) -> tuple[SweepConfig, dic
         )
     section = mapping.pop(SECTION)
     sweep = parse_as(_SweepSection, {SECTION: section}, str(path)).sweep
-    for override in overrides:
-        name = override.removeprefix("--").partition("=")[0]
-        if name in sweep.grid:
-            raise InputError(f"--{name} is given, but sweep.grid varies {name}: change it there")
+    _check_overrides(sweep, overrides)
     return sweep, mapping
+
+
+def _check_overrides(sweep: SweepConfig, overrides: Sequence[str]) -> None:
+    """Refuse an override that the grid, or one of its choices, undoes: it would be lost without a word."""
+    given: list[tuple[str, str]] = []
+    for override in overrides:
+        name, _, text = override.removeprefix("--").partition("=")
+        if name.partition(".")[0] != SECTION:
+            given += [(name, leaf) for leaf in _leaves(name, parse_yaml(text, f"the value of --{name}"))]
+    if not given:
+        return
+    if any(leaf == "output.folder" for _, leaf in given):
+        raise InputError("--output.folder is given, but each point has its own in sweep.folder: give --sweep.folder")
+    for what, settings in _settings_of_grid(sweep):
+        for setting in settings:
+            lost = next((name for name, leaf in given if f"{leaf}.".startswith(f"{setting}.")), None)
+            if lost is not None:
+                raise InputError(f"--{lost} is given, but {what} {setting}: change it there")
+
+
+def _settings_of_grid(sweep: SweepConfig) -> Iterator[tuple[str, list[str]]]:
+    """Dotted keys that points do not take from the config, and what does that."""
+    for key, values in sweep.grid.items():
+        if not is_choice(values):
+            yield "sweep.grid varies", [key]
+            continue
+        for name, content in values.items():
+            choice = parse_choice(f"sweep.grid.{key}.{name}", content)
+            merged = [read_mapping(Path(file)) for file in choice.extends]
+            merged.append({key: value for key, value in choice.settings.items() if "." not in key})
+            dotted = [key for key in choice.settings if "." in key]
+            who = f"the choice {name} of sweep.grid.{key}"
+            yield f"{who} sets", [*dotted, *(leaf for each in merged for leaf in _leaves("", each))]
+            yield f"{who} takes out", list(choice.without)
+
+
+def _leaves(name: str, value: Any) -> list[str]:
+    """Dotted keys of what is no mapping in ``value``, which stands at ``name``."""
+    if not isinstance(value, dict):
+        return [name]
+    return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}" if name else key, inner)]
 
 
 def _place_files(content: dict[str, Any], folder: Path) -> None:

@@ -6,11 +6,12 @@ when the grid changes, and what a task runs is the config that was written with 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig, load_config, resolved_yaml
-from launcher.run_folder import RunFolder, check_same_run, is_in_use
+from launcher.run_folder import RunFolder, check_can_write_in, check_same_run, is_in_use
 from launcher.stopping import EXIT_SIGNAL, SIGNALS
 from launcher.summary import as_mapping
 from launcher.sweep.points import Point
@@ -21,6 +22,8 @@ FORMAT = "sparse_zero.sweep"
 # finished: has its summary. failed: ended with an error. stopped: begun, and a start continues it. running: another
 # process works in its folder. missing: not begun.
 STATES = ("finished", "running", "failed", "stopped", "missing")
+# A run may go on with others of these; but what it has measured already is not the same number.
+_MEASURED = ("data.validation", "data.validation_split", "training.validation_every", "output.evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,15 @@ class SweepFolder:
     def log(self, name: str) -> Path:
         """What the starts of a point have said."""
         return self.path / "logs" / f"{name}.log"
+
+    def check_writable(self) -> None:
+        """Raise unless files can be made in the folder and below it.
+
+        Raises:
+            InputError: names the file in the way, or the folder that does not allow it.
+        """
+        for place in (self.path, self.config("any").parent, self.log("any").parent):
+            check_can_write_in(place, f"sweep.folder is {self.path}")
 
     def write_outcome(self, name: str, code: int, seconds: float) -> None:
         """Keep how a start ended: its exit code and how long it took."""
@@ -149,6 +161,23 @@ def check_folders(folder: SweepFolder, configs: Mapping[str, RunConfig]) -> None
             check_same_run(run, config)
         except InputError as error:
             raise InputError(f"the point {name} of the sweep: {error}") from error
+        if run.summary.is_file():
+            _check_measured(name, run, config)
+
+
+def _check_measured(name: str, run: RunFolder, config: RunConfig) -> None:
+    """Raise where a finished run was measured otherwise: its numbers would stand beside those of other data."""
+    try:
+        old = load_config(run.config)
+    except InputError:
+        return  # Of another version, and the same but for settings that do not matter here.
+    for setting in _MEASURED:
+        before, now = (attrgetter(setting)(each) for each in (old, config))
+        if before != now:
+            raise InputError(
+                f"the point {name} of the sweep is finished, and {setting} was {before!r} and is now {now!r}: its "
+                f"numbers do not compare; name another sweep.folder, or delete {run.path} to run it again"
+            )
 
 
 def find_listed(listed: Sequence[Listed], named: str, given: str) -> Listed:

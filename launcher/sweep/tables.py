@@ -45,11 +45,13 @@ def _text(value: Any) -> str:
 
 
 def format_mean(mean: Mean | None, shown: Shown, between: str = " ± ") -> str:
-    """A mean and its standard deviation, where there is one."""
+    """A mean, its standard deviation where there is one, and of how many where some lack it."""
     if mean is None:
         return ABSENT
     text = f"{mean.mean * shown.scale:.{shown.digits}f}"
-    return text if mean.deviation is None else f"{text}{between}{mean.deviation * shown.scale:.{shown.digits}f}"
+    if mean.deviation is not None:
+        text += f"{between}{mean.deviation * shown.scale:.{shown.digits}f}"
+    return text if mean.num_points is None else f"{text} (n={mean.num_points})"
 
 
 def write_csv(path: "Path", rows: Sequence[Mapping[str, Any]]) -> None:
@@ -83,7 +85,11 @@ def markdown(groups: Sequence[Group], keys: Sequence[str], repeats: Sequence[str
     columns = [name for name in SHOWN if any(name in each.numbers for each in groups)]
     over = f" Mean ± standard deviation (of the sample) over {', '.join(repeats)}." if repeats else ""
     head = [*kept, "finished", *(SHOWN[name].header for name in columns)]
-    lines = [f"Numbers of the finished points.{over}", "", _line(head), _line(["---"] * len(head))]
+    fewer = any(
+        each.numbers[name].num_points is not None for each in groups for name in columns if name in each.numbers
+    )
+    note = " n: how many have the number, where not all have." if fewer else ""
+    lines = [f"Numbers of the finished points.{over}{note}", "", _line(head), _line(["---"] * len(head))]
     for each in groups:
         numbers = [format_mean(each.numbers.get(name), SHOWN[name]) for name in columns]
         lines.append(_line([*(_text(each.settings[key]) for key in kept), _finished(each), *numbers]))

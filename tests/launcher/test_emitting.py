@@ -213,9 +213,11 @@ def test_skypilot_starts_the_run_with_the_config_as_it_is(tmp_path):
     run = yaml.safe_load(example("skypilot.yaml"))["run"]
     arguments = recorder(tmp_path, "sparse-zero", 5, f'cp -- "$3" {tmp_path}/seen.yaml')
     run = run.removeprefix(". ~/venv/bin/activate\n")
+    temporary = tmp_path / "temporary files"
+    temporary.mkdir()
     done = run_script(
         run, tmp_path, SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
-        TMPDIR=str(tmp_path),
+        TMPDIR=str(temporary),
     )  # fmt: skip
     assert done.returncode == 5, done.stderr
     command, config, _, *overrides = arguments.read_text().split("\0")[:-1]
@@ -227,6 +229,8 @@ def test_skypilot_starts_the_run_with_the_config_as_it_is(tmp_path):
     assert (tmp_path / "seen.yaml").read_text() == config_in(example("skypilot.yaml"))
     assert read_mapping(tmp_path / "seen.yaml")["cluster"]["export"] == EXPORT
     assert not (tmp_path / "hacked").exists()
+    # Nothing is left where temporary files go.
+    assert not list(temporary.iterdir())
 
 
 def test_no_secret_and_nothing_of_this_environment_is_emitted(tmp_path, monkeypatch, capsys):

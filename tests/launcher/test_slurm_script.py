@@ -1,6 +1,5 @@
 """Does the emitted batch script, under a real Slurm, end the run in time, queue it again, and lose no step?"""
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tests.distributed.cluster import Cluster
 from tests.distributed.slurm import Slurm, skip_without_slurm
 from tests.launcher.test_launchers import wait_until
 from tests.launcher.test_nodes import losses_of_one_process, pythons, rows, short_run, variables
-from tests.launcher.test_sweep import write_sweep
+from tests.launcher.test_sweep import programs, write_sweep
 from tests.launcher.test_train import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -33,13 +32,9 @@ def expected(base, settings, tmp_path_factory):
 
 def emitted(base, folder, monkeypatch, settings, **batch):
     """The script, written as a user would; the command it starts is this interpreter's, whatever is installed."""
-    programs = folder / "programs"
-    programs.mkdir()
-    (programs / "sparse-zero").write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
-    (programs / "sparse-zero").chmod(0o755)
     (folder / "scratch").mkdir()
     section = {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 2}
-    batch = {"gpus_per_rank": 0, "setup": [f"export PATH={programs}:{variables()['PATH']}"], **batch}
+    batch = {"gpus_per_rank": 0, "setup": [f"export PATH={programs(folder)}:{variables()['PATH']}"], **batch}
     config = write_config(base, folder, **settings, cluster=section, batch=batch)
     monkeypatch.chdir(folder)
     assert main(["launch", "--config", str(config.name), "--emit", "slurm", "--out", "job.sh"]) == 0
@@ -100,14 +95,19 @@ def test_a_job_whose_time_ends_queues_itself_again(base, settings, expected, tmp
         check_complete(tmp_path, cluster, said, expected, at)
 
 
-def test_the_points_of_a_sweep_run_as_tasks_of_an_array(base, tmp_path, monkeypatch):
-    """Two points on the same two nodes, at once; one gets the signal of its time's end, and continues."""
+@pytest.mark.parametrize(
+    "section",
+    [{"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 1}, {"launcher": "torchrun", "ranks_per_node": 2}],
+    ids=lambda section: section["launcher"],
+)
+def test_the_points_of_a_sweep_run_as_tasks_of_an_array(section, base, tmp_path, monkeypatch):
+    """Two points at once, on the same two nodes or one; one gets the signal of its time's end, and continues."""
     skip_without_slurm()
     steps = 24
     settings = {
         **short_run(steps), "checkpoint__every": None, "output": {},
-        "cluster": {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 1},
-        "batch": {"gpus_per_rank": 0, "setup": [f"export PATH={variables()['PATH']}"]},
+        "cluster": section,
+        "batch": {"gpus_per_rank": 0, "setup": [f"export PATH={programs(tmp_path)}:{variables()['PATH']}"]},
     }  # fmt: skip
     config = write_sweep(base, tmp_path, {"training.seed": [0, 1]}, **settings)
     monkeypatch.chdir(tmp_path)

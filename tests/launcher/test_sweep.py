@@ -1,6 +1,7 @@
 """Does a real sweep run its points, survive a failure and an interruption, and do nothing twice?"""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -13,11 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from launcher.__main__ import main
 from launcher.run_folder import RunLock
 from launcher.stopping import SECOND_INTERRUPT_SECONDS, stop_requests
-from launcher.sweep.running import _wait
+from launcher.sweep.points import expand
+from launcher.sweep.progress import SweepProgress
+from launcher.sweep.running import _wait, run_point, run_points
+from launcher.sweep.sweep_config import SweepConfig
+from launcher.sweep.sweep_folder import SweepFolder, list_points, write_list
+from tests.launcher.test_bad_input import run_mapping
 from tests.launcher.test_train import cli, environment, write_config
 
 
@@ -35,6 +42,15 @@ def write_sweep(base: Path, folder: Path, grid: dict[str, Any], **changes: Any) 
     mapping = {**yaml.safe_load(path.read_text()), "sweep": {"folder": "sweep", "grid": grid}}
     path.write_text(yaml.safe_dump(mapping, sort_keys=False))
     return path
+
+
+def programs(folder: Path) -> Path:
+    """A new folder with the command `sparse-zero`, which is this interpreter's, whatever is installed."""
+    made = folder / "programs"
+    made.mkdir()
+    (made / "sparse-zero").write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    (made / "sparse-zero").chmod(0o755)
+    return made
 
 
 @pytest.fixture
@@ -65,7 +81,7 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path, here):
+def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path, here, monkeypatch, capfd):
     grid = {"length": {"good": {}, "bad": {"data.max_length": 3}}}
     config = write_sweep(base, tmp_path, grid)
     folder = tmp_path / "sweep"
@@ -93,13 +109,23 @@ def test_a_point_fails_the_others_run_and_what_is_finished_stays(base, tmp_path,
     arguments = ["--emit", "slurm", "--at-once", "1", "--out", str(script)]
     here(config, *arguments)
     assert "#SBATCH --array=0-1%1" in script.read_text()
+    # The file of the sweep is of no matter to a task: it may be another one by now, or none.
+    written = config.read_text()
+    config.write_text("sweep: [")
+    path = f"{programs(tmp_path)}:{os.environ['PATH']}"
     task = subprocess.run(
-        ["bash", str(script)], cwd="/", env={**environment(), "SLURM_ARRAY_TASK_ID": "0"},
+        ["bash", str(script)], cwd="/", env={**environment(), "PATH": path, "SLURM_ARRAY_TASK_ID": "0"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
+    config.write_text(written)
     assert task.returncode == 0, task.stderr
     assert "length=good is finished already" in task.stderr
     assert times(folder / "length=good") == before
+    # Nothing is started from where the point's own folder would be another one.
+    monkeypatch.chdir(tmp_path / "programs")
+    assert main(["sweep", "--folder", str(folder), "--point", "1"]) == 2
+    assert "in the directory where the sweep was listed" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
     output = here(config, "--point", "length=good", "--training.steps=5")
     assert f"{config} has changed since length=good was listed" in output
     assert times(folder / "length=good") == before
@@ -217,11 +243,58 @@ def left_behind(folder: Path) -> list[str]:
     return found
 
 
-def test_the_command_says_its_own_interpreter(base, tmp_path, here):
-    """A script runs the same installation, wherever Slurm starts it."""
+def test_a_task_is_told_the_folder_and_the_number_alone(base, tmp_path, here):
+    """What the file of the sweep says, and overrides, are in the configs that were written with the list."""
     config = write_sweep(base, tmp_path, {"training.seed": [0]})
     script = here(config, "--emit", "slurm", "--training.steps=9")
-    command = f"{sys.executable} -m launcher sweep --config {config} --training.steps=9 --point"
-    assert command in script
+    assert f'run=(sparse-zero sweep --folder {tmp_path}/sweep --point "$SLURM_ARRAY_TASK_ID")\n' in script
     frozen = yaml.safe_load((tmp_path / "sweep" / "points" / "seed=0.yaml").read_text())
     assert frozen["training"]["steps"] == 9
+
+
+# What a point's process does in the tests below, instead of training: it waits for the signal, and ends with a code.
+WAITS = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))
+os.kill(os.getppid(), signal.SIGUSR1)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A sweep of two points in the current folder, listed."""
+    section = SweepConfig(folder=str(tmp_path / "sweep"), grid={"training.seed": [0, 1]})
+    folder = SweepFolder(section.path)
+    points = list_points([], expand(section, run_mapping()))
+    write_list(folder, points)
+    return folder, points
+
+
+@pytest.mark.parametrize(("ends", "said", "code"), [(1, "failed with exit code 1", 138), (138, "stopped", 138)])
+def test_a_signal_does_not_hide_how_a_point_ended(ends, said, code, listed, monkeypatch):
+    folder, points = listed
+    command = [sys.executable, "-c", WAITS.format(code=ends)]
+    monkeypatch.setattr("launcher.sweep.running.start_command", lambda config: command)
+    lines = io.StringIO()
+    with SweepProgress(2, Console(file=lines, width=200)) as progress:
+        assert run_points(folder, points, progress, stops_at_failure=False) == code
+    assert f"seed=0: {said}" in lines.getvalue()
+    assert "seed=1" not in lines.getvalue()
+    # As a task of an array: the batch script queues it again only where it was stopped.
+    assert main(["sweep", "--folder", str(folder.path), "--point", "0"]) == ends
+    assert folder.exit_code("seed=0") == ends
+
+
+def test_a_start_that_is_turned_away_does_not_say_how_the_other_ended(listed, monkeypatch):
+    folder, _ = listed
+    monkeypatch.setattr("launcher.sweep.running.start_command", lambda config: [sys.executable, "-c", "exit(2)"])
+    folder.run("seed=0").path.mkdir()
+    folder.write_outcome("seed=0", 0, 3.0)
+    with stop_requests() as request, RunLock(folder.run("seed=0").path) as lock:
+        lock.take()
+        assert run_point(folder, "seed=0", request, None) == 2
+        assert folder.exit_code("seed=0") == 0
+        lock.release()
+        assert run_point(folder, "seed=0", request, None) == 2
+        assert folder.exit_code("seed=0") == 2

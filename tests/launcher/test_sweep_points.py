@@ -197,6 +197,39 @@ def test_an_override_that_the_grid_would_undo_is_refused(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("grid", "override", "says"),
+    [
+        ({"a": {"x": {"training.steps": 2}, "y": {}}}, "training.steps=5", "the choice x of sweep.grid.a sets"),
+        ({"a": {"x": {}, "y": {"training": {"steps": 3}}}}, "training.steps=5", "the choice y of sweep.grid.a sets"),
+        (
+            {"a": {"x": {"selection.budget.fraction": 0.1}}},
+            "selection.budget={fraction: 0.2}",
+            "the choice x of sweep.grid.a",
+        ),
+        ({"a": {"x": {}, "y": {"extends": "steps.yaml"}}}, "training.steps=5", "the choice y of sweep.grid.a sets"),
+        (
+            {"a": {"x": {}, "y": {"without": ["selection"]}}},
+            "selection.seed=5",
+            "the choice y of sweep.grid.a takes out",
+        ),
+        ({"selection.budget": [{"fraction": 0.1}]}, "selection.budget.fraction=0.2", "sweep.grid varies"),
+    ],
+)
+def test_an_override_that_a_choice_would_undo_is_refused(
+    grid: dict[str, Any], override: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "steps.yaml").write_text("training: {steps: 7}\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml({**run_mapping(), "sweep": {"folder": "out", "grid": grid}}))
+    name = override.partition("=")[0]
+    with pytest.raises(InputError, match=rf"^--{re.escape(name)} is given, but {re.escape(says)} .*: change it there"):
+        read_sweep(path, [f"--{override}"])
+    # What stands beside it is nobody's but the user's.
+    _, base = read_sweep(path, ["--training.learning_rate=0.5", "--sweep.repeat_over=[]"])
+    assert base["training"]["learning_rate"] == 0.5
+
+
 def test_a_credential_is_not_told(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     secret = "hf_" + "a1b2" * 8
@@ -252,32 +285,84 @@ def test_another_run_in_a_points_folder_is_refused_by_name(tmp_path: Path) -> No
         check_folders(folder, {point.name: point.config})
 
 
-HOSTILE = ["python", "a $(b)'\nc"]
-QUOTED = "python 'a $(b)'\"'\"'\nc' --point \"$SLURM_ARRAY_TASK_ID\""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"validation": "other.json"}},
+        {"data": {"validation_split": "test"}},
+        {"data": {"test": "test.json"}, "output": {"evaluate": True}},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_finished_point_that_was_measured_otherwise_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    section = SweepConfig(folder=str(tmp_path), grid={"training.seed": [0]})
+    mapping = run_mapping()
+    mapping["data"] |= {"test": "test.json"} if "output" in changes else {}
+    (point,) = expand(section, mapping)
+    for name, settings in changes.items():
+        mapping[name] = {**mapping[name], **settings}
+    (changed,) = expand(section, mapping)
+    folder = SweepFolder(tmp_path)
+    run = folder.run(point.name)
+    run.path.mkdir()
+    run.config.write_text(resolved_yaml(point.config))
+    check_folders(folder, {point.name: changed.config})  # A run that goes on may be measured otherwise.
+    run.summary.write_text("{}")
+    check_folders(folder, {point.name: point.config})
+    with pytest.raises(InputError, match=r"the point seed=0 of the sweep is finished, and .* delete"):
+        check_folders(folder, {point.name: changed.config})
+
+
+HOSTILE = Path("/a $(b)'\nc")
+QUOTED = "sparse-zero sweep --folder '/a $(b)'\"'\"'\nc' --point \"$SLURM_ARRAY_TASK_ID\""
 
 
 def array(cluster: dict[str, Any], indices: list[int], at_once: int | None = None, **others: dict[str, Any]) -> str:
     grid = {"training.seed": list(range(len(indices))), **others}
-    mapping = {**run_mapping(), "cluster": cluster, "batch": {"gpus_per_rank": 0, "time_limit_minutes": 30}}
+    batch = {"time_limit_minutes": 30, "gpu_type": "a100", "cpus_per_rank": 3, "setup": ["module load x"]}
+    mapping = {**run_mapping(), "cluster": cluster, "batch": {**batch, "slurm": {"partition": "gpu"}}}
     points = expand(sweep(grid), mapping)
     numbered = {point.name: (index, point.config) for point, index in zip(points, indices, strict=False)}
-    return array_of_points(numbered, HOSTILE, Path("/x y" if cluster["launcher"] != "slurm" else "/x"), at_once)
+    return array_of_points(numbered, HOSTILE, Path("/x"), at_once)
 
 
-def test_the_array_script_quotes_what_it_is_given() -> None:
-    script = array({"launcher": "local"}, [0, 1, 2, 5, 7, 8], 3)
-    assert "#SBATCH --array=0-2,5,7-8%3\n" in script
-    assert "\ncd -- '/x y'\n" in script
-    assert script.endswith(f"exec {QUOTED}\n")
-    assert "#SBATCH --array=4\n" in array({"launcher": "local"}, [4])
+def test_an_array_of_runs_that_one_task_starts() -> None:
+    """It has all of the script of a run, and a task has what all ranks of a node need."""
+    script = array({"launcher": "local", "ranks_per_node": 4}, [0, 1, 2, 5, 7, 8], 3)
+    for option in (
+        "array=0-2,5,7-8%3", "nodes=1", "ntasks-per-node=1", "cpus-per-task=12", "gpus-per-node=a100:4",
+        "time=30", "partition=gpu", "signal=B:USR1@300", "requeue",
+    ):  # fmt: skip
+        assert re.search(rf"^#SBATCH --{option}$", script, re.MULTILINE), script
+    assert "\nmodule load x\n" in script
+    assert f"run=({QUOTED})\n" in script
+    assert "#SBATCH --array=4\n" in array({"launcher": "local", "ranks_per_node": 4}, [4])
     with pytest.raises(InputError, match="--at-once is 0"):
         array({"launcher": "local"}, [1], 0)
+    with pytest.raises(InputError, match=r"cluster\.ranks_per_node is missing"):
+        array({"launcher": "local"}, [1])
+
+
+@pytest.mark.parametrize(
+    "cluster", [{"launcher": "torchrun", "num_nodes": 2, "master_address": "a"}, {"launcher": "pdsh", "hostfile": "h"}]
+)
+def test_no_task_starts_ranks_on_nodes_that_are_not_its_own(cluster: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"cluster\.launcher is {cluster['launcher']}, .* set it to slurm"):
+        array({**cluster, "ranks_per_node": 2}, [0])
 
 
 def test_points_that_start_through_slurm_get_the_script_of_a_run() -> None:
-    slurm = {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 4}
+    slurm: dict[str, Any] = {"launcher": "slurm", "num_nodes": 2, "ranks_per_node": 4}
     script = array(slurm, [3, 4])
-    for option in ("array=3-4", "nodes=2", "ntasks-per-node=4", "time=30", "job-name=sparse-zero-sweep", "requeue"):
+    for option in (
+        "array=3-4",
+        "nodes=2",
+        "ntasks-per-node=4",
+        "cpus-per-task=3",
+        "time=30",
+        "job-name=sparse-zero-sweep",
+        "requeue",
+    ):
         assert re.search(rf"^#SBATCH --{option}$", script, re.MULTILINE), script
     assert "#SBATCH --output=sparse-zero-%A_%a.out\n" in script
     assert f"run=({QUOTED})\n" in script

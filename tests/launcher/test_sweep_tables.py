@@ -134,6 +134,21 @@ def test_means_and_deviations_over_seeds(made: tuple[SweepFolder, SweepConfig, l
     assert alone[0].numbers["final_loss"] == Mean(mean=1.0, deviation=None)
 
 
+def test_a_mean_says_of_how_many_it_is_where_a_repeat_diverged(
+    made: tuple[SweepFolder, SweepConfig, list[Listed]],
+) -> None:
+    folder, config, listed = made
+    summary = folder.run(listed[1].name).summary
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "final_loss": None}))
+    groups = group(collect(folder, listed)[0], list(GRID), config.repeats)
+    assert groups[0].num_finished == 2
+    assert groups[0].numbers["final_loss"] == Mean(mean=1.0, deviation=None, num_points=1)
+    assert groups[0].numbers["steps"].num_points is None
+    lines = markdown(groups, list(GRID), config.repeats).splitlines()
+    assert "n: how many have the number" in lines[0]
+    assert "| 2/2 | 1.0000 (n=1) |" in lines[4]
+
+
 def test_files_hold_the_table(made: tuple[SweepFolder, SweepConfig, list[Listed]], tmp_path: Path) -> None:
     import pyarrow.parquet
 
