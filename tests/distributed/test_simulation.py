@@ -50,8 +50,12 @@ def test_a_simulated_step_holds_what_a_real_one_does(case: dict[str, Any], tmp_p
     found = in_child(simulation_workers.simulated, tmp_path, world_size=2, **case)
     for phase, expected in real.items():
         assert found[phase]["peak"] == pytest.approx(expected["peak"], rel=0.02), (phase, found[phase], expected)
-        # A thread of gloo may hold what it has reduced a moment longer.
-        assert found[phase]["end"] == pytest.approx(expected["end"], rel=0.05), (phase, found[phase], expected)
+        # Threads of gloo may hold what they have reduced or gathered a moment longer, the more so on a busy machine.
+        assert 0.97 * found[phase]["end"] <= expected["end"] <= 1.12 * found[phase]["end"], (
+            phase,
+            found[phase],
+            expected,
+        )
 
 
 def test_gradients_reduced_where_they_lie_are_those_that_gloo_scatters() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher.config import load_config
 from tests.launcher.test_nodes import losses, losses_of_one_process, short_run
 from tests.launcher.test_train import environment, write_config
 
@@ -53,6 +54,12 @@ def has_steps(run_folder: Path, number: int) -> bool:
     return path.is_file() and path.read_text().count('"train"') >= number
 
 
+def port_of(config: Path) -> int:
+    port = load_config(config).cluster.master_port
+    assert port is not None
+    return port
+
+
 def log(run_folder: Path, rank: int) -> str:
     return (run_folder / "logs" / f"rank-{rank}.log").read_text()
 
@@ -64,6 +71,8 @@ def test_of_a_crash_the_first_rank_is_heard_and_all_is_kept(base: Path, tmp_path
     rank_process(process, 1).send_signal(signal.SIGSEGV)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
+    # DeepSpeed leaves 66 MiB a rank there, by this name.
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port_of(config)}_*"))
     assert "training 9,344 of 197,184 parameters" in err  # Rank 0's words, where they were meant to go.
     assert "training 9,344" not in out
     assert "sparse-zero: rank 1 on this machine failed first, of 2 that did" in err, err
