@@ -2,13 +2,13 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.commands.common import Parser, add_command
 from launcher.run_folder import check_new_file
+from launcher.saying import say
 from launcher.stopping import EXIT_SIGNAL, stop_requests
 from launcher.sweep.points import expand, find_config
 from launcher.sweep.sweep_config import SweepConfig, read_sweep
@@ -117,15 +117,11 @@ def run(args: argparse.Namespace) -> int:
         write_list(folder, listed)
         left = [each for each in chosen if folder.state(each.name) != "finished"]
         if len(left) < len(chosen):
-            _say(f"{len(chosen) - len(left)} of {len(chosen)} points are finished already")
+            say(f"{len(chosen) - len(left)} of {len(chosen)} points are finished already")
         code = run_points(folder, left, SweepProgress(len(left)), stops_at_failure=args.stop_at_failure)
         if code <= EXIT_SIGNAL:  # A user who interrupts does not wait for pictures.
             _write_tables(args, sweep, folder, listed)
     return code
-
-
-def _say(text: str) -> None:
-    print(f"sparse-zero: {text}", file=sys.stderr, flush=True)
 
 
 def _choose(args: argparse.Namespace, listed: Sequence[Listed]) -> list[Listed]:
@@ -189,7 +185,7 @@ def _run_one(folder: SweepFolder, named: str, tell: Callable[[Listed], None] | N
         )
     check_folders(folder, {listed.name: config})
     if folder.state(listed.name) == "finished":
-        _say(f"{listed.name} is finished already")
+        say(f"{listed.name} is finished already")
         return 0
     with stop_requests() as request:
         return run_point(folder, listed.name, request, None)
@@ -201,7 +197,7 @@ def _say_if_changed(file: str, sweep: SweepConfig, base: dict[str, Any], folder:
     except InputError:
         is_same = False
     if not is_same:
-        _say(f"{file} has changed since {listed.name} was listed: run as it was listed")
+        say(f"{file} has changed since {listed.name} was listed: run as it was listed")
 
 
 def _emit(args: argparse.Namespace, folder: SweepFolder, listed: Sequence[Listed], chosen: Sequence[Listed]) -> int:
@@ -239,12 +235,12 @@ def _write_tables(args: argparse.Namespace, sweep: SweepConfig, folder: SweepFol
     atomic_write_text(folder.markdown, markdown(groups, list(sweep.grid), sweep.repeats))
     print_table(means_table(groups, sweep.repeats))
     for note in notes:
-        _say(f"warning: {note}")
+        say(f"warning: {note}")
     written = [folder.table, folder.parquet, folder.markdown]
     try:
         written += _draw(args.metric, sweep, folder, groups)
     except InputError as error:  # Without matplotlib, or with nothing to draw: the table is there all the same.
-        _say(f"no picture: {error}")
+        say(f"no picture: {error}")
     print("\n".join(str(path) for path in written))
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
-from contextlib import suppress
 
 from launcher.preflight.asking import Answers
 from launcher.preflight.examining import ask, findings_of
 from launcher.preflight.findings import Finding
 from launcher.preflight.table import problem_lines
 from launcher.preflight.wanted import THIS_MACHINE, Wanted
+from launcher.saying import say
 from sparse_zero.errors import InputError
 
 # A launch asks in passing: a node that needs longer is left to the guards, which wait for it.
 _MOST_SECONDS = 10.0
-
-
-def _say(line: str) -> None:
-    with suppress(OSError):  # The terminal may be gone.
-        print(f"sparse-zero: {line}", file=sys.stderr, flush=True)
 
 
 def as_of_launch(findings: Collection[Finding], starting: Collection[str]) -> list[Finding]:
@@ -58,7 +52,7 @@ def check_before_launch(wanted: Wanted, starting: Collection[str]) -> Answers:
     answers = ask(wanted, seconds=min(wanted.config.cluster.node_timeout, _MOST_SECONDS), waits_for_all=False)
     findings = as_of_launch(findings_of(wanted, answers), starting or (THIS_MACHINE,))
     for line in problem_lines(findings):
-        _say(line)
+        say(line)
     failed = [finding for finding in findings if finding.status == "fail"]
     if failed:
         first = failed[0]

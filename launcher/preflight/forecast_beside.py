@@ -5,25 +5,21 @@ Forecasting imports transformers, which takes seconds that a launch need not wai
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from launcher.beside import ChildBeside, begin_beside
 from launcher.config import parse_config, resolved_yaml
 from launcher.preflight.asking import Answers
 from launcher.preflight.wanted import Wanted
-from launcher.process_ranks import OF_ONE_RANK
+from launcher.saying import say
 from launcher.starting.nodes import Node
 from launcher.yaml_files import parse_yaml
 
-_LOWEST_PRIORITY = 19
-# proc(5): where memory is short, the kernel ends this one first.
-_OOM_SCORE = Path("/proc/self/oom_score_adj")
 # Of a node's facts.
 _SECTIONS = ("gpus", "memory")
 
@@ -39,17 +35,6 @@ class ForecastBeside:
     """
 
     def __init__(self, wanted: Wanted, answers: Answers) -> None:
-        here = Path(__file__).resolve()
-        environment = {name: value for name, value in os.environ.items() if not OF_ONE_RANK.fullmatch(name)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here.parents[2]), os.environ.get("PYTHONPATH")]))
-        environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-        self._process = subprocess.Popen(
-            [sys.executable, str(here), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
         told = {
             "config": parse_yaml(resolved_yaml(wanted.config), "the run"),
             "nodes": {node.name: node.slots for node in wanted.nodes},
@@ -57,9 +42,16 @@ class ForecastBeside:
             "devices": wanted.devices,
             "facts": {node: {name: facts[name] for name in _SECTIONS} for node, facts in answers.facts.items()},
         }
-        assert self._process.stdin is not None
-        with suppress(OSError), self._process.stdin:
-            self._process.stdin.write(json.dumps(told).encode())
+        self._child = ChildBeside(Path(__file__), told, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def _pass_on(self) -> None:
+        """By this process's own stream, which a picture of the run scrolls below the words."""
+        assert self._child.process.stderr is not None
+        for line in self._child.process.stderr:
+            with suppress(OSError):  # The terminal may be gone.
+                print(line.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> ForecastBeside:
         return self
@@ -67,20 +59,15 @@ class ForecastBeside:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._child.close()
+        self._thread.join()
+        assert self._child.process.stderr is not None
+        self._child.process.stderr.close()
 
 
 def main() -> int:
     """Forecast what standard input describes, and say what does not fit."""
-    from launcher.memory.simulating_beside import end_with
-
-    end_with(int(sys.argv[1]))
-    os.nice(_LOWEST_PRIORITY)
-    with suppress(OSError):
-        _OOM_SCORE.write_text("1000", encoding="utf-8")
-    told = json.load(sys.stdin)
+    told = begin_beside()
     from launcher.preflight.memory_check import check_memory, forecast_need
     from launcher.preflight.table import problem_lines
 
@@ -101,7 +88,7 @@ def main() -> int:
     except Exception as error:  # The run goes on without: one line, whatever it is.
         lines = [f"warn: no forecast of memory: {' '.join(str(error).split())[:200] or type(error).__name__}"]
     for line in lines:
-        print(f"sparse-zero: {line}", file=sys.stderr, flush=True)
+        say(line)
     return 0
 
 
