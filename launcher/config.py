@@ -102,7 +102,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_with_overrides(path: str | Path, overrides: Sequence[str], prepare: Prepare | None = None) -> dict[str, Any]:
-    """What stands in a config file, changed by overrides, before any of it is checked but for credentials.
+    """What stands in a config file, changed by overrides, before any of it is checked.
 
     Args:
         path: the file.
@@ -110,24 +110,30 @@ def read_with_overrides(path: str | Path, overrides: Sequence[str], prepare: Pre
         prepare: see :func:`launcher.yaml_files.read_mapping`.
 
     Raises:
-        InputError: the file cannot be read, an override has no place, or there is a credential in one of them.
+        InputError: the file cannot be read, or an override has no place or a credential in it.
     """
     mapping = read_mapping(path, prepare)
     for override in overrides:
         if find_credential(override) is not None:  # Before it can stand in another error.
             _refuse_credential(override.removeprefix("--").partition("=")[0], "the overrides")
         apply_override(mapping, override)
+    return mapping
+
+
+def refuse_credentials(mapping: Mapping[str, Any], source: str) -> None:
+    """Raise where a config holds a token, a password or a signed address.
+
+    Raises:
+        InputError: names the field, and not its value.
+    """
     credential = find_credential(mapping)
     if credential is not None:
-        _refuse_credential(credential, str(path))
-    return mapping
+        _refuse_credential(credential, source)
 
 
 def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunConfig:
     """The run that ``mapping`` describes, as read from YAML; errors say that it stands in ``source``."""
-    credential = find_credential(mapping)
-    if credential is not None:
-        _refuse_credential(credential, source)
+    refuse_credentials(mapping, source)
     if "sweep" in mapping:
         raise InputError(
             f"{source} has a section sweep, so it is many runs: start them with `sparse-zero sweep --config FILE`, or "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config import parse_as, read_with_overrides
+from launcher.config import parse_as, read_with_overrides, refuse_credentials
 from launcher.yaml_files import names_of_files, parse_yaml, read_mapping
 from sparse_zero.errors import InputError
 from sparse_zero.files import to_json
@@ -175,6 +175,7 @@ def read_sweep(path: str | Path, overrides: list[str]) -> tuple[SweepConfig, dic
         InputError: the file has no section ``sweep``, or what stands there does not hold.
     """
     mapping = read_with_overrides(path, overrides, _place_files)
+    refuse_credentials(mapping, str(path))
     if SECTION not in mapping:
         raise InputError(
             f"{path} has no section sweep: add one with folder and grid, or start the single run with `sparse-zero "
