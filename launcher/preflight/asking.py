@@ -8,11 +8,8 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import statistics
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from launcher.preflight import node_probe
+from launcher.starting.node_script import NodeScript
 from launcher.starting.nodes import Node, Reach
 
 Facts = Mapping[str, Any]
@@ -35,59 +33,34 @@ _MARK_SECONDS = 3.0
 _CLOSE_SECONDS = 5.0
 # Where those that answer late need not be waited for: so many times as long as the others, and this long at least.
 _LATE_FACTOR, _LATE_SECONDS = 3.0, 5.0
-_MAX_ERROR_LINES = 50
 
 
-class Talk:
-    """A script on a node, and the lines of JSON from and to it. A context: at its end the script is told to end.
+class Talk(NodeScript):
+    """A script on a node that answers in lines of JSON. A context of :class:`Talks` tells it to end.
 
     Args:
         node: where it runs.
-        reach: see :data:`launcher.starting.supervising.Reach`; None for this machine.
+        reach: see :data:`launcher.starting.nodes.Reach`; None for this machine.
         script: its path, the same on every node.
         first: the first line that it gets.
     """
 
     def __init__(self, node: Node, reach: Reach | None, script: Path, first: Any) -> None:
-        self.node = node
-        command = [sys.executable, str(script)]
-        self._process = subprocess.Popen(
-            command if reach is None else reach(node.name, command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # What ssh says is read below. Its own session: a Ctrl-C is for this process, which ends the others.
-            env={**os.environ, "LC_ALL": "C"},
-            start_new_session=True,
-        )
-        self._errors: list[str] = []
         self._answers: queue.Queue[Any] = queue.Queue()
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._read_errors)]
-        for thread in self._threads:
-            thread.start()
-        self.send(first)
+        # What ssh says is read by reach_checks.
+        super().__init__(node, reach, script, json.dumps(first), environment={**os.environ, "LC_ALL": "C"})
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with suppress(ValueError):  # What a login shell prints, also where that is JSON by chance.
-                value = json.loads(line)
-                if isinstance(value, dict) and value.pop("probe", None) is True:
-                    self._answers.put(value)
+    def _hear(self, value: Any) -> None:
+        # A login shell may print JSON by chance.
+        if isinstance(value, dict) and value.pop("probe", None) is True:
+            self._answers.put(value)
+
+    def _hear_end(self) -> None:
         self._answers.put(None)
-
-    def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if len(self._errors) < _MAX_ERROR_LINES:
-                self._errors.append(line.decode(errors="replace").rstrip())
 
     def send(self, value: Any) -> None:
         """One line; nothing where the script is gone."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.write(json.dumps(value).encode() + b"\n")
-            self._process.stdin.flush()
+        self.send_line(json.dumps(value))
 
     def answer(self, deadline: float) -> dict[str, Any] | None:
         """The next line; None when the script is gone or a time of the monotonic clock has come."""
@@ -96,11 +69,6 @@ class Talk:
             return found
         return None
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether the script, or the connection to it, has ended."""
-        return self._process.poll() is not None
-
     def why(self) -> tuple[int | None, str]:
         """Exit code, None while it runs, and what it or ssh said on the error stream."""
         with suppress(subprocess.TimeoutExpired):
@@ -108,26 +76,6 @@ class Talk:
         for thread in self._threads if self._process.poll() is not None else ():
             thread.join(1.0)
         return self._process.poll(), "\n".join(self._errors)
-
-    def end(self) -> None:
-        """Tell the script to end, without waiting."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-
-    def close(self, seconds: float) -> None:
-        """End the script, and its connection after some seconds, whatever it says."""
-        self.end()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        # A child of ssh may hold the pipes open: closing one would wait for the thread that reads it.
-        for thread, pipe in zip(self._threads, (self._process.stdout, self._process.stderr), strict=True):
-            thread.join(1.0)
-            if pipe is not None and not thread.is_alive():
-                pipe.close()
 
 
 class Talks:
@@ -149,10 +97,10 @@ class Talks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for talk in self.all:
-            talk.end()
+            talk.end_input()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for talk in self.all:
-            talk.close(max(0.1, deadline - time.monotonic()))
+            talk.close(max(time.monotonic() + 0.1, deadline))
 
 
 def with_each(talks: Sequence[Talk], what: Callable[[Talk], _Result]) -> list[_Result]:

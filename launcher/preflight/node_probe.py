@@ -52,8 +52,6 @@ _REPLACED = ("checkpoints", "adapter", "merged")
 _POLL_SECONDS = 0.1
 # Between two questions.
 _PATIENCE_SECONDS = 60.0
-# By its path: imported, it would hide which copy of the package the ranks will find.
-_CONTROL_GROUPS = Path(__file__).resolve().parents[1] / "starting" / "control_groups.py"
 
 
 def _gathered(sections: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
@@ -74,6 +72,11 @@ def _gathered(sections: Mapping[str, Callable[[], Any]], seconds: float) -> dict
         thread.join(max(0.0, deadline - time.monotonic()))
     hanging = {"error": f"no answer within {seconds:g} seconds"}
     return {name: found.get(name, hanging) for name in sections}
+
+
+def _of_launcher(name: str) -> dict[str, Any]:
+    """What a file of the guards defines; by its path: imported, it would hide which copy the ranks will find."""
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "starting" / name))
 
 
 # --- software ---------------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ def _gpus(seconds: float) -> Any:
 
 def _memory() -> dict[str, int]:
     memory = psutil.virtual_memory()
-    total = min(memory.total, runpy.run_path(str(_CONTROL_GROUPS))["group_limit"]() or memory.total)
+    total = min(memory.total, _of_launcher("control_groups.py")["group_limit"]() or memory.total)
     return {"total_bytes": total, "available_bytes": min(total, memory.available)}
 
 
@@ -159,18 +162,15 @@ def _open_files() -> dict[str, int]:
 
 
 def _interfaces() -> dict[str, Any]:
-    """IPv4 address of each interface that others may reach, first the one that ssh came by; and all addresses."""
-    first: dict[str, str] = {}
-    everything = []
-    for name, addresses in psutil.net_if_addrs().items():
-        for each in addresses:
-            if each.family in (socket.AF_INET, socket.AF_INET6):
-                everything.append(each.address.partition("%")[0])
-            if each.family == socket.AF_INET and not each.address.startswith("127."):
-                first.setdefault(name, each.address)
-    reached = os.environ.get("SSH_CONNECTION", "").split()[2:3]
-    ordered = dict(sorted(first.items(), key=lambda item: item[1] not in reached))
-    return {"host": socket.gethostname(), "interfaces": ordered, "addresses": everything}
+    """IPv4 address of each interface that others may reach, and all addresses."""
+    everything = [
+        each.address.partition("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for each in addresses
+        if each.family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    reachable = _of_launcher("addresses.py")["reachable_addresses"]()
+    return {"host": socket.gethostname(), "interfaces": reachable, "addresses": everything}
 
 
 def _resolved(name: str) -> list[str]:

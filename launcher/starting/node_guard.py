@@ -44,6 +44,7 @@ import psutil
 
 if __name__ == "__main__":  # Over ssh, PYTHONPATH may be missing.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from launcher.starting.addresses import reachable_addresses
 from launcher.starting.control_groups import oom_counter, oom_kills
 from launcher.starting.rank_logs import RankLog, ranks_that_wrote
 from launcher.starting.rank_status import read_status
@@ -346,18 +347,6 @@ def _write_files(record: Path, files: Mapping[str, str]) -> None:
             file.write(text)
 
 
-def _addresses() -> dict[str, str]:
-    """The IPv4 address of every interface that other nodes may reach."""
-    found: dict[str, str] = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        for each in addresses:
-            if each.family == socket.AF_INET and not each.address.startswith("127."):
-                found.setdefault(name, each.address)
-    # First the one that ssh came by: others may be bridges of containers, which every node has.
-    reached = os.environ.get("SSH_CONNECTION", "").split()[2:3]
-    return dict(sorted(found.items(), key=lambda item: item[1] not in reached))
-
-
 def _first_line() -> bytes:
     """Read without a buffer, which would keep from ``select`` what follows."""
     line = b""
@@ -390,7 +379,7 @@ def main() -> int:
         # Also when this write fails, because the other side is gone already.
         with contextlib.suppress(BrokenPipeError):
             print()  # A login shell may have left a line without an end.
-            _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"])), "addresses": _addresses()})
+            _say({"ranks": {}, "step": newest_step(Path(setup["checkpoints"])), "addresses": reachable_addresses()})
             _serve(watch, setup["silence"])
     finally:
         last = watch.end()

@@ -293,7 +293,7 @@ def test_a_guard_is_heard_behind_a_login_shell(tmp_path: Path) -> None:
         assert guard.report is not None
         assert guard.report["ranks"] == {}
     finally:
-        guard.send("end")
+        guard.send_line("end")
         guard.close(time.monotonic() + 20)
 
 
