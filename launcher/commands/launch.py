@@ -123,10 +123,9 @@ def run(args: argparse.Namespace) -> int:
             limits,
             cluster,
             lambda start: command(start, Path(folder)),
-            RunFolder(config.output.folder).checkpoints,
+            RunFolder(config.output.folder),
             remote,
             files_of_run(config, environment),
-            RunFolder(config.output.folder).logs,
             make_view(config.output.folder),
         )
         return supervisor.run()

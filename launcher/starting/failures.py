@@ -30,6 +30,11 @@ class RankReport:
     # Of its threads, if it was asked for them.
     stacks: str = ""
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended, and not well."""
+        return self.state not in ("running", 0)
+
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
 
@@ -49,7 +54,7 @@ def ended_first(reports: Sequence[RankReport], order: Mapping[int, float]) -> Ra
         is_error = any(sign in report.words for sign in ERROR_SIGNS)
         return not is_error, order.get(report.rank, 0.0), report.rank
 
-    failed = [report for report in reports if report.state not in ("running", 0)]
+    failed = [report for report in reports if report.has_failed]
     causes = [report for report in failed if report.state != EXIT_LOST] or failed
     return min((report for report in causes if report.words.strip()), key=key, default=None)
 

@@ -29,6 +29,9 @@ _PER_SECOND = 4
 class View(Protocol):
     """A context manager around a run."""
 
+    # Whether it draws, so that nothing else may write to the terminal.
+    is_picture: bool
+
     def say(self, stream: str, text: str) -> None:
         """Pass on what rank 0, or the launcher, has written to its "out" or "err"."""
 
@@ -44,6 +47,8 @@ class View(Protocol):
 
 class PlainView:
     """Words only, each where it was meant to go; and a line for a rank that is stopped."""
+
+    is_picture = False
 
     def __init__(self) -> None:
         self._told: set[tuple[int, str]] = set()
@@ -178,6 +183,8 @@ class TerminalView:
         console: of standard error.
         title: names the run.
     """
+
+    is_picture = True
 
     def __init__(self, console: "Console", title: str) -> None:
         from rich.live import Live

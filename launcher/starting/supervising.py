@@ -17,7 +17,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -26,10 +25,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 from launcher.process_ranks import OF_ONE_RANK
+from launcher.run_folder import RunFolder
+from launcher.saying import say
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.command_line import ssh_options
 from launcher.starting.failures import HangWatch, RankReport, describe_hang, ended_first, hung_stack
@@ -109,11 +109,6 @@ def judge(outcome: Outcome) -> tuple[int, bool]:
     return (outcome.code if outcome.code and 0 < outcome.code < EXIT_SIGNAL else EXIT_LOST), True
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # The terminal may be gone.
-        print(f"sparse-zero: {text}", file=sys.stderr, flush=True)
-
-
 class Supervisor:
     """Starts a run, watches it, and starts it again.
 
@@ -122,10 +117,9 @@ class Supervisor:
         limits: of the number of ranks.
         cluster: the run's section.
         command: of one start, as an argument list; its ranks get the record folder as ``--exit_record``.
-        checkpoints: the run's folder of them, for counting restarts.
+        folder: of the run; its checkpoints tell of progress, and its logs take what the ranks write.
         remote: see :class:`Guard`; None where the only node is this machine.
         files: name and content of what every node's ranks get in their record folder.
-        logs: folder of the run for what the ranks write; None: beside the checkpoints.
         view: shows how far the ranks are, and what rank 0 writes.
     """
 
@@ -135,16 +129,14 @@ class Supervisor:
         limits: Limits,
         cluster: ClusterConfig,
         command: Callable[[Start], Sequence[str]],
-        checkpoints: Path,
+        folder: RunFolder,
         remote: Reach | None = None,
         files: Mapping[str, str] | None = None,
-        logs: Path | None = None,
         view: View | None = None,
     ) -> None:
         self._nodes, self._limits, self._cluster = tuple(nodes), limits, cluster
-        self._command, self._checkpoints, self._remote = command, checkpoints, remote
+        self._command, self._folder, self._remote = command, folder, remote
         self._files = dict(files or {})
-        self._logs = checkpoints.parent / "logs" if logs is None else logs
         self._view: View = PlainView() if view is None else view
         # What is known of all ranks, from reports that were heard at these times.
         self._reports: list[RankReport] = []
@@ -177,16 +169,16 @@ class Supervisor:
                 if restarts:
                     place = f" on {', '.join(node.name for node in nodes)}" if self._remote else ""
                     since = "from the beginning" if step is None else f"from the checkpoint of step {step}"
-                    _say(f"starting again with {sum(node.slots for node in nodes)} ranks{place}, {since}")
+                    say(f"starting again with {sum(node.slots for node in nodes)} ranks{place}, {since}")
                 try:
                     outcome = self._attempt(guards, restarts)
                 finally:
                     self._end(guards)
-                self._show(guards)
+                reports = self._show(guards)
                 outcome = self._with_last_reports(outcome, guards)
                 code, may_do_better = judge(outcome)
                 if code and not outcome.signal:
-                    self._tell_first_failure(guards)
+                    self._tell_first_failure(reports, guards)
                 if not may_do_better:
                     return code
                 in_a_row = 0 if outcome.step is not None and outcome.step > (step or 0) else in_a_row
@@ -197,10 +189,10 @@ class Supervisor:
                         if not in_a_row
                         else f"after {in_a_row} restarts without a new checkpoint"
                     )
-                    _say(f"{what}; not started again ({why})")
+                    say(f"{what}; not started again ({why})")
                     return code
                 restarts, in_a_row = restarts + 1, in_a_row + 1
-                _say(f"{what}; restart {in_a_row} of {self._cluster.max_restarts}")
+                say(f"{what}; restart {in_a_row} of {self._cluster.max_restarts}")
 
     # --- nodes -----------------------------------------------------------------------------------------------
 
@@ -220,7 +212,7 @@ class Supervisor:
             told = "; ".join(f"{name}: {why}" for name, why in silent.items())
             if chosen:
                 if silent:
-                    _say(f"nodes that do not answer are left out ({told})")
+                    say(f"nodes that do not answer are left out ({told})")
                 return [guard for guard in guards if guard.node in chosen]
             if first:
                 raise InputError(
@@ -229,7 +221,7 @@ class Supervisor:
                 )
             if self._signal or time.monotonic() > deadline:
                 ranks = sum(guard.node.slots for guard in guards)
-                _say(
+                say(
                     f"not started again: nodes with {ranks} ranks answer, {self._limits.least} are needed at least "
                     f"(cluster.min_world_size); no answer from {told}"
                 )
@@ -244,11 +236,11 @@ class Supervisor:
         setup = {
             "record": self._records[-1],
             "before": self._records[:-1],
-            "checkpoints": str(self._checkpoints.absolute()),
+            "checkpoints": str(self._folder.checkpoints.absolute()),
             # Here, nothing can be cut off but the pipe, and a stopped job is no reason to end it.
             "silence": self._cluster.node_timeout if self._remote else None,
             "files": self._files,
-            "logs": str(self._logs.absolute()),
+            "logs": str(self._folder.logs.absolute()),
         }
         guards = [Guard(node, self._remote, setup) for node in self._nodes]
         deadline = time.monotonic() + self._cluster.node_timeout
@@ -270,7 +262,7 @@ class Supervisor:
     def _end(self, guards: Sequence[Guard]) -> None:
         """End everything on these nodes, and their guards."""
         for guard in guards:
-            guard.send("end")
+            guard.send_line("end")
         deadline = time.monotonic() + _END_SECONDS
         for guard in guards:
             guard.close(deadline)
@@ -307,7 +299,7 @@ class Supervisor:
                         break  # Nothing to save. DeepSpeed's launcher, told to end, would end other runs as well.
                     deadline, told = now + _GRACE_SECONDS, True
                     for guard in guards:
-                        guard.send(f"stop {self._signal}")
+                        guard.send_line(f"stop {self._signal}")
                 # Here nothing can be cut off, and after a pause of this process the reports are yet to be read.
                 gone = [
                     guard
@@ -350,7 +342,7 @@ class Supervisor:
 
     def _started(self, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
         """The launcher, in a session of its own."""
-        if isinstance(self._view, PlainView):
+        if not self._view.is_picture:
             return subprocess.Popen(command, env=environment, start_new_session=True, text=True)
         # What it writes into a picture would spoil it.
         process = subprocess.Popen(
@@ -383,7 +375,7 @@ class Supervisor:
     def _why_it_hangs(self, guards: Sequence[Guard]) -> str:
         """Ask all ranks for their stacks; in words, why the run hangs."""
         for guard in guards:
-            guard.send("stacks")
+            guard.send_line("stacks")
         deadline = time.monotonic() + _STACKS_SECONDS
         while time.monotonic() < deadline and any(guard.stacks is None and not guard.is_gone for guard in guards):
             time.sleep(_LOOK_SECONDS)
@@ -392,21 +384,20 @@ class Supervisor:
         why = describe_hang(reports, self._cluster.hang_timeout)
         found = hung_stack(reports)
         if found is not None:
-            place = f", and all stacks are in {self._logs}" if _keeps_logs(guards) else ""
-            _say(f"{why}; {found[0]} was here{place}:\n{textwrap.indent(found[1], '  ')}")
+            place = f", and all stacks are in {self._folder.logs}" if _keeps_logs(guards) else ""
+            say(f"{why}; {found[0]} was here{place}:\n{textwrap.indent(found[1], '  ')}")
         return why
 
-    def _tell_first_failure(self, guards: Sequence[Guard]) -> None:
+    def _tell_first_failure(self, reports: Sequence[RankReport], guards: Sequence[Guard]) -> None:
         """Show the error that explains those of the others, unless it was rank 0's, which has been seen."""
-        reports = _reports(guards)
         first = ended_first(reports, self._ended)
         if first is None or first.rank == 0:
             return
-        failed = [report for report in reports if report.state not in ("running", 0)]
+        failed = [report for report in reports if report.has_failed]
         what = "failed first" if self._ended[first.rank] == min(self._ended[each.rank] for each in failed) else "failed"
         more = f", of {len(failed)} that did" if len(failed) > 1 else ""
-        kept = f" (all that ranks wrote is in {self._logs})" if _keeps_logs(guards) else ""
-        _say(f"{first} {what}{more}{kept}; it said:\n{textwrap.indent(first.words, '  ')}")
+        kept = f" (all that ranks wrote is in {self._folder.logs})" if _keeps_logs(guards) else ""
+        say(f"{first} {what}{more}{kept}; it said:\n{textwrap.indent(first.words, '  ')}")
 
     def _with_last_reports(self, outcome: Outcome, guards: Sequence[Guard]) -> Outcome:
         """The outcome with what the guards said last, after everything was ended."""
@@ -414,7 +405,7 @@ class Supervisor:
         for guard in guards:
             ranks.update({int(rank): state for rank, state in guard.states.items()})
             for name in (guard.report or {}).get("left", ()):
-                _say(f"process {name} on {guard.node.name} could not be ended")
+                say(f"process {name} on {guard.node.name} could not be ended")
         lost = outcome.lost or self._lost_rank(guards)
         return Outcome(code=outcome.code, ranks=ranks, signal=outcome.signal, lost=lost, step=_newest_step(guards))
 

@@ -12,6 +12,7 @@ import pytest
 
 from launcher.commands.launch import cluster_of_start, overrides_of_start, write_hostfile
 from launcher.config import parse_config
+from launcher.run_folder import RunFolder
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.nodes import Limits, Node, Start, choose_nodes, limits_of, master_of, read_nodes
 from launcher.starting.supervising import Outcome, Supervisor, judge
@@ -271,7 +272,7 @@ def supervisor(folder, plan, **settings):
         return [sys.executable, str(folder / "starter.py"), str(folder / "rank.py"), record, str(folder)]
 
     section = ClusterConfig(node_timeout=1.0, **settings)
-    return Supervisor([Node("here", 2)], Limits(least=2, most=2), section, command, folder / "checkpoints")
+    return Supervisor([Node("here", 2)], Limits(least=2, most=2), section, command, RunFolder(folder))
 
 
 @pytest.fixture(autouse=True)
