@@ -1,7 +1,6 @@
 """What does every batch system have to be told of a job, whichever it is?"""
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -96,8 +95,3 @@ def is_below(path: str, folders: Sequence[str]) -> bool:
     """Whether a path lies in one of the folders, by their names alone: they are another machine's."""
     place = PurePosixPath(path)
     return ".." not in place.parts and any(place.is_relative_to(folder) for folder in folders)
-
-
-def shell_words(words: Sequence[str]) -> str:
-    """Words that a shell takes as they are, and no more, whatever they hold."""
-    return " ".join(shlex.quote(word) for word in words)

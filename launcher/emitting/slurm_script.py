@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.config import RunConfig
-from launcher.emitting.job import job_name, ranks_per_node, shell_words
+from launcher.emitting.job import job_name, ranks_per_node
 from launcher.starting.command_line import check_remote_shell
 from sparse_zero.errors import InputError
 
@@ -74,7 +74,7 @@ def slurm_script(config: RunConfig, config_path: Path, overrides: Sequence[str],
             f"cluster.launcher is {config.cluster.launcher}, and a Slurm job starts its ranks through srun: set it to "
             "slurm"
         )
-    words = shell_words(["sparse-zero", "launch", "--config", str(folder / config_path), *overrides])
+    words = shlex.join(["sparse-zero", "launch", "--config", str(folder / config_path), *overrides])
     return script_of_job(config, words, folder, _options(config))
 
 

@@ -4,11 +4,12 @@ It is the script of a single run: with its options, its copies of compiled exten
 its time.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.config import RunConfig
-from launcher.emitting.job import refuse_secrets, shell_words
+from launcher.emitting.job import refuse_secrets
 from launcher.emitting.slurm_script import slurm_array
 from sparse_zero.errors import InputError
 
@@ -37,7 +38,7 @@ def array_of_points(
             )
     for _, each in points.values():
         refuse_secrets(each)
-    command = shell_words(["sparse-zero", "sweep", "--folder", str(sweep_folder), "--point"])
+    command = shlex.join(["sparse-zero", "sweep", "--folder", str(sweep_folder), "--point"])
     return slurm_array(
         config, f'{command} "$SLURM_ARRAY_TASK_ID"', folder, config.batch.name or "sparse-zero-sweep", tasks
     )
