@@ -315,12 +315,16 @@ def gradient_norm_figure(train: Rows, theme: Theme = LIGHT) -> "Figure":
     return figure
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def throughput_figure(train: Rows, theme: Theme = LIGHT) -> "Figure":
-    """Tokens per second and peak memory of every step, one above the other."""
+    """Tokens and operations per second, and peak memory of every step, one above the other."""
     from matplotlib.ticker import FuncFormatter
 
-    figure = new_figure(WIDTH_INCHES, 4.6, theme)
-    speed, memory = figure.subplots(2, 1, sharex=True)
+    figure = new_figure(WIDTH_INCHES, 6.4, theme)
+    speed, operations, memory = figure.subplots(3, 1, sharex=True)
     steps = [int(row["step"]) for row in train]
     shown = _draw_series(speed, train, "tokens_per_second", theme, label="tokens per second", mean=True)
     _step_axis(speed, steps, theme, label=False)
@@ -333,11 +337,26 @@ def throughput_figure(train: Rows, theme: Theme = LIGHT) -> "Figure":
     _legend(speed, theme)
     title(speed, "Speed", theme)
 
+    # Of what the device can do, if that is known; else as such.
+    share = any(_is_number(row.get("mfu")) for row in train)
+    largest = max((row["flops_per_second"] for row in train if _is_number(row.get("flops_per_second"))), default=0.0)
+    unit, size = ("%", 0.01) if share else ("TFLOP/s", 1e12) if largest >= 1e12 else ("GFLOP/s", 1e9)
+    name = "mfu" if share else "flops_per_second"
+    in_units = [
+        {"step": step, "done": row[name] / size if _is_number(row.get(name)) else None}
+        for step, row in zip(steps, train, strict=True)
+    ]
+    shown = _draw_series(operations, in_units, "done", theme, label=unit, mean=True)
+    _step_axis(operations, steps, theme, label=False)
+    operations.set_ylabel(unit)
+    _scale(operations, shown, theme, from_zero=True)
+    title(operations, "Model FLOPs utilization (MFU)" if share else "Operations per second and rank", theme)
+
     peaks = [row.get("peak_memory_bytes") for row in train]
-    largest = max((peak for peak in peaks if isinstance(peak, (int, float)) and math.isfinite(peak)), default=0)
+    largest = max((peak for peak in peaks if _is_number(peak)), default=0)
     unit, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
     in_units = [
-        {"step": step, "peak": peak / size if isinstance(peak, (int, float)) else None}
+        {"step": step, "peak": peak / size if _is_number(peak) else None}
         for step, peak in zip(steps, peaks, strict=True)
     ]
     shown = _draw_series(memory, in_units, "peak", theme, label="peak memory", mean=False)

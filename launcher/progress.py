@@ -36,11 +36,12 @@ def _value(row: Mapping[str, Any], name: str, format_spec: str) -> str:
 
 
 def describe_step(row: Mapping[str, Any]) -> str:
-    """Loss, learning rate, speed and memory of one training row in about 50 characters."""
+    """Loss, learning rate, speed and memory of one training row in about 50 characters, 60 with an MFU."""
     loss = "skipped" if row.get("skipped") else _value(row, "loss", ".4f")
+    share = "" if row.get("mfu") is None else f"{_value(row, 'mfu', '.0%')} MFU  "
     return (
         f"loss {loss}  lr {_value(row, 'learning_rate', '.2e')}  "
-        f"{format_count(row.get('tokens_per_second'))} tok/s  {format_bytes(row.get('peak_memory_bytes'))}"
+        f"{format_count(row.get('tokens_per_second'))} tok/s  {share}{format_bytes(row.get('peak_memory_bytes'))}"
     )
 
 

@@ -17,11 +17,12 @@ from launcher.starting.rank_status import status_file, write_status
 
 # What a status holds: ticks since the start (it is alive as long as they change), the phase and whether it ticks;
 # whether the run folder is this run's; then what is known of training: steps done, micro-batches done of the next one,
-# last step, loss, input tokens a second of all ranks, seconds of this rank's forward passes in a step as they are
-# lately, peak bytes of its device (without one, of its process), the step of the newest checkpoint that was begun.
+# last step, loss, input tokens a second of all ranks, floating-point operations a second of a rank and their share of
+# what its device can do (if that is known), seconds of this rank's forward passes in a step as they are lately, peak
+# bytes of its device (without one, of its process), the step of the newest checkpoint that was begun.
 FIELDS = (
     "ticks", "phase", "is_ticking", "owns_folder", "step", "micro_batch", "num_steps", "loss", "tokens_per_second",
-    "forward_seconds", "memory_bytes", "checkpoint",
+    "flops_per_second", "mfu", "forward_seconds", "memory_bytes", "checkpoint",
 )  # fmt: skip
 # Asks for the stacks of all threads, in the log of the rank; see node_guard.
 STACKS_SIGNAL = signal.SIGUSR2

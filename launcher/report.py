@@ -1,5 +1,6 @@
 """What happened in a run? Pictures and one page that needs nothing but itself."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -140,7 +141,13 @@ def _predictions_section(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -
     return "".join(parts)
 
 
-def _tiles(content: Mapping[str, Any]) -> str:
+def _usual(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The median of a number over the training steps; None where they do not have it."""
+    found = [summary.as_number(row.get(name)) for row in rows if row["kind"] == "train"]
+    return statistics.median(known) if (known := [value for value in found if value is not None]) else None
+
+
+def _tiles(content: Mapping[str, Any], metric_rows: Sequence[Mapping[str, Any]]) -> str:
     """The numbers that a reader looks for first."""
     rows = dict(summary.summary_rows(content))
     number, accuracy = summary.as_number, summary.as_mapping(content.get("accuracy"))
@@ -157,6 +164,11 @@ def _tiles(content: Mapping[str, Any]) -> str:
         tiles.append((summary.format_bytes(max(known)), "peak memory of a rank"))
     if number(content.get("tokens_per_second")) is not None:
         tiles.append((rows["Tokens per second"], "tokens per second"))
+    done, share = _usual(metric_rows, "flops_per_second"), _usual(metric_rows, "mfu")
+    if share is not None:
+        tiles.append((summary.format_percent(share), f"MFU ({summary.format_flops(done)} of each rank)"))
+    elif done is not None:
+        tiles.append((summary.format_flops(done), "of each rank, of the model"))
     if number(content.get("adapter_bytes")):
         tiles.append((rows["Adapter"], "adapter"))
     inner = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in tiles)
@@ -194,7 +206,9 @@ def _training_section(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
         ),
         (
             "throughput",
-            "Tokens per second of all ranks together, and the largest peak memory of a rank.",
+            "Tokens per second of all ranks together; the floating-point operations of the model (matrix products and "
+            "attention, nothing twice, no padding) per second and rank, or their share of what its GPU can do; and the "
+            "largest peak memory of a rank.",
             lambda theme: plots.throughput_figure(train, theme),
         ),
     ]
@@ -273,7 +287,7 @@ def write_report(run_folder: Path) -> Path:
             section("Summary", note("The run has not ended: there is no summary yet."), identifier="summary")
         )
     else:
-        body = _tiles(content) + table(summary.summary_rows(content))
+        body = _tiles(content, rows) + table(summary.summary_rows(content))
         sections.append(section("Summary", body, identifier="summary"))
     sections.append(section("Training", _training_section(rows, folder), identifier="training"))
     if memory is not None:

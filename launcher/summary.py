@@ -70,6 +70,20 @@ def format_count(value: object) -> str:
     return f"{number:.{2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0}f}{unit}"
 
 
+def format_flops(flops_per_second: object, mfu: object = None) -> str:
+    """What a rank computes: ``412 TFLOP/s``, and if it is known what share that is of its device, ``, 41.7 % MFU``."""
+    number, share = as_number(flops_per_second), as_number(mfu)
+    if number is None:
+        return ABSENT
+    unit = "FLOP/s"
+    for larger in ("k", "M", "G", "T", "P"):
+        if abs(number) < 999.5:
+            break
+        number, unit = number / 1000, f"{larger}FLOP/s"
+    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{digits}f} {unit}" + ("" if share is None else f", {100 * share:.1f} % MFU")
+
+
 def format_duration(value: object) -> str:
     """Seconds as ``8.3 s``, ``4 min 05 s`` or ``2 h 03 min``."""
     number = as_number(value)

@@ -20,6 +20,7 @@ from launcher.progress import TrainingProgress, training_progress
 from launcher.reselecting import check_selection_now, describe_check
 from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
+from launcher.step_speed import StepSpeed, device_peak
 from launcher.step_times import StepTimes
 from launcher.stopping import stop_requests
 from launcher.world import World
@@ -243,6 +244,11 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     )
     skipped_in_a_row, times, usual_forward = 0, StepTimes(world.device), 0.0
     state.engine.train()
+    speed = StepSpeed(
+        state.engine.module, state.module_map, lengths=[len(sample.input_ids) for sample in state.train],
+        response_tokens=tokens_of, world_size=world.world_size,
+        peak=device_peak(world.device, config.training.precision),
+    )  # fmt: skip
     progress = training_progress(num_steps=num_steps, rank=world.rank, first_step=state.first_step)
     checkpoints = RunCheckpoints(config, state.folder, state.base, state.earlier, writes=world.keeps_folder)
     pulse = world.pulse
@@ -256,6 +262,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                     _tell_memory(state, memory, 0.0)
                 with pulse.phase("reselect"):
                     _check_selection(state, step, progress, metrics)
+                speed.look_at(state.engine.module)
             started = time.perf_counter()
             plan, rate = sampler.step(step), learning_rate(config.training, step, num_steps)
             num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)
@@ -277,6 +284,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             if step > state.first_step:
                 result.tokens, result.seconds = result.tokens + float(sums[1]), result.seconds + seconds
             norm = state.engine.get_global_grad_norm()
+            flops = speed.of_step(plan.global_indices, seconds)
             row = {
                 "kind": "train",
                 "step": step + 1,
@@ -284,6 +292,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "learning_rate": rate,
                 "gradient_norm": None if norm is None else float(norm),
                 "tokens_per_second": float(sums[1]) / seconds,
+                **flops,
                 "response_tokens": num_response_tokens,
                 "step_seconds": seconds,
                 **{f"{name}_seconds": found for name, found in parts.items()},
@@ -294,7 +303,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             progress.update(row)
             pulse.tick(
                 step=step + 1, micro_batch=0, num_steps=num_steps, loss=result.final_loss,
-                tokens_per_second=row["tokens_per_second"], forward_seconds=usual_forward, memory_bytes=peak,
+                tokens_per_second=row["tokens_per_second"], forward_seconds=usual_forward, memory_bytes=peak, **flops,
             )  # fmt: skip
             if metrics is not None and (
                 (step + 1) % config.output.log_every == 0 or step + 1 == num_steps or not applied

@@ -100,9 +100,11 @@ def headline(reports: Sequence[RankReport], seconds_of_step: float | None) -> st
     loss = as_number(status.get("loss"))
     left = None if seconds_of_step is None else seconds_of_step * (last - step)
     checkpoint = status.get("checkpoint")
+    share = as_number(status.get("mfu"))
     return (
         f"step {step}/{last}  loss {ABSENT if loss is None else f'{loss:.4f}'}  "
-        f"{format_count(status.get('tokens_per_second'))} tok/s  {format_duration(left)} left  "
+        f"{format_count(status.get('tokens_per_second'))} tok/s  {'' if share is None else f'{share:.0%} MFU  '}"
+        f"{format_duration(left)} left  "
         f"checkpoint {ABSENT if checkpoint is None else checkpoint}"
     )
 

@@ -37,6 +37,7 @@ def train_rows(num_steps: int = 150, skipped: tuple[int, ...] = (), seed: int = 
                 "learning_rate": 3e-3 * min(step / max(0.05 * num_steps, 1), (1 - done) / 0.95 + 1e-9),
                 "gradient_norm": None if is_skipped else (0.4 + 3 * math.exp(-8 * done)) * noise.lognormvariate(0, 0.3),
                 "tokens_per_second": 610 * noise.uniform(0.9, 1.1) * (0.4 if step == 1 else 1),
+                "flops_per_second": 118e9 * noise.uniform(0.9, 1.1),
                 "response_tokens": 1900 + noise.randrange(300),
                 "step_seconds": 3.1 * noise.uniform(0.9, 1.1),
                 "forward_seconds": 1.0 * noise.uniform(0.9, 1.1),

@@ -46,6 +46,7 @@ def test_the_headline() -> None:
     assert headline([report(0, **status)], None) == "step 120/1000  loss 1.2346  12.3k tok/s  – left  checkpoint –"
     found = headline([report(0, **status, checkpoint=100)], 2.0)
     assert found == "step 120/1000  loss 1.2346  12.3k tok/s  29 min 20 s left  checkpoint 100"
+    assert "12.3k tok/s  42% MFU  – left" in headline([report(0, **status, mfu=0.4167)], None)
     assert "loss –" in headline([report(0, **{**status, "loss": float("nan")})], None)
 
 

@@ -85,3 +85,4 @@ def test_missing_and_skipped_numbers_are_said() -> None:
     assert describe_step({"step": 1}) == "loss –  lr –  – tok/s  –"
     assert describe_step(_row(1, skipped=True, loss=None)).startswith("loss skipped  lr 3.00e-03")
     assert len(describe_step(_row(1, loss=float("nan"), tokens_per_second=999_999.0))) <= 52
+    assert describe_step(_row(1, mfu=0.4167)) == "loss 1.2346  lr 3.00e-03  1.23k tok/s  42% MFU  1.35 GiB"

@@ -248,6 +248,16 @@ def test_the_loss_has_both_curves_and_gaps_where_skipped() -> None:
     assert axes.get_ylabel() == "loss (nats per response token)"
 
 
+def test_operations_are_shown_as_a_share_where_the_peak_is_known() -> None:
+    rows = train_rows(20)
+    axes: Any = plots.throughput_figure(rows).axes[1]
+    assert axes.get_ylabel() == "GFLOP/s"
+    assert list(axes.get_lines()[0].get_ydata()) == [row["flops_per_second"] / 1e9 for row in rows]
+    axes = plots.throughput_figure([{**row, "mfu": 0.4} for row in rows]).axes[1]
+    assert axes.get_ylabel() == "%"
+    assert list(axes.get_lines()[0].get_ydata()) == pytest.approx([40.0] * 20)
+
+
 def test_a_repeated_step_counts_once() -> None:
     rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 4.0), (2, 3.0), (3, 2.0))]
     line: Any = plots.loss_figure(rows).axes[0].get_lines()[0]
@@ -332,7 +342,8 @@ def test_report_reads_what_the_run_wrote(finished: Path) -> None:
     """The made-up run follows the run folder's contract: every training row has every field of it."""
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     fields = {
-        "kind", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "response_tokens", "step_seconds",
+        "kind", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "flops_per_second",
+        "response_tokens", "step_seconds",
         "forward_seconds", "backward_seconds", "update_seconds", "peak_memory_bytes", "epoch", "skipped",
     }  # fmt: skip
     assert all(set(row) == fields for row in rows if row["kind"] == "train")
