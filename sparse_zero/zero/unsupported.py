@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
@@ -116,6 +115,8 @@ def check_not_split(model: nn.Module, settings: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the setting, or the parameter, and what to use instead.
     """
+    from torch.distributed.tensor import DTensor  # takes half a second, which `sparse-zero --help` need not wait for
+
     check_settings_not_split(settings)
     _refuse_autotp(compat.recorded_tensor_parallel_size())
     for name, parameter in model.named_parameters():
