@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.answers import judge, normalize, options_in
-from models.gather import gather_json
 from models.loading import pad_token_id
 from models.templates import Template, encode_prompts, encode_responses, render
 from sparse_zero.errors import InputError
@@ -380,6 +379,8 @@ def _evaluating(model: PreTrainedModel, generation_config: Any) -> Iterator[None
 
 
 def _gathered(kind: Literal["generate", "choice"], predictions: Sequence[Prediction]) -> EvaluationResult:
+    from models.gather import gather_json  # heavy: torch
+
     of_ranks = gather_json([asdict(each) for each in predictions])
     merged = sorted((Prediction(**each) for part in of_ranks for each in part), key=lambda each: each.index)
     return EvaluationResult(kind=kind, predictions=tuple(merged))

@@ -13,7 +13,6 @@ from models.quantization import Quantized, adopt_quantized, check_quantization, 
 from models.source import check_model_folder, download, local_folder
 from models.weight_files import read_json_object
 from sparse_zero.errors import InputError
-from sparse_zero.module_map import parameter_shape
 
 if TYPE_CHECKING:
     import torch
@@ -203,6 +202,8 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     Raises:
         InputError: the tokenizer is larger than the model's embedding.
     """
+    from sparse_zero.module_map import parameter_shape  # heavy: torch
+
     rows = parameter_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         raise InputError(f"model.tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: use the model's own")

@@ -4,6 +4,8 @@ What is read may come from anywhere: sizes, depths and the numbers of entries ar
 what does not hold is an :class:`~sparse_zero.errors.InputError`.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import numbers
@@ -14,13 +16,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sparse_zero.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Of a whole JSON file: answers to some hundred thousand questions. Python's objects take up to 30 times as much memory.
 MAX_JSON_BYTES = 256 * 2**20
@@ -244,6 +247,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, strict: bool = Fal
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors and text metadata to ``path`` in one step."""
+    from safetensors.torch import save_file  # heavy: torch
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, str(temporary), metadata=dict(metadata))

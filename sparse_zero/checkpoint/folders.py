@@ -1,5 +1,7 @@
 """How does a folder of files appear on disk complete or not at all, and how is it checked when read?"""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
@@ -8,10 +10,13 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparse_zero.checkpoint.headers import ManifestEntry, parse_manifest, path_inside, read_header
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, follow_umask, sync, sync_names
+
+if TYPE_CHECKING:
+    from sparse_zero.checkpoint.headers import ManifestEntry
 
 MANIFEST = "manifest.json"
 # What a killed writer leaves: of a folder (part of a new one, an old one moved aside) or of a file.
@@ -166,6 +171,8 @@ def check_folder(folder: Path, what: str, *, reads: Collection[str] = ()) -> dic
     """
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} is no {what}: it has no {MANIFEST}; name the folder that a run has written")
+    from sparse_zero.checkpoint.headers import parse_manifest, path_inside, read_header  # heavy: torch
+
     manifest_path = path_inside(folder, MANIFEST)
     files = parse_manifest(read_header(manifest_path), manifest_path)
     for name in reads:

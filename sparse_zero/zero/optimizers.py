@@ -9,19 +9,20 @@ away. Inplace, values are entries of the weight, which decay towards zero; under
 base, and the entries decay towards the base.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sparse_zero.errors import InputError
-from sparse_zero.layers.carriers import carriers
 from sparse_zero.optional import require
 from sparse_zero.selection.config import KINDS, Kind
-from sparse_zero.zero.shaped_optimizers import Adafactor, BlockMuon
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 OptimizerName = Literal["adamw", "deepspeed_adamw", "adamw_8bit", "lion", "adafactor", "muon"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
@@ -149,6 +150,8 @@ def configured_groups(groups: Sequence[Mapping[str, Any]], config: OptimizerConf
 
 def block_shapes(model: nn.Module) -> dict[int, list[tuple[int, int]]]:
     """By identity of the values of a weight's blocks: (height, width) of each block, in the order of the values."""
+    from sparse_zero.layers.carriers import carriers
+
     found: dict[int, list[tuple[int, int]]] = {}
     for _, carrier in carriers(model):
         if "block" not in carrier.values():
@@ -184,6 +187,8 @@ def build_optimizer(
     Raises:
         InputError: see :func:`check_available` and :func:`check_kinds`; or Muon without a model.
     """
+    import torch  # heavy, as what follows: the settings above are read by commands that train nothing
+
     check_available(config.name)
     check_kinds(config, [group["kind"] for group in groups] if kinds is None else kinds)
     configured = configured_groups(groups, config)
@@ -208,6 +213,8 @@ def build_optimizer(
             configured, **common, betas=config.betas
         )
         return lion
+    from sparse_zero.zero.shaped_optimizers import Adafactor, BlockMuon
+
     if config.name == "adafactor":
         return Adafactor(configured, **common)
     if model is None:

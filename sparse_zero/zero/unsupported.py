@@ -3,14 +3,16 @@
 Messages name a setting as DeepSpeed does, and the field of a run config that sets it.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sparse_zero.errors import InputError
-from sparse_zero.zero import compat
 from sparse_zero.zero.config import Placement, zero_stage
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _refuse_autotp(size: int) -> None:
@@ -115,7 +117,9 @@ def check_not_split(model: nn.Module, settings: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the setting, or the parameter, and what to use instead.
     """
-    from torch.distributed.tensor import DTensor  # takes half a second, which `sparse-zero --help` need not wait for
+    from torch.distributed.tensor import DTensor  # heavy, and not for those who only look at settings
+
+    from sparse_zero.zero import compat
 
     check_settings_not_split(settings)
     _refuse_autotp(compat.recorded_tensor_parallel_size())
