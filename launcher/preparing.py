@@ -29,7 +29,7 @@ from launcher.same_input import check_same_input
 from launcher.shared_folder import share_newest
 from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
-from models.base_identity import base_identity
+from models.base_identity import base_identity, begin_base_identity
 from models.collate import collate
 from models.data import SampleSet, TokenizedSample, load_records, load_samples
 from models.families import check_not_fused, module_map
@@ -286,6 +286,8 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
     model: Any
     with failing_together():
         tokenizer = load_tokenizer(config.model)
+        # Beside data and model, which it does not wait for.
+        identity = begin_base_identity(model_folder(source), source.gguf_file) if world.is_main else None
         train = load_samples(config.data, tokenizer, "train")
         validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
@@ -310,8 +312,8 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
             check_kinds(config.training.optimizer_config(), sorted(kinds_of(chosen)))
         else:
             check_selection(model, config.selection, family)
-        if world.is_main:
-            base = base_identity(model_folder(source), source.gguf_file)
+        if identity is not None:
+            base = identity()
     base = _agree_on_base(base)
     if earlier is not None:
         check_is_base_of(earlier, base)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from models.weight_files import weight_files
@@ -42,6 +44,34 @@ def base_identity(folder: Path, gguf_file: str | None = None, *, cache: Path | N
     if len(known) > num_known:
         _write_cache(cache, known)
     return BaseIdentity(name=_name(folder), sha256=hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
+def begin_base_identity(
+    folder: Path, gguf_file: str | None = None, *, cache: Path | None = None
+) -> Callable[[], BaseIdentity]:
+    """Begin to find :func:`base_identity` in a thread, and return what waits for it and gives it, or raises as it does.
+
+    Hashing leaves the interpreter to others, and what it reads first from the disk is in memory for whoever loads the
+    weights. The thread keeps no process alive.
+    """
+    found: list[BaseIdentity | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(base_identity(folder, gguf_file, cache=cache))
+        except BaseException as error:  # raised where it is waited for
+            found.append(error)
+
+    thread = threading.Thread(target=work, name="base identity", daemon=True)
+    thread.start()
+
+    def wait() -> BaseIdentity:
+        thread.join()
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+    return wait
 
 
 def _file_hash(file: Path, known: dict[str, str]) -> str:

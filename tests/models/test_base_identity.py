@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from models.base_identity import base_identity, default_hash_cache
+from models.base_identity import base_identity, begin_base_identity, default_hash_cache
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
 
@@ -112,3 +114,23 @@ def test_folder_without_weights_is_refused(folder: Path, cache: Path) -> None:
     with pytest.raises(InputError, match="holds no weights"):
         base_identity(folder, cache=cache)
     assert not cache.exists()
+
+
+def test_begun_beside_other_work(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait before it is asked; then it tells, or raises, each time."""
+    go = threading.Event()
+    digest = hashlib.file_digest
+
+    def slow(*given: Any) -> Any:
+        assert go.wait(10.0)
+        return digest(*given)
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    wait = begin_base_identity(folder, cache=cache)
+    assert not cache.exists()
+    go.set()
+    assert wait() == wait() == base_identity(folder, cache=cache)
+    wait = begin_base_identity(folder.with_name("missing"), cache=cache)
+    for _ in range(2):
+        with pytest.raises(InputError, match="missing"):
+            wait()

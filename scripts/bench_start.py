@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""How long is it from the command to the end of the first step, part by part, and how long with transformers alone?
+
+Every start is a process of its own, and all kinds take turns. ``train`` is `sparse-zero train`, whose functions are
+timed from outside; ``launch`` is `sparse-zero launch` with two ranks and all its checks, of which the whole is timed;
+``transformers`` is a script of some lines that loads the same model and tokenizes the same records with transformers,
+and does one step of full fine-tuning. With --beside, ``train`` and ``launch`` of another checkout take turns too.
+
+Cold starts (--cold) are those of a model that was not used before: its files are taken out of the page cache, and no
+hash of them is known. The libraries stay in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# Where the children import the project from: this checkout, or the one beside it.
+TREE = "SPARSE_ZERO_BENCH_TREE"
+sys.path.insert(0, os.environ.get(TREE, str(ROOT)))
+
+# What is timed of a run, as (module, function, part). Parts within parts are taken out of the outer ones.
+TIMED = (
+    ("launcher.config", "load_config", "config"),
+    ("launcher.train", "join_world", "process group"),
+    ("launcher.preparing", "check_run", "checks"),
+    ("launcher.preparing", "validate_with_deepspeed", "checks"),
+    ("launcher.preparing", "load_tokenizer", "tokenizer"),
+    ("launcher.preparing", "load_samples", "data"),
+    ("launcher.preparing", "check_same_input", "data"),
+    ("launcher.preparing", "load_model", "model"),
+    ("launcher.preparing", "base_identity", "base identity"),
+    ("launcher.train", "_select", "selection"),
+    ("launcher.train", "make_engine", "engine"),
+    ("launcher.train", "train", "first step"),
+)
+PARTS = (
+    "imports", "config", "process group", "checks", "tokenizer", "data", "model", "base identity", "selection",
+    "engine", "first step", "rest",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSettings:
+    """What is started."""
+
+    model: str = ""  # folder of the model; default: SmolLM2-135M-Instruct in the user's cache
+    rounds: int = 3  # starts of each kind
+    records: int = 4000  # training records
+    calibration_batches: int = 2  # of two samples each
+    threads: int = 2  # of each process
+
+
+SMALL = StartSettings(rounds=1, records=32)
+
+
+# --- one start, in a process of its own --------------------------------------------------------------------------
+
+
+class Marks:
+    """Seconds of each part since the command; a part that begins in another one interrupts it."""
+
+    def __init__(self, began: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stack, self._since = ["imports"], began
+
+    def _take(self) -> None:
+        now, name = time.monotonic(), self._stack[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Any:
+        """The block is a part."""
+        self._take()
+        self._stack.append(name)
+        yield
+        self._take()
+        self._stack.pop()
+
+    def go_on(self, name: str) -> None:
+        """What follows is another part."""
+        self._take()
+        self._stack[-1] = name
+
+    def timed(self, inner: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The same function, whose calls are a part."""
+
+        def call(*given: Any, **named: Any) -> Any:
+            with self.part(name):
+                return inner(*given, **named)
+
+        return call
+
+    def tell(self, out: Path) -> None:
+        """Write what was measured, at the end of the first step."""
+        self._take()
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        memory = {name: int(status[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile")}
+        out.write_text(json.dumps({"parts": self.seconds, "memory": memory}), encoding="utf-8")
+
+
+def start_train(config: str, began: float, out: Path, cold: bool) -> None:
+    """`sparse-zero train` in this process."""
+    import importlib
+
+    marks = Marks(began)
+    import launcher.preparing as preparing
+    import models.base_identity as identity
+    from launcher.__main__ import main
+    from launcher.metrics import MetricsLog
+
+    for name, function, part in TIMED:
+        module = importlib.import_module(name)
+        setattr(module, function, marks.timed(getattr(module, function), part))
+    begin = getattr(preparing, "begin_base_identity", None)
+    if begin is not None:  # What it returns waits for it.
+        preparing.begin_base_identity = lambda *given: marks.timed(begin(*given), "base identity")
+    if cold:
+        identity.default_hash_cache = lambda: out.with_name("hashes.json")
+    write = MetricsLog.write
+
+    def seen(log: MetricsLog, row: Mapping[str, object]) -> None:
+        write(log, row)
+        if row["kind"] == "train" and not out.exists():
+            marks.tell(out)
+
+    MetricsLog.write = seen  # type: ignore[method-assign]
+    marks.go_on("rest")
+    main(["train", "--config", config])
+
+
+def start_transformers(config: str, began: float, out: Path, cold: bool) -> None:
+    """What a short script does to begin training, with transformers alone."""
+    marks = Marks(began)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = json.loads(Path(config).read_text(encoding="utf-8"))
+    folder = settings["model"]["name_or_path"]
+    with marks.part("tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with marks.part("data"):
+        records = json.loads(Path(settings["data"]["train"]).read_text(encoding="utf-8"))
+        samples = tokenizer([f"{each['instruction']}\n{each['output']}" for each in records])["input_ids"]
+    with marks.part("model"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with marks.part("engine"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    with marks.part("first step"):
+        for sample in samples[: settings["training"]["global_batch_size"]]:
+            ids = torch.tensor([sample])
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    marks.tell(out)
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def write_inputs(settings: StartSettings, folder: Path) -> Path:
+    """Data and config of the runs; the config is YAML that is JSON."""
+    from models.smollm2 import default_cache, smollm2_folder
+    from models.word_problems import write_word_problems
+
+    write_word_problems(folder / "data", settings.records, 4, 4, seed=0)
+    model = settings.model or str(smollm2_folder(default_cache()))
+    config = {
+        "model": {"name_or_path": model},
+        "data": {"train": str(folder / "data" / "train.json"), "template": "plain", "max_length": 128},
+        "selection": {
+            "regions": [{"kind": "block", "modules": ["*.self_attn.{q,k,v}_proj"], "block_size": 16}],
+            "budget": {"fraction": 0.01},
+            "calibration_batches": settings.calibration_batches,
+            "calibration_batch_size": 2,
+        },
+        "training": {"steps": 1, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-4},
+        "output": {
+            "folder": str(folder / "run"),
+            "adapter": False,
+            "merged": False,
+            "evaluate": False,
+            "report": False,
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def forget(folder: Path) -> None:
+    """Take the files of a folder out of the page cache; those that are mapped or not yet written stay."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _run(command: list[str], tree: Path, threads: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(tree), TREE: str(tree)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+
+
+def one_start(kind: str, tree: Path, config: Path, threads: int, cold: bool) -> dict[str, Any]:
+    """Seconds of one start: its parts, and the whole."""
+    import shutil
+
+    run, out = config.parent / "run", config.parent / "marks.json"
+    shutil.rmtree(run, ignore_errors=True)
+    for left in (out, out.with_name("hashes.json")):
+        left.unlink(missing_ok=True)
+    began = time.monotonic()
+    if kind != "launch":
+        command = [sys.executable, __file__, "--start", kind, str(config), str(began), str(out), str(int(cold))]
+        _run(command, tree, threads)
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return {**found, "seconds": sum(found["parts"].values())}
+    to_wall = time.time() - began
+    command = [sys.executable, "-m", "launcher", "launch", "--config", str(config), "--cluster.ranks_per_node=2"]
+    _run(command, tree, max(1, threads // 2))
+    # The row of the first step is the last one.
+    return {"parts": {}, "seconds": (run / "metrics.jsonl").stat().st_mtime - to_wall - began}
+
+
+def measure(
+    settings: StartSettings, kinds: list[str], beside: Path | None, cold: bool, say: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """All starts of every kind, ``before: train`` being that of the checkout beside this one."""
+    starts = {kind: (kind, ROOT) for kind in kinds}
+    if beside is not None:
+        starts |= {f"before: {kind}": (kind, beside) for kind in kinds if kind != "transformers"}
+    shuffler, found = random.Random(0), {name: list[dict[str, Any]]() for name in starts}
+    with tempfile.TemporaryDirectory(prefix="sparse_zero_start_") as scratch:
+        config = write_inputs(settings, Path(scratch))
+        model = Path(json.loads(config.read_text(encoding="utf-8"))["model"]["name_or_path"])
+        for number in range(settings.rounds + 1):
+            for name in shuffler.sample(list(starts), len(starts)):
+                if cold:
+                    forget(model)
+                one = one_start(*starts[name], config, settings.threads, cold)
+                say(f"{'warm-up' if number == 0 else f'round {number}'}: {name} {one['seconds']:.2f} s")
+                if number:
+                    found[name].append(one)
+    return found
+
+
+def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
+    """The medians, a column for each kind."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="seconds from the command to the end of the first step, medians")
+    table.add_column("")
+    for name in found:
+        table.add_column(name, justify="right")
+    for part in PARTS:
+        cells = [[each["parts"].get(part) for each in starts] for starts in found.values()]
+        table.add_row(part, *("" if None in each else f"{median(each):.2f}" for each in cells))
+    table.add_row("all", *(f"{median(each['seconds'] for each in starts):.2f}" for starts in found.values()))
+    for name, key in (("peak MiB", "VmHWM"), ("of its own MiB", "RssAnon")):
+        cells = [[each.get("memory", {}).get(key) for each in starts] for starts in found.values()]
+        table.add_row(name, *("" if None in each else f"{median(each) / 2**20:.0f}" for each in cells))
+    Console().print(table)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--start"]:
+        kind, config, began, out, cold = sys.argv[2:]
+        start = {"train": start_train, "transformers": start_transformers}[kind]
+        start(config, float(began), Path(out), cold == "1")
+        return 0
+    sys.path.insert(0, str(ROOT))
+    from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
+    from sparse_zero.errors import InputError
+    from sparse_zero.files import atomic_write_json
+
+    parser = make_parser(__doc__, StartSettings)
+    parser.add_argument("--kinds", default="train,launch,transformers", help="what is started (default: all)")
+    parser.add_argument("--beside", type=Path, default=None, help="another checkout, of which the same is started")
+    parser.add_argument("--cold", action="store_true", help="with the model's files out of the page cache")
+    options: argparse.Namespace = parser.parse_args()
+
+    def work() -> None:
+        settings = read_settings(options, StartSettings(), SMALL)
+        kinds = list(chosen_names(options.kinds, ("train", "launch", "transformers"), "--kinds"))
+        if options.beside is not None and not (options.beside / "launcher" / "train.py").is_file():
+            raise InputError(
+                f"--beside is {options.beside}, which is no checkout: name a folder with launcher/train.py"
+            )
+        found = measure(settings, kinds, options.beside, options.cold, lambda text: print(text, file=sys.stderr))
+        show(found)
+        if options.json is not None:
+            atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "starts": found})
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
