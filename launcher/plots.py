@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparse_zero.optional import require
 
@@ -315,7 +315,7 @@ def gradient_norm_figure(train: Rows, theme: Theme = LIGHT) -> "Figure":
     return figure
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -339,11 +339,11 @@ def throughput_figure(train: Rows, theme: Theme = LIGHT) -> "Figure":
 
     # Of what the device can do, if that is known; else as such.
     share = any(_is_number(row.get("mfu")) for row in train)
-    largest = max((row["flops_per_second"] for row in train if _is_number(row.get("flops_per_second"))), default=0.0)
+    largest = max((done for row in train if _is_number(done := row.get("flops_per_second"))), default=0.0)
     unit, size = ("%", 0.01) if share else ("TFLOP/s", 1e12) if largest >= 1e12 else ("GFLOP/s", 1e9)
     name = "mfu" if share else "flops_per_second"
     in_units = [
-        {"step": step, "done": row[name] / size if _is_number(row.get(name)) else None}
+        {"step": step, "done": done / size if _is_number(done := row.get(name)) else None}
         for step, row in zip(steps, train, strict=True)
     ]
     shown = _draw_series(operations, in_units, "done", theme, label=unit, mean=True)

@@ -147,7 +147,7 @@ def _usual(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return statistics.median(known) if (known := [value for value in found if value is not None]) else None
 
 
-def _tiles(content: Mapping[str, Any], metric_rows: Sequence[Mapping[str, Any]]) -> str:
+def _tiles(content: Mapping[str, Any], metric_rows: Sequence[Mapping[str, Any]] = ()) -> str:
     """The numbers that a reader looks for first."""
     rows = dict(summary.summary_rows(content))
     number, accuracy = summary.as_number, summary.as_mapping(content.get("accuracy"))

@@ -2,7 +2,8 @@
 """How long is it from the command to the end of the first step, part by part, and how long with transformers alone?
 
 Every start is a process of its own, and all kinds take turns. ``train`` is `sparse-zero train`, whose functions are
-timed from outside; ``launch`` is `sparse-zero launch` with two ranks and all its checks, of which the whole is timed;
+timed from outside; ``launch`` is `sparse-zero launch` with two ranks and all its checks, of which the whole is timed,
+and ``unchecked`` the same without the checks of `doctor`;
 ``transformers`` is a script of some lines that loads the same model and tokenizes the same records with transformers,
 and does one step of full fine-tuning. With --beside, ``train`` and ``launch`` of another checkout take turns too.
 
@@ -47,6 +48,7 @@ TIMED = (
     ("launcher.train", "make_engine", "engine"),
     ("launcher.train", "train", "first step"),
 )
+KINDS = ("train", "launch", "unchecked", "transformers")
 PARTS = (
     "imports", "config", "process group", "checks", "tokenizer", "data", "model", "base identity", "selection",
     "engine", "first step", "rest",
@@ -128,7 +130,7 @@ def start_train(config: str, began: float, out: Path, cold: bool) -> None:
         setattr(module, function, marks.timed(getattr(module, function), part))
     begin = getattr(preparing, "begin_base_identity", None)
     if begin is not None:  # What it returns waits for it.
-        preparing.begin_base_identity = lambda *given: marks.timed(begin(*given), "base identity")
+        setattr(preparing, "begin_base_identity", lambda *given: marks.timed(begin(*given), "base identity"))  # noqa: B010
     if cold:
         identity.default_hash_cache = lambda: out.with_name("hashes.json")
     write = MetricsLog.write
@@ -138,7 +140,7 @@ def start_train(config: str, began: float, out: Path, cold: bool) -> None:
         if row["kind"] == "train" and not out.exists():
             marks.tell(out)
 
-    MetricsLog.write = seen  # type: ignore[method-assign]
+    MetricsLog.write = seen  # type: ignore[method-assign,assignment]
     marks.go_on("rest")
     main(["train", "--config", config])
 
@@ -226,13 +228,15 @@ def one_start(kind: str, tree: Path, config: Path, threads: int, cold: bool) -> 
     for left in (out, out.with_name("hashes.json")):
         left.unlink(missing_ok=True)
     began = time.monotonic()
-    if kind != "launch":
+    if kind in ("train", "transformers"):
         command = [sys.executable, __file__, "--start", kind, str(config), str(began), str(out), str(int(cold))]
         _run(command, tree, threads)
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return {**found, "seconds": sum(found["parts"].values())}
     to_wall = time.time() - began
     command = [sys.executable, "-m", "launcher", "launch", "--config", str(config), "--cluster.ranks_per_node=2"]
+    if kind == "unchecked":
+        command.append("--cluster.preflight=false")
     _run(command, tree, max(1, threads // 2))
     # The row of the first step is the last one.
     return {"parts": {}, "seconds": (run / "metrics.jsonl").stat().st_mtime - to_wall - began}
@@ -291,14 +295,14 @@ def main() -> int:
     from sparse_zero.files import atomic_write_json
 
     parser = make_parser(__doc__, StartSettings)
-    parser.add_argument("--kinds", default="train,launch,transformers", help="what is started (default: all)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="what is started (default: all)")
     parser.add_argument("--beside", type=Path, default=None, help="another checkout, of which the same is started")
     parser.add_argument("--cold", action="store_true", help="with the model's files out of the page cache")
     options: argparse.Namespace = parser.parse_args()
 
     def work() -> None:
         settings = read_settings(options, StartSettings(), SMALL)
-        kinds = list(chosen_names(options.kinds, ("train", "launch", "transformers"), "--kinds"))
+        kinds = list(chosen_names(options.kinds, KINDS, "--kinds"))
         if options.beside is not None and not (options.beside / "launcher" / "train.py").is_file():
             raise InputError(
                 f"--beside is {options.beside}, which is no checkout: name a folder with launcher/train.py"
