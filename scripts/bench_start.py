@@ -35,8 +35,9 @@ sys.path.insert(0, os.environ.get(TREE, str(ROOT)))
 
 # What is timed of a run, as (module, function, part). Parts within parts are taken out of the outer ones.
 TIMED = (
-    ("launcher.config", "load_config", "config"),
+    ("launcher.commands.common", "load_config", "config"),
     ("launcher.train", "join_world", "process group"),
+    ("launcher.train", "check_run", "checks"),
     ("launcher.preparing", "check_run", "checks"),
     ("launcher.preparing", "validate_with_deepspeed", "checks"),
     ("launcher.preparing", "load_tokenizer", "tokenizer"),
@@ -115,7 +116,7 @@ class Marks:
         out.write_text(json.dumps({"parts": self.seconds, "memory": memory}), encoding="utf-8")
 
 
-def start_train(config: str, began: float, out: Path, cold: bool) -> None:
+def start_train(config: str, began: float, out: Path, cold: bool) -> int:
     """`sparse-zero train` in this process."""
     import importlib
 
@@ -142,10 +143,10 @@ def start_train(config: str, began: float, out: Path, cold: bool) -> None:
 
     MetricsLog.write = seen  # type: ignore[method-assign,assignment]
     marks.go_on("rest")
-    main(["train", "--config", config])
+    return main(["train", "--config", config])
 
 
-def start_transformers(config: str, began: float, out: Path, cold: bool) -> None:
+def start_transformers(config: str, began: float, out: Path, cold: bool) -> int:
     """What a short script does to begin training, with transformers alone."""
     marks = Marks(began)
     import torch
@@ -168,6 +169,7 @@ def start_transformers(config: str, began: float, out: Path, cold: bool) -> None
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     marks.tell(out)
+    return 0
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ def write_inputs(settings: StartSettings, folder: Path) -> Path:
             "calibration_batch_size": 2,
         },
         "training": {"steps": 1, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-4},
+        "zero": {"stage": 2},
         "output": {
             "folder": str(folder / "run"),
             "adapter": False,
@@ -287,8 +290,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--start"]:
         kind, config, began, out, cold = sys.argv[2:]
         start = {"train": start_train, "transformers": start_transformers}[kind]
-        start(config, float(began), Path(out), cold == "1")
-        return 0
+        return start(config, float(began), Path(out), cold == "1")
     sys.path.insert(0, str(ROOT))
     from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
     from sparse_zero.errors import InputError

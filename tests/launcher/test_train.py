@@ -146,6 +146,7 @@ def test_the_run_folder_holds_everything(launched):
     assert summary["world_size"] == 2
     assert summary["steps"] == STEPS
     assert len(summary["peak_memory_bytes_per_rank"]) == 2
+    assert all(row["flops_per_second"] > 0 for row in rows(run_folder.parent))
     assert 0 < summary["parameters"]["trained"] <= 0.05 * summary["parameters"]["total"]
     assert summary["adapter_bytes"] > 4 * summary["parameters"]["trained"]
     assert set(summary["phases"]) == {"load", "evaluate_base", "calibrate", "train", "evaluate_tuned", "save"}
