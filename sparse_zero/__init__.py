@@ -103,47 +103,20 @@ __all__ = [
 # (sparse_zero.errors, sparse_zero.selection.config) do not need.
 _HOMES = {
     "checkpoint.adapter": ("save_adapter",),
-    "checkpoint.adapter_set": (
-        "load_adapter",
-        "set_adapter",
-    ),
-    "checkpoint.checkpoint": (
-        "load_checkpoint",
-        "read_checkpoint",
-        "save_checkpoint",
-    ),
+    "checkpoint.adapter_set": ("load_adapter", "set_adapter"),
+    "checkpoint.checkpoint": ("load_checkpoint", "read_checkpoint", "save_checkpoint"),
     "checkpoint.identity": ("BaseIdentity",),
     "errors": ("InputError",),
     "integrations.peft": ("register_peft",),
-    "layers.merge": (
-        "MergeUndo",
-        "merge",
-        "unmerge",
-    ),
+    "layers.merge": ("MergeUndo", "merge", "unmerge"),
     "layers.sparse_linear": ("SparseLinear",),
-    "layers.sparsify": (
-        "num_retired",
-        "parameter_groups",
-        "sparsify",
-        "trainable_parameters",
-        "write_back",
-    ),
-    "memory.closed_form.decoder_shape": (
-        "DecoderShape",
-        "LinearShape",
-    ),
+    "layers.sparsify": ("num_retired", "parameter_groups", "sparsify", "trainable_parameters", "write_back"),
+    "memory.closed_form.decoder_shape": ("DecoderShape", "LinearShape"),
     "memory.closed_form.forecast": ("forecast_memory",),
     "memory.closed_form.job": ("MemoryJob",),
-    "module_map": (
-        "ModuleMap",
-        "default_module_map",
-    ),
+    "module_map": ("ModuleMap", "default_module_map"),
     "reselection.migrate": ("migrate",),
-    "reselection.reselect": (
-        "Reselection",
-        "config_at",
-        "reselect",
-    ),
+    "reselection.reselect": ("Reselection", "config_at", "reselect"),
     "selection.config": (
         "BudgetConfig",
         "BudgetGroupConfig",
@@ -154,28 +127,12 @@ _HOMES = {
     ),
     "selection.region_scores": ("RegionScores",),
     "selection.regions": ("WeightSelection",),
-    "selection.scores": (
-        "ScoreRule",
-        "resolve_score",
-    ),
-    "selection.select": (
-        "SelectionWarning",
-        "choose_regions",
-        "score_regions",
-        "select",
-    ),
+    "selection.scores": ("ScoreRule", "resolve_score"),
+    "selection.select": ("SelectionWarning", "choose_regions", "score_regions", "select"),
     "selection.selection": ("Selection",),
     "zero.config": ("ZeroConfig",),
-    "zero.engine": (
-        "attach",
-        "initialize",
-    ),
-    "zero.optimizers": (
-        "KindOptimizerConfig",
-        "OptimizerConfig",
-        "PerKindConfig",
-        "build_optimizer",
-    ),
+    "zero.engine": ("attach", "initialize"),
+    "zero.optimizers": ("KindOptimizerConfig", "OptimizerConfig", "PerKindConfig", "build_optimizer"),
 }
 
 

@@ -81,6 +81,18 @@ def test_the_bar_shows_every_number_in_80_columns() -> None:
         assert re.search(r"\d:\d\d|--:--", line), "the time left"
 
 
+def test_the_bar_has_room_for_an_mfu() -> None:
+    console = _console(terminal=True)
+    with training_progress(num_steps=1500, rank=0, console=console) as progress:
+        progress.update(_row(1499, mfu=0.4167))
+    lines = [line for line in re.split(r"[\r\n]+", _text(console)) if "1499/1500" in line]
+    assert lines
+    for line in lines:
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
+        assert len(shown) <= 80
+        assert "tok/s  42% MFU  1.35 GiB" in shown
+
+
 def test_missing_and_skipped_numbers_are_said() -> None:
     assert describe_step({"step": 1}) == "loss –  lr –  – tok/s  –"
     assert describe_step(_row(1, skipped=True, loss=None)).startswith("loss skipped  lr 3.00e-03")
