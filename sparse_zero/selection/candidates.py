@@ -176,10 +176,10 @@ def depth_of(names: Iterable[str], module_map: ModuleMap) -> int:
     return min(found)
 
 
-def lowest_candidate(config: SelectionConfig, module_map: ModuleMap) -> int:
+def lowest_candidate(min_depth: float, num_layers: int) -> int:
     """The lowest layer that ``selection.min_depth`` lets be trained; -1: the embeddings may be, too."""
     # 0.07 * 100 is 7.000000000000001: the share is meant as written.
-    return math.ceil(config.min_depth * module_map.num_layers - 1e-9) if config.min_depth else -1
+    return math.ceil(min_depth * num_layers - 1e-9) if min_depth else -1
 
 
 def _names(matrices: Iterable[Matrix]) -> list[str]:
@@ -228,7 +228,7 @@ def find_candidates(config: SelectionConfig, module_map: ModuleMap) -> list[Cand
             matrix than there are, or one weight and kind in two families.
     """
     found: dict[tuple[str, Kind], Candidates] = {}
-    lowest = lowest_candidate(config, module_map)
+    lowest = lowest_candidate(config.min_depth, module_map.num_layers)
     for region in config.regions:
         if region.kind == "whole":
             continue
@@ -275,7 +275,7 @@ def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[s
         InputError: a pattern that matches no vector, also by ``min_depth``, or no layer left.
     """
     found: dict[str, WeightSelection] = {}
-    lowest = lowest_candidate(config, module_map)
+    lowest = lowest_candidate(config.min_depth, module_map.num_layers)
     for region in config.regions:
         if region.kind == "whole":
             names = match_names(region.modules, module_map.vectors, "selection.regions.modules", "vector")
