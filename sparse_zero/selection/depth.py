@@ -5,14 +5,15 @@ model that is trained as a whole (forward, gradients of inputs, gradients of wei
 the second down to there.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from sparse_zero.collectives import of_rank_zero
 from sparse_zero.errors import InputError
+from sparse_zero.flops import FlopShape, step_flops
+from sparse_zero.layers.carriers import split_weight_name
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.budget import Choice
 from sparse_zero.selection.candidates import depth_of
@@ -24,49 +25,51 @@ class Depth:
 
     # Lowest trained layer; -1: the embeddings, the number of layers: only what lies above them.
     lowest_layer: int
-    # Modelled operations of a step over those of a step whose backward goes through all layers; at most 1.
+    # Modelled operations of a step (see sparse_zero.flops) without the values' own gradients, over those of a step
+    # whose backward goes through all layers; at most 1.
     step_operations: float
 
 
-def step_operations(lowest_layer: int, module_map: ModuleMap) -> float:
-    """Operations of a step that trains nothing below ``lowest_layer``, over those of one that trains layer 0 too.
+def depth_of_weights(weights: Iterable[str], shape: FlopShape, module_map: ModuleMap) -> Depth:
+    """How far down a step goes that trains these.
 
-    A token costs two operations for each entry of the matrices it is multiplied with, in forward and again for the
-    gradient of their input. Left out: attention's products of positions (a like part of every layer), the values' own
-    gradients, recomputation. All experts of a layer count.
+    Args:
+        weights: at least one weight or vector, by its name in a selection.
+        shape: of the model; what it says of trained entries is not read.
+        module_map: of the model.
     """
-    linears = set(module_map.linears)
-    inside, above = [0] * module_map.num_layers, 0
-    for matrix in module_map.matrices:
-        entries = math.prod(matrix.shape) * (matrix.num_slices or 1)
-        names = matrix.names()
-        if 0 <= (layer := depth_of(names, module_map)) < module_map.num_layers:
-            inside[layer] += entries
-        elif not linears.isdisjoint(names):
-            above += entries
-    forward = sum(inside) + above
-    backward = sum(inside[max(lowest_layer, 0) :]) + (above if lowest_layer < module_map.num_layers else 0)
-    return (forward + backward) / (2 * forward) if forward else 1.0
-
-
-def depth_of_weights(weights: Iterable[str], module_map: ModuleMap) -> Depth:
-    """Of what is trained, at least one weight or vector by its name in a selection."""
     matrices = module_map.by_parameter()
+    products = {product.name: product for product in shape.products}
+    first_place: dict[int | None, int] = {}
+    for product in shape.products:
+        first_place.setdefault(product.layer, product.place)
+    lowest_layer, lowest_place = module_map.num_layers, shape.products[-1].place
+    for weight in weights:
+        parameter, _ = split_weight_name(weight)
+        names = matrices[parameter].names() if parameter in matrices else [parameter]
+        layer = depth_of(names, module_map)
+        if layer < 0:
+            place = -1
+        elif parameter in products:
+            place = products[parameter].place
+        else:  # A norm, say, before what reads it.
+            place = first_place.get(layer, shape.products[-1].place) - 1
+        lowest_layer, lowest_place = min(lowest_layer, layer), min(lowest_place, place)
 
-    def names(weight: str) -> Sequence[str]:
-        parameter = weight.partition("[")[0]
-        return matrices[parameter].names() if parameter in matrices else [weight]
+    def operations(place: int) -> int:
+        # Of one token: attention, whose share grows with the length, is a like part of all layers.
+        reaching = replace(shape.with_values({}), lowest_trained=place)
+        return step_flops(reaching, sample_lengths=(1,), num_head_positions=1).total
 
-    lowest = min(depth_of(names(weight), module_map) for weight in weights)
-    return Depth(lowest_layer=lowest, step_operations=step_operations(lowest, module_map))
+    return Depth(lowest_layer=lowest_layer, step_operations=operations(lowest_place) / operations(-1))
 
 
 def choose_depth(
     depths: Iterable[int],
     choose_from: Callable[[int], Choice],
     captured: Callable[[Choice], float],
+    operations: Callable[[Choice], float],
     tradeoff: float,
-    module_map: ModuleMap,
 ) -> tuple[int, Choice]:
     """The choice with the most captured score for its operations, and the layer that it was bounded by. Collective.
 
@@ -77,8 +80,8 @@ def choose_depth(
         depths: of the candidates: what may bound the choice.
         choose_from: the choice among candidates of a layer and above.
         captured: share of the score of all candidates that a choice captures.
+        operations: of a step that trains a choice, over those of one through all layers.
         tradeoff: exponent of the operations.
-        module_map: of the model.
     """
     found: list[tuple[int, Choice]] = []
     for lowest in sorted(set(depths)):
@@ -87,9 +90,6 @@ def choose_depth(
         except InputError:
             if not found:
                 raise
-    worth = [
-        captured(choice) / depth_of_weights(choice.weights, module_map).step_operations ** tradeoff
-        for _, choice in found
-    ]
+    worth = [captured(choice) / operations(choice) ** tradeoff for _, choice in found]
     # The last bits of sums depend on the number of threads, and all ranks must decide alike.
     return found[int(of_rank_zero(torch.tensor(worth.index(max(worth)))))]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_zero.collectives import check_equal_on_all_ranks, failing_together, of_rank_zero
 from sparse_zero.errors import InputError
+from sparse_zero.flops import flop_shape
 from sparse_zero.layers.quantized_linear import acting_parameter
 from sparse_zero.module_map import ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.budget import SUMMATION_NOISE, Choice, choose
@@ -346,14 +347,14 @@ def choose_regions(
             size_neutral=all(scores.is_size_neutral(c.score) for c in candidates if c.per_matrix is None),
         )
 
-    lowest = -1
+    lowest, shape = -1, flop_shape(model, module_map)
     if config.depth_tradeoff:
         lowest, choice = choose_depth(
             depths,
             choose_from,
             lambda choice: scores.share_captured(Selection(choice.weights))["total"] or 0.0,
+            lambda choice: depth_of_weights(choice.weights, shape, module_map).step_operations,
             config.depth_tradeoff,
-            module_map,
         )
     else:
         choice = choose_from(lowest)
@@ -367,7 +368,7 @@ def choose_regions(
             "num_parameters_model": total,
             "num_layers": module_map.num_layers,
             "num_calibration_batches": scores.metadata.get("num_calibration_batches"),
-            "depth": dataclasses.asdict(depth_of_weights(choice.weights, module_map)) if choice.weights else None,
+            "depth": dataclasses.asdict(depth_of_weights(choice.weights, shape, module_map)),
             **choice.metadata(),
         },
     )
