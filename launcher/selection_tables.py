@@ -59,8 +59,12 @@ def facts(selection: Selection, scores: RegionScores | None) -> list[tuple[str, 
     lowest, operations = as_number(depth.get("lowest_layer")), as_number(depth.get("step_operations"))
     layers = as_number(known.get("num_layers"))
     if lowest is not None and operations is not None and layers:
-        where = "the embeddings" if lowest < 0 else "none" if lowest >= layers else f"{lowest:.0f} of 0 to {layers - 1:.0f}"
-        rows.append(("Lowest layer", f"{where}: a step has {format_percent(operations)} of the operations of all layers'"))
+        where = (
+            "the embeddings" if lowest < 0 else "none" if lowest >= layers else f"{lowest:.0f} of 0 to {layers - 1:.0f}"
+        )
+        rows.append(
+            ("Lowest layer", f"{where}: a step has {format_percent(operations)} of the operations of all layers'")
+        )
     used = sorted({c.score for c in scores.candidates}) if scores else []
     if used:
         assert scores is not None

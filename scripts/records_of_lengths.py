@@ -1,9 +1,9 @@
 """Which records are as long as real ones, and can be learned?
 
-The lengths are those of GSM8K's 7,473 training problems, in tokens of SmolLM2's tokenizer: log-normal, with medians of 57
-tokens for a question and 114 for an answer. With them, batches of 4, 8 and 16 samples that are padded to their longest
-are full to 0.72, 0.62 and 0.56; real ones to 0.71, 0.63 and 0.56. The text is that of the arithmetic word problems: some
-questions in a row, and their answers, again from the first one where they are too short.
+The lengths are those of GSM8K's 7,473 training problems, in tokens of SmolLM2's tokenizer: log-normal, with medians of
+57 tokens for a question and 114 for an answer. With them, batches of 4, 8 and 16 samples that are padded to their
+longest are full to 0.72, 0.62 and 0.56; real ones to 0.71, 0.63 and 0.56. The text is that of the arithmetic word
+problems: some questions in a row, and their answers, again from the first one where they are too short.
 """
 
 from __future__ import annotations

@@ -224,8 +224,8 @@ def find_candidates(config: SelectionConfig, module_map: ModuleMap) -> list[Cand
     Vectors of kind whole are not among them: see :func:`find_whole`.
 
     Raises:
-        InputError: a pattern that matches nothing, also by ``min_depth``, no layer left, a block larger than a matrix, more regions per
-            matrix than there are, or one weight and kind in two families.
+        InputError: a pattern that matches nothing (above ``min_depth``), no layer left, a block larger than a matrix,
+            more regions per matrix than there are, or one weight and kind in two families.
     """
     found: dict[tuple[str, Kind], Candidates] = {}
     lowest = lowest_candidate(config.min_depth, module_map.num_layers)
@@ -272,7 +272,7 @@ def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[s
         shapes: length of each vector, by name.
 
     Raises:
-        InputError: a pattern that matches no vector, also by ``min_depth``, or no layer left.
+        InputError: a pattern that matches no vector (above ``min_depth``), or no layer left.
     """
     found: dict[str, WeightSelection] = {}
     lowest = lowest_candidate(config.min_depth, module_map.num_layers)

@@ -315,7 +315,7 @@ class SelectionConfig:
                 raise InputError(f"selection.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not 0.0 <= self.min_depth < 1.0:
             raise InputError(
-                f"selection.min_depth is {self.min_depth}: it must lie in [0, 1); 0.5 leaves the upper half of the layers"
+                f"selection.min_depth is {self.min_depth}: it must lie in [0, 1); 0.5 leaves the upper half of layers"
             )
         if not (self.depth_tradeoff >= 0.0 and math.isfinite(self.depth_tradeoff)):
             raise InputError(f"selection.depth_tradeoff is {self.depth_tradeoff}: it must be a number from 0 on")
@@ -323,8 +323,9 @@ class SelectionConfig:
             for name in ("min_depth", "depth_tradeoff"):
                 if getattr(self, name):
                     raise InputError(
-                        f"selection.file is {self.file} and selection.{name} is {getattr(self, name)}, which has nothing "
-                        f"to choose among: set selection.regions and budget instead of the file, or leave {name} out"
+                        f"selection.file is {self.file} and selection.{name} is {getattr(self, name)}, which has "
+                        f"nothing to choose among: set selection.regions and budget instead of the file, or leave "
+                        f"{name} out"
                     )
             if self.regions or self.budget is not None:
                 raise InputError(
@@ -356,8 +357,8 @@ class SelectionConfig:
         scores = {self.score_of(region) for region in self.regions if region.kind != "whole"}
         if self.depth_tradeoff and not scores:
             raise InputError(
-                f"selection.depth_tradeoff is {self.depth_tradeoff}, and selection.regions have no scores to trade: add a "
-                "family of another kind than 'whole', or leave depth_tradeoff out"
+                f"selection.depth_tradeoff is {self.depth_tradeoff}, and selection.regions have no scores to trade: add "
+                "a family of another kind than 'whole', or leave depth_tradeoff out"
             )
         # What asks for the share of the score that is captured.
         asking = {

@@ -10,7 +10,9 @@ def flops_under_engines() -> list[dict[str, object]]:
     """Of stages and ways to train, the operations of backward, by the engine and by autograd alone."""
     report = []
     for stage, (placement, checkpointing, batching), lowest in product(
-        (0, 1, 2, 3), (("inplace", False, "pack"), ("inplace", True, "pad"), ("delta", True, "pack")), (1, NUM_LAYERS - 1)
+        (0, 1, 2, 3),
+        (("inplace", False, "pack"), ("inplace", True, "pad"), ("delta", True, "pack")),
+        (1, NUM_LAYERS - 1),
     ):
         batch = make_batch(batching)  # type: ignore[arg-type]
         plain = sparse_llama(lowest, placement, checkpointing=checkpointing)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """Does backward stop at the lowest trained layer, whatever the placement, the batching and what is recomputed?"""
 
+from itertools import pairwise
+
 import pytest
 
 from tests.models.depth_cost import (
@@ -18,10 +20,12 @@ from tests.models.depth_cost import (
 def test_every_layer_below_the_lowest_trained_one_saves_its_whole_backward(placement, batching, checkpointing):
     batch = make_batch(batching)
     flops = [
-        backward_flops(sparse_llama(lowest, placement, checkpointing=checkpointing), batch, lambda loss: loss.backward())
+        backward_flops(
+            sparse_llama(lowest, placement, checkpointing=checkpointing), batch, lambda loss: loss.backward()
+        )
         for lowest in range(NUM_LAYERS)
     ]
-    saved = [upper - lower for upper, lower in zip(flops, flops[1:], strict=False)]
+    saved = [upper - lower for upper, lower in pairwise(flops)]
     # All layers are alike, so each saves the same: the input gradients of its linears, the values' gradients, and what
     # would be computed again for them.
     assert len(set(saved)) == 1

@@ -82,7 +82,9 @@ def test_vectors_and_fixed_numbers_are_bounded_too():
         sz.RegionConfig(kind="column", modules=("*.v_proj",), per_matrix=1, max_layer=4),
     )
     selection = sz.select(make_model(), None, make_config(regions=regions, score="first", min_depth=0.5, budget=None))
-    chosen = {kind: [n for n, w in selection.weights.items() if kind in w.kinds()] for kind in ("whole", "row", "column")}
+    chosen = {
+        kind: [n for n, w in selection.weights.items() if kind in w.kinds()] for kind in ("whole", "row", "column")
+    }
     assert {kind: sorted(int(n.split(".")[1]) for n in names) for kind, names in chosen.items()} == {
         "whole": [3, 4, 5],
         "row": [4, 5],
@@ -224,7 +226,10 @@ def test_a_norm_in_the_lowest_layer_and_an_embedding_count():
         ({"depth_tradeoff": -1.0}, "depth_tradeoff is -1.0: it must be a number from 0 on"),
         ({"depth_tradeoff": float("nan")}, "depth_tradeoff is nan"),
         (
-            {"depth_tradeoff": 1.0, "regions": (*REGIONS[:1], dataclasses.replace(REGIONS[1], score="l1", per_matrix=1))},
+            {
+                "depth_tradeoff": 1.0,
+                "regions": (*REGIONS[:1], dataclasses.replace(REGIONS[1], score="l1", per_matrix=1)),
+            },
             r"depth_tradeoff is 1.0, and selection.regions have several scores \(l1, l2\)",
         ),
         (
@@ -235,7 +240,10 @@ def test_a_norm_in_the_lowest_layer_and_an_embedding_count():
             {"depth_tradeoff": 1.0, "regions": (sz.RegionConfig(kind="whole", modules=("*.bias",)),)},
             "depth_tradeoff is 1.0, and selection.regions have no scores",
         ),
-        ({"file": "a.safetensors", "regions": (), "budget": None, "min_depth": 0.5}, "selection.min_depth is 0.5, which has"),
+        (
+            {"file": "a.safetensors", "regions": (), "budget": None, "min_depth": 0.5},
+            "selection.min_depth is 0.5, which has",
+        ),
     ],
 )
 def test_settings_that_cannot_hold_are_refused(changes, message):
