@@ -4,7 +4,9 @@
 Useful tokens are those of the samples, without padding. Both sides start from one model, see the same samples in the
 same batches, and train (nearly) as many parameters of the same modules. Ours is the real `sparse-zero train`; LoRA is
 Trainer as it comes, with its collator that pads to the longest of a batch, and logits at all positions. Between them
-stand runs of ours without some of its parts: each row of the table has one more than the row above.
+stand runs of ours without some of its parts. Less padding comes in one of two ways: samples packed into one row (best
+with kernels that know of samples; others compute the pairs of tokens that the mask hides, too), or a step cut into
+small micro-batches of like length, over which gradients are accumulated.
 
 Every method is a process of its own, and they take turns: one step each in random order, while all others wait. A turn
 is all that a step needs, the data, the optimizer and the log too. Afterwards each model has seen the same samples, and
@@ -32,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
-from scripts.training_in_turns import METHODS, PARTS, SMALL, Settings, child, read_samples
+from scripts.training_in_turns import METHODS, PARTS, PREVIOUS, SMALL, Settings, child, read_samples
 from sparse_zero.files import atomic_write_json
 
 TITLES = {
@@ -40,7 +42,8 @@ TITLES = {
     "sparse": "sparse layers",
     "logits": "+ label logits",
     "packing": "+ packing",
-    "depth": "+ upper layers",
+    "lengths": "or: by length",
+    "depth": "+ upper half",
 }
 
 
@@ -59,26 +62,29 @@ def operations(settings: Settings, model: Any, samples: Any, lowest: Mapping[str
     from sparse_zero.flops import flop_shape, step_flops
 
     shape, (_, train, _, order) = flop_shape(model), samples
-    batches = [order[at : at + settings.micro_batch] for at in range(0, len(order), settings.micro_batch)]
     totals = []
     for method, layer in lowest.items():
         parts = PARTS.get(method, frozenset())
         places = [product for product in shape.products if product.layer is not None and product.layer >= layer]
-        trained = {places[0].name: num_values}
-        of_method = shape.with_values(trained, is_delta=method not in PARTS)
+        of_method = shape.with_values({places[0].name: num_values}, is_delta=method not in PARTS)
+        size = settings.small_batch if "lengths" in parts else settings.micro_batch
         total = 0
-        for batch in batches:
-            lengths = [len(train[at].input_ids) for at in batch]
-            labels = [sum(label >= 0 for label in train[at].labels[1:]) for at in batch]
-            # A packed row is one sample for attention, which computes its masked pairs too.
-            padded = [sum(lengths)] if "packing" in parts else [max(lengths)] * len(lengths)
-            positions = sum(padded)
-            if "packing" in parts:
-                positions = sum(labels)
-            elif "logits" in parts:
-                first = min(length - number for length, number in zip(lengths, labels, strict=True))
-                positions = len(lengths) * (max(lengths) - first)
-            total += step_flops(of_method, sample_lengths=padded, num_head_positions=positions).total
+        for start in range(0, len(order), settings.batch):
+            step = [train[at] for at in order[start : start + settings.batch]]
+            if "lengths" in parts:
+                step.sort(key=lambda sample: -len(sample.input_ids))
+            for batch in (step[at : at + size] for at in range(0, len(step), size)):
+                lengths = [len(sample.input_ids) for sample in batch]
+                labels = [sum(label >= 0 for label in sample.labels[1:]) for sample in batch]
+                # A packed row is one sample for attention, which computes its masked pairs too.
+                padded = [sum(lengths)] if "packing" in parts else [max(lengths)] * len(lengths)
+                positions = sum(padded)
+                if "packing" in parts:
+                    positions = sum(labels)
+                elif "logits" in parts:
+                    first = min(length - number for length, number in zip(lengths, labels, strict=True))
+                    positions = len(lengths) * (max(lengths) - first)
+                total += step_flops(of_method, sample_lengths=padded, num_head_positions=positions).total
         totals.append(total)
     return [total / totals[0] for total in totals]
 
@@ -113,9 +119,10 @@ def measure(methods: Sequence[str], settings: Settings, folder: str, num_values:
             for method in shuffler.sample(methods, len(methods)):
                 started = time.perf_counter()
                 connections[method].send("go")
-                hear(method)
+                computed = hear(method)
+                seconds = computed if settings.clock == "cpu" else time.perf_counter() - started
                 if number >= settings.warmup:
-                    found[method]["seconds"].append(time.perf_counter() - started)
+                    found[method]["seconds"].append(seconds)
                 if number + 1 == settings.steps:
                     found[method]["loss"] = hear(method)
     finally:
@@ -126,17 +133,17 @@ def measure(methods: Sequence[str], settings: Settings, folder: str, num_values:
 
 
 def summarize(found: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """By method: medians, useful tokens a second, and ratios of the same steps to the first method and the one before.
+    """By method: medians, useful tokens a second, and ratios of the same steps to the first and the previous method.
 
     Args:
         found: as from :func:`measure`.
         tokens: useful ones of the timed steps.
     """
     summary: dict[str, dict[str, Any]] = {}
-    first = previous = None
+    first = next(iter(found.values()))["seconds"]
     for method, row in found.items():
         seconds = row["seconds"]
-        first, before = first or seconds, previous or seconds
+        before = found.get(PREVIOUS.get(method, ""), {"seconds": first})["seconds"]
         ratios = sorted(slow / own for slow, own in zip(first, seconds, strict=True))
         summary[method] = {
             "trained": row["trained"],
@@ -145,10 +152,9 @@ def summarize(found: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, dict
             "tokens_per_second": sum(tokens) / sum(seconds),
             "speedup": statistics.median(ratios),
             "speedup_range": (ratios[0], ratios[-1]),
-            "speedup_over_row_above": statistics.median(slow / own for slow, own in zip(before, seconds, strict=True)),
+            "speedup_over_previous": statistics.median(slow / own for slow, own in zip(before, seconds, strict=True)),
             "validation_loss": row["loss"],
         }
-        previous = seconds
     return summary
 
 
@@ -158,7 +164,7 @@ def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[
     from rich.table import Table
 
     table = Table(title="Useful tokens a second; speed-ups are medians over the same steps (least to most)")
-    for name in ("method", "trained", "layers\nfrom", "step", "tokens/s", "times LoRA", "row\nabove"):
+    for name in ("method", "trained", "layers\nfrom", "step", "tokens/s", "times LoRA", "times\nbefore"):
         table.add_column(name, justify="left" if name == "method" else "right")
     table.add_column("modelled", justify="right")
     table.add_column("loss", justify="right")

@@ -1,13 +1,14 @@
 """How does each side of an end-to-end comparison train, one step whenever it is its turn?
 
 Each in a process of its own: ours is the real `sparse-zero train`, whose log of metrics waits after every step; the
-other is PEFT's LoRA under transformers' Trainer as it comes, with a callback that waits. Both see the same samples in the
-same batches.
+other is PEFT's LoRA under transformers' Trainer as it comes, with a callback that waits. Both see the same samples in
+the same batches.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -16,13 +17,18 @@ from typing import Any
 
 from sparse_zero.errors import InputError
 
-# What each method of ours has: each one more than the one before it, whose name it bears.
+# What each method of ours has.
+#   logits: logits at labels only.  packing: the micro-batch is one row.
+#   lengths: a step is cut into small micro-batches of like length.  depth: only upper layers are trained.
 PARTS: Mapping[str, frozenset[str]] = {
     "sparse": frozenset(),
     "logits": frozenset({"logits"}),
     "packing": frozenset({"logits", "packing"}),
-    "depth": frozenset({"logits", "packing", "depth"}),
+    "lengths": frozenset({"logits", "lengths"}),
+    "depth": frozenset({"logits", "lengths", "depth"}),
 }
+# The method that each is the next one after.
+PREVIOUS = {"sparse": "lora", "logits": "sparse", "packing": "logits", "lengths": "logits", "depth": "lengths"}
 METHODS = ("lora", *PARTS)
 
 
@@ -37,10 +43,11 @@ class Settings:
     modules: str = "q_proj,k_proj,v_proj"  # trained, joined by commas
     rank: int = 16  # of LoRA; ours trains at most as many parameters
     block_size: int = 64
-    min_depth: float = 0.5  # of the last row
+    min_depth: float = 0.5  # of the method depth
     calibration_batches: int = 8  # of two samples
     batch: int = 8  # samples of a step
     micro_batch: int = 8  # samples of a forward pass
+    small_batch: int = 1  # the same where a step is cut by length
     max_length: int = 512
     steps: int = 12  # of every method
     warmup: int = 2  # of them, not timed
@@ -48,13 +55,20 @@ class Settings:
     learning_rate: float = 1e-3  # of ours, constant
     lora_learning_rate: float = 1e-3  # of LoRA, constant
     threads: int = 2
+    # wall: the time of a turn. cpu: what the process has computed in it, without what others do on the machine; on a
+    # machine of one's own, and with one thread, the two are alike.
+    clock: str = "wall"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
             raise InputError(f"--warmup {self.warmup} of --steps {self.steps} leaves nothing to time: raise --steps")
-        if self.batch % self.micro_batch:
-            raise InputError(f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}: make it one")
+        if self.clock not in ("wall", "cpu"):
+            raise InputError(f"--clock is {self.clock!r}: choose one of wall, cpu")
+        for name in ("micro_batch", "small_batch"):
+            if self.batch % getattr(self, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"--batch {self.batch} is no multiple of --{flag} {getattr(self, name)}: make it one")
 
 
 SMALL = Settings(rank=4, block_size=8, batch=4, micro_batch=2, steps=3, warmup=1, validation=4, threads=1)
@@ -69,14 +83,18 @@ class Turns:
     def begin(self, **facts: Any) -> None:
         """All is loaded; the next thing is the first step."""
         self.connection.send(facts)
-        self.connection.recv()
+        self._wait()
 
     def step(self) -> None:
         """A step is over."""
         self.done += 1
-        self.connection.send(self.done)
+        self.connection.send(time.process_time() - self._began)
         if self.done < self.num_steps:
-            self.connection.recv()
+            self._wait()
+
+    def _wait(self) -> None:
+        self.connection.recv()
+        self._began = time.process_time()
 
 
 def run_config(settings: Settings, folder: str, method: str, num_values: int) -> dict[str, Any]:
@@ -84,7 +102,10 @@ def run_config(settings: Settings, folder: str, method: str, num_values: int) ->
     parts = PARTS[method]
     return {
         "model": {"name_or_path": settings.model, "dtype": "float32", "attention": "sdpa"},
-        "data": data_section(settings, "pack" if "packing" in parts else "pad"),
+        "data": {
+            **data_section(settings, "pack" if "packing" in parts else "pad"),
+            "group_by_length": "lengths" in parts,
+        },
         "selection": {
             "regions": [
                 {
@@ -101,13 +122,15 @@ def run_config(settings: Settings, folder: str, method: str, num_values: int) ->
         "training": {
             "steps": settings.steps,
             "global_batch_size": settings.batch,
-            "micro_batch_size": settings.micro_batch,
+            "micro_batch_size": settings.small_batch if "lengths" in parts else settings.micro_batch,
             "learning_rate": settings.learning_rate,
             "schedule": "constant",
             "warmup_fraction": 0.0,
             "seed": settings.seed,
         },
         "zero": {"stage": 2, "placement": "inplace"},
+        # Else a long run is simulated beside its first steps, which would be others' turns.
+        "memory": {"simulate": False},
         "output": {"folder": f"{folder}/{method}", "adapter": False},
     }
 

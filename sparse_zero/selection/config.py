@@ -357,8 +357,8 @@ class SelectionConfig:
         scores = {self.score_of(region) for region in self.regions if region.kind != "whole"}
         if self.depth_tradeoff and not scores:
             raise InputError(
-                f"selection.depth_tradeoff is {self.depth_tradeoff}, and selection.regions have no scores to trade: add "
-                "a family of another kind than 'whole', or leave depth_tradeoff out"
+                f"selection.depth_tradeoff is {self.depth_tradeoff}, and selection.regions have no scores to trade: "
+                "add a family of another kind than 'whole', or leave depth_tradeoff out"
             )
         # What asks for the share of the score that is captured.
         asking = {
