@@ -324,7 +324,7 @@ class SelectionConfig:
                 if getattr(self, name):
                     raise InputError(
                         f"selection.file is {self.file} and selection.{name} is {getattr(self, name)}, which has "
-                        f"nothing to choose among: set selection.regions and budget instead of the file, or leave "
+                        "nothing to choose among: set selection.regions and budget instead of the file, or leave "
                         f"{name} out"
                     )
             if self.regions or self.budget is not None:

@@ -43,7 +43,8 @@ def depth_of_weights(weights: Iterable[str], shape: FlopShape, module_map: Modul
     first_place: dict[int | None, int] = {}
     for product in shape.products:
         first_place.setdefault(product.layer, product.place)
-    lowest_layer, lowest_place = module_map.num_layers, shape.products[-1].place
+    last_place = shape.products[-1].place if shape.products else 0
+    lowest_layer, lowest_place = module_map.num_layers, last_place
     for weight in weights:
         parameter, _ = split_weight_name(weight)
         names = matrices[parameter].names() if parameter in matrices else [parameter]
@@ -53,7 +54,7 @@ def depth_of_weights(weights: Iterable[str], shape: FlopShape, module_map: Modul
         elif parameter in products:
             place = products[parameter].place
         else:  # A norm, say, before what reads it.
-            place = first_place.get(layer, shape.products[-1].place) - 1
+            place = first_place.get(layer, last_place) - 1
         lowest_layer, lowest_place = min(lowest_layer, layer), min(lowest_place, place)
 
     def operations(place: int) -> int:
@@ -61,7 +62,9 @@ def depth_of_weights(weights: Iterable[str], shape: FlopShape, module_map: Modul
         reaching = replace(shape.with_values({}), lowest_trained=place)
         return step_flops(reaching, sample_lengths=(1,), num_head_positions=1).total
 
-    return Depth(lowest_layer=lowest_layer, step_operations=operations(lowest_place) / operations(-1))
+    # Without a product (embeddings alone, say) there is nothing to save.
+    share = operations(lowest_place) / operations(-1) if shape.products else 1.0
+    return Depth(lowest_layer=lowest_layer, step_operations=share)
 
 
 def choose_depth(

@@ -331,6 +331,7 @@ def choose_regions(
     candidates, vectors = _find_regions(model, config, module_map)
     scores = _scores_for(scores, candidates, config)
     total = num_parameters(model, module_map)
+    bytes_of_one = bytes_per_parameter(model, candidates, vectors)
     depths = [depth_of(c.matrix.names(), module_map) for c in candidates]
 
     def choose_from(lowest: int) -> Choice:
@@ -343,7 +344,7 @@ def choose_regions(
             module_map=module_map,
             whole={name: whole for name, whole in vectors.items() if depth_of([name], module_map) >= lowest},
             num_parameters_model=total,
-            bytes_per_parameter=bytes_per_parameter(model, candidates, vectors),
+            bytes_per_parameter=bytes_of_one,
             size_neutral=all(scores.is_size_neutral(c.score) for c in candidates if c.per_matrix is None),
         )
 
