@@ -95,7 +95,7 @@ def lora_on(model: Any, settings: Settings, seed: int) -> Any:
 
 def write_adapters(settings: Settings, folder: Path) -> tuple[Any, Any]:
     """Two adapters of either side below ``folder``; a model of each that is ready to be trained."""
-    peer = None
+    peer: Any = None
     for name in "ab":
         peer = lora_on(base(settings), settings, seed=ord(name))
         peer.save_pretrained(folder / f"lora-{name}")
@@ -137,7 +137,7 @@ def make_actions(settings: Settings, folder: Path) -> tuple[dict[str, Action], d
     for placement in ("inplace", "delta"):
         served[placement] = base(settings)
         for name in "ab":
-            sz.load_adapter(served[placement], folder / f"ours-{name}", name=name, placement=placement)  # type: ignore[arg-type]
+            sz.load_adapter(served[placement], folder / f"ours-{name}", name=name, placement=placement)
     bare = base(settings)
     peer_served = PeftModel.from_pretrained(base(settings), folder / "lora-a", adapter_name="a")
     peer_served.load_adapter(folder / "lora-b", "b")

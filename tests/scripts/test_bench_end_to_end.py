@@ -11,6 +11,7 @@ import pytest
 
 from scripts import bench_end_to_end as bench
 from scripts.records_of_lengths import ANSWER, QUESTION, draw_lengths, write_records
+from scripts.training_in_turns import METHODS, PARTS, Settings
 from sparse_zero.errors import InputError
 
 
@@ -53,7 +54,7 @@ def test_the_model_of_the_steps_knows_what_each_part_leaves_out(tmp_path: Path) 
         TokenizedSample(list(range(200)), [-100] * 150 + list(range(50))),
         TokenizedSample(list(range(20)), [-100] * 10 + list(range(10))),
     ]
-    settings = bench.Settings(batch=2, micro_batch=2, steps=3)
+    settings = Settings(batch=2, micro_batch=2, steps=3)
     lowest = {"lora": 0, "sparse": 0, "logits": 0, "packing": 0, "lengths": 0, "depth": 2}
     found = bench.operations(settings, tiny_llama(layers=4), (None, train, None, [0, 1]), lowest, 100)
     assert found[0] == 1.0
@@ -64,13 +65,13 @@ def test_the_model_of_the_steps_knows_what_each_part_leaves_out(tmp_path: Path) 
 
 def test_settings_that_time_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--methods", "lora,guess"]) == 2
-    assert capsys.readouterr().err.strip() == f"error: --methods has 'guess': choose from {', '.join(bench.METHODS)}"
+    assert capsys.readouterr().err.strip() == f"error: --methods has 'guess': choose from {', '.join(METHODS)}"
     with pytest.raises(InputError, match="--warmup 3 of --steps 3"):
-        bench.Settings(warmup=3, steps=3)
+        Settings(warmup=3, steps=3)
     with pytest.raises(InputError, match="--clock is 'sun': choose one of wall, cpu"):
-        bench.Settings(clock="sun")
+        Settings(clock="sun")
     with pytest.raises(InputError, match="--batch 6 is no multiple of --micro-batch 4"):
-        bench.Settings(batch=6, micro_batch=4)
+        Settings(batch=6, micro_batch=4)
 
 
 @pytest.mark.slow
@@ -79,9 +80,9 @@ def test_all_methods_take_their_turns(tmp_path: Path) -> None:
     assert bench.main(["--small", "--json", str(tmp_path / "numbers.json")]) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     rows = numbers["methods"]
-    assert list(rows) == list(bench.METHODS)
+    assert list(rows) == list(METHODS)
     assert all(len(seconds) == 2 for seconds in numbers["step_seconds"].values())
-    for method in bench.PARTS:
+    for method in PARTS:
         assert 0.9 * rows["lora"]["trained"] < rows[method]["trained"] <= rows["lora"]["trained"]
     # How a batch is made up changes no result: the same selection of the same steps.
     assert rows["logits"]["validation_loss"] == pytest.approx(rows["sparse"]["validation_loss"], rel=1e-5)
