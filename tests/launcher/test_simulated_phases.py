@@ -81,11 +81,11 @@ def test_depth_is_known_to_the_forecast(shapes: str) -> None:
         forecast(mapping(shapes, {**DENSE, **depth})) for depth in ({}, {"min_depth": 0.5}, {"depth_tradeoff": 2.0})
     )
     phase: Phase
-    for phase in ("calibration", "step"):
+    for phase in ("calibration", "forward"):
         assert device_and_host(upper, phase)[0] < device_and_host(everything, phase)[0]
     assert device_and_host(upper, "calibration")[1] < device_and_host(everything, "calibration")[1]
     # Real scores tell what a tradeoff leaves out: the forecast is of all layers.
-    assert device_and_host(traded, "step") == device_and_host(everything, "step")
+    assert device_and_host(traded, "forward") == device_and_host(everything, "forward")
 
 
 def test_offloaded_states_lie_on_the_host(shapes: str, tmp_path: Path) -> None:
