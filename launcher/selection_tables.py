@@ -55,6 +55,16 @@ def facts(selection: Selection, scores: RegionScores | None) -> list[tuple[str, 
     total, number = as_number(known.get("num_parameters_model")), selection.num_parameters
     size = f"{number:,}" + (f" of {total:,.0f} ({format_percent(number / total)})" if total else "")
     rows = [("Parameters", f"{size} in {len(selection.weights):,} weights")]
+    depth = as_mapping(known.get("depth"))
+    lowest, operations = as_number(depth.get("lowest_layer")), as_number(depth.get("step_operations"))
+    layers = as_number(known.get("num_layers"))
+    if lowest is not None and operations is not None and layers:
+        where = (
+            "the embeddings" if lowest < 0 else "none" if lowest >= layers else f"{lowest:.0f} of 0 to {layers - 1:.0f}"
+        )
+        rows.append(
+            ("Lowest layer", f"{where}: a step has {format_percent(operations)} of the operations of all layers'")
+        )
     used = sorted({c.score for c in scores.candidates}) if scores else []
     if used:
         assert scores is not None

@@ -101,6 +101,7 @@ def job_of(config: RunConfig, world_size: int, **changes: Any) -> MemoryJob:
             accumulate=selection.accumulate,
             accumulator_dtype=selection.accumulator_dtype,
             regions=selection.regions,
+            min_depth=selection.min_depth,
             full=selection.full_calibration,
         )
         if calibrates

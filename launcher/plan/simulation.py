@@ -33,7 +33,13 @@ def without_scores(config: RunConfig) -> RunConfig:
         return config
     regions = tuple(dataclasses.replace(region, score=None, pick="max") for region in selection.regions)
     changed = dataclasses.replace(
-        selection, regions=regions, score="random", calibration_weights="frozen", reselect=None
+        selection,
+        regions=regions,
+        score="random",
+        # Which layers a tradeoff leaves out, real scores tell: memory is forecast for all.
+        depth_tradeoff=0.0,
+        calibration_weights="frozen",
+        reselect=None,
     )
     return dataclasses.replace(config, selection=changed)
 

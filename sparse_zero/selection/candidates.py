@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_zero.errors import InputError
-from sparse_zero.module_map import Matrix, ModuleMap, layer_index, weight_name
+from sparse_zero.module_map import Matrix, ModuleMap, layer_index, role_from_name, weight_name
 from sparse_zero.selection.config import KINDS, Kind, Pick, RegionConfig, SelectionConfig
 from sparse_zero.selection.regions import BlockShape, WeightSelection, grid_shape
 
@@ -157,6 +157,47 @@ def _in_layers(region: RegionConfig, names: Sequence[str], module_map: ModuleMap
     return found
 
 
+def depth_of(names: Iterable[str], module_map: ModuleMap) -> int:
+    """The layer that backward must reach to train what has these names, the lowest of them.
+
+    -1 is below all layers (embeddings, a head tied to one), their number above them (final norm, head).
+
+    Args:
+        names: of one matrix or vector, or of the parameter that holds it; at least one.
+        module_map: tells layers and roles; names that it does not have tell their own.
+    """
+    found = []
+    for name in names:
+        layer = module_map.layer_of.get(name, layer_index(name))
+        if layer is None:
+            role = module_map.role_of.get(name) or role_from_name(name)
+            layer = -1 if role == "embedding" else module_map.num_layers
+        found.append(layer)
+    return min(found)
+
+
+def lowest_candidate(min_depth: float, num_layers: int) -> int:
+    """The lowest layer that ``selection.min_depth`` lets be trained; -1: the embeddings may be, too."""
+    # 0.07 * 100 is 7.000000000000001: the share is meant as written.
+    return math.ceil(min_depth * num_layers - 1e-9) if min_depth else -1
+
+
+def _names(matrices: Iterable[Matrix]) -> list[str]:
+    return [name for matrix in matrices for name in matrix.names()]
+
+
+def _check_depth(region: RegionConfig, kept: Sequence[str], left: Sequence[str], config: SelectionConfig) -> None:
+    """Raise where ``selection.min_depth`` leaves nothing of what a pattern names."""
+    for pattern in region.modules:
+        for alternative in expand_braces(pattern):
+            fits = [name for name in left if fnmatchcase(name, alternative)]
+            if fits and not any(fnmatchcase(name, alternative) for name in kept):
+                raise InputError(
+                    f"selection.min_depth is {config.min_depth:g}, below which lies all that selection.regions.modules "
+                    f"pattern {alternative!r} matches ({fits[0]}): lower it, or take the pattern out"
+                )
+
+
 def _block_shape(region: RegionConfig, matrix: Matrix) -> BlockShape:
     """Height and width of a region's blocks in a matrix; (0, 0) for other kinds."""
     if region.kind != "block":
@@ -183,18 +224,20 @@ def find_candidates(config: SelectionConfig, module_map: ModuleMap) -> list[Cand
     Vectors of kind whole are not among them: see :func:`find_whole`.
 
     Raises:
-        InputError: a pattern that matches nothing, no layer left, a block larger than a matrix, more regions per
-            matrix than there are, or one weight and kind in two families.
+        InputError: a pattern that matches nothing (above ``min_depth``), no layer left, a block larger than a matrix,
+            more regions per matrix than there are, or one weight and kind in two families.
     """
     found: dict[tuple[str, Kind], Candidates] = {}
+    lowest = lowest_candidate(config.min_depth, module_map.num_layers)
     for region in config.regions:
         if region.kind == "whole":
             continue
         matrices = match_matrices(region.modules, module_map, "selection.regions.modules")
-        inside = _in_layers(region, [name for matrix in matrices for name in matrix.names()], module_map)
-        for matrix in matrices:
-            if not inside.intersection(matrix.names()):
-                continue
+        inside = _in_layers(region, _names(matrices), module_map)
+        matrices = [matrix for matrix in matrices if inside.intersection(matrix.names())]
+        above = [matrix for matrix in matrices if depth_of(matrix.names(), module_map) >= lowest]
+        _check_depth(region, _names(above), _names(matrices), config)
+        for matrix in above:
             for slice_index in [None] if matrix.num_slices is None else range(matrix.num_slices):
                 candidates = Candidates(
                     matrix=matrix,
@@ -229,15 +272,18 @@ def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[s
         shapes: length of each vector, by name.
 
     Raises:
-        InputError: a pattern that matches no vector, or no layer left.
+        InputError: a pattern that matches no vector (above ``min_depth``), or no layer left.
     """
     found: dict[str, WeightSelection] = {}
+    lowest = lowest_candidate(config.min_depth, module_map.num_layers)
     for region in config.regions:
         if region.kind == "whole":
             names = match_names(region.modules, module_map.vectors, "selection.regions.modules", "vector")
             layers = {name: at for name in names if (at := layer_index(name)) is not None}
             inside = _in_layers(region, names, replace(module_map, layer_of={**module_map.layer_of, **layers}))
-            for name in names:
-                if name in inside:
-                    found[name] = WeightSelection(shape=(shapes[name], 1), whole=True)
+            names = [name for name in names if name in inside]
+            above = [name for name in names if depth_of([name], module_map) >= lowest]
+            _check_depth(region, above, names, config)
+            for name in above:
+                found[name] = WeightSelection(shape=(shapes[name], 1), whole=True)
     return found

@@ -1,5 +1,6 @@
 """Which regions may be selected, by which score, under which budget?"""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -269,6 +270,15 @@ class SelectionConfig:
     # Score of families that name none: a built-in one, an entry point of the group sparse_zero.scores, or
     # "module:function". abs_of_mean is SMT's: |mean gradient| over the region.
     score: str = "abs_of_mean"
+    # Share of the decoder layers, from the lowest, that hold no candidates, nor do the embeddings then: with 0.5 the
+    # layers of the upper half do, the final norm and the head. Backward stops at the lowest trained layer, so this
+    # bounds a step's time; where it lies between two layers, the upper one counts. 0: no bound.
+    # (min_layer of a family is a number of a layer, and both hold.)
+    min_depth: float = 0.0
+    # How much score a shorter backward is worth. The lowest layer is chosen that gives the most of
+    # (share of the score captured) / (modelled operations of a step) ** depth_tradeoff: with 1, a step of 10% fewer
+    # operations is worth 10% of the score. 0: only the score counts.
+    depth_tradeoff: float = 0.0
     # Needed when a family competes (has no per_matrix); also an upper bound on everything together.
     budget: BudgetConfig | None = None
     # Micro-batches of calibration data over all ranks together. SMT scores over 100 steps. In the library, all
@@ -303,7 +313,20 @@ class SelectionConfig:
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"selection.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not 0.0 <= self.min_depth < 1.0:
+            raise InputError(
+                f"selection.min_depth is {self.min_depth}: it must lie in [0, 1); 0.5 leaves the upper half of layers"
+            )
+        if not (self.depth_tradeoff >= 0.0 and math.isfinite(self.depth_tradeoff)):
+            raise InputError(f"selection.depth_tradeoff is {self.depth_tradeoff}: it must be a number from 0 on")
         if self.file is not None:
+            for name in ("min_depth", "depth_tradeoff"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"selection.file is {self.file} and selection.{name} is {getattr(self, name)}, which has "
+                        "nothing to choose among: set selection.regions and budget instead of the file, or leave "
+                        f"{name} out"
+                    )
             if self.regions or self.budget is not None:
                 raise InputError(
                     f"selection.file is {self.file} and selection.regions or budget are set too: keep one of them"
@@ -332,19 +355,31 @@ class SelectionConfig:
                     f"({', '.join(sorted(found))}): give them the same, or fix their number with per_matrix"
                 )
         scores = {self.score_of(region) for region in self.regions if region.kind != "whole"}
-        if self.reselect is not None and self.reselect.captured_below is not None and len(scores) > 1:
+        if self.depth_tradeoff and not scores:
             raise InputError(
-                f"selection.reselect.captured_below is {self.reselect.captured_below}, and selection.regions have "
-                f"several scores ({', '.join(sorted(scores))}), of which no common share can be captured: use one "
-                "score, or leave captured_below out"
+                f"selection.depth_tradeoff is {self.depth_tradeoff}, and selection.regions have no scores to trade: "
+                "add a family of another kind than 'whole', or leave depth_tradeoff out"
             )
-        if self.reselect is not None and self.reselect.captured_below is not None:
+        # What asks for the share of the score that is captured.
+        asking = {
+            "reselect.captured_below": self.reselect and self.reselect.captured_below,
+            "depth_tradeoff": self.depth_tradeoff,
+        }
+        for name, value in asking.items():
+            if not value:
+                continue
+            if len(scores) > 1:
+                raise InputError(
+                    f"selection.{name} is {value}, and selection.regions have several scores "
+                    f"({', '.join(sorted(scores))}), of which no common share can be captured: use one score, or leave "
+                    f"{name.rpartition('.')[2]} out"
+                )
             for region in self.regions:
                 if region.pick != "max":
                     raise InputError(
-                        f"selection.reselect.captured_below is {self.reselect.captured_below}, and "
-                        f"selection.regions.pick is {region.pick!r} for {', '.join(region.modules)}, which leaves high "
-                        "scores out by design: use pick max, or leave captured_below out"
+                        f"selection.{name} is {value}, and selection.regions.pick is {region.pick!r} for "
+                        f"{', '.join(region.modules)}, which leaves high scores out by design: use pick max, or leave "
+                        f"{name.rpartition('.')[2]} out"
                     )
         if self.calibration_weights == "frozen" and self.full_calibration.keep_weights_in is not None:
             raise InputError(

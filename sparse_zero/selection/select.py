@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from sparse_zero.collectives import check_equal_on_all_ranks, failing_together, of_rank_zero
 from sparse_zero.errors import InputError
+from sparse_zero.flops import flop_shape
 from sparse_zero.layers.quantized_linear import acting_parameter
 from sparse_zero.module_map import ModuleMap, default_module_map, parameter_shape
 from sparse_zero.selection.budget import SUMMATION_NOISE, Choice, choose
 from sparse_zero.selection.calibration import Key, LossFunction, calibrate, default_loss
-from sparse_zero.selection.candidates import Candidates, find_candidates, find_whole, match_matrices
+from sparse_zero.selection.candidates import Candidates, depth_of, find_candidates, find_whole, match_matrices
 from sparse_zero.selection.config import SelectionConfig
+from sparse_zero.selection.depth import choose_depth, depth_of_weights
 from sparse_zero.selection.full_calibration import calibrate_full, check_can_train
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.regions import WeightSelection
@@ -254,10 +256,10 @@ def _scores_for(scores: RegionScores, candidates: Sequence[Candidates], config: 
     )
 
 
-def _warn_of_noise(scores: RegionScores, choice: Choice) -> None:
+def _warn_of_noise(candidates: Sequence[Candidates], scores: RegionScores, choice: Choice) -> None:
     """Warn where rounding may have decided: only scores that read data are summed in an order that may change."""
     for margin, is_fixed in ((choice.cut_margin, False), (choice.per_matrix_cut_margin, True)):
-        members = [c for c in scores.candidates if (c.per_matrix is not None) == is_fixed]
+        members = [c for c in candidates if (c.per_matrix is not None) == is_fixed]
         if margin is not None and margin < SUMMATION_NOISE and any(scores.needs(c.score) & DATA_NEEDS for c in members):
             where = " of a family with per_matrix" if is_fixed else ""
             warnings.warn(
@@ -268,9 +270,15 @@ def _warn_of_noise(scores: RegionScores, choice: Choice) -> None:
             )
 
 
-def _warn_of_rest(scores: RegionScores, choice: Choice, config: SelectionConfig, module_map: ModuleMap) -> None:
+def _warn_of_rest(
+    candidates: Sequence[Candidates],
+    scores: RegionScores,
+    choice: Choice,
+    config: SelectionConfig,
+    module_map: ModuleMap,
+) -> None:
     """Warn where the budget, or a part of it, is more than all regions it may be spent on."""
-    budget, competing = config.budget, [c for c in scores.candidates if c.per_matrix is None]
+    budget, competing = config.budget, [c for c in candidates if c.per_matrix is None]
     if budget is None or not competing:
         return
 
@@ -323,18 +331,37 @@ def choose_regions(
     candidates, vectors = _find_regions(model, config, module_map)
     scores = _scores_for(scores, candidates, config)
     total = num_parameters(model, module_map)
-    choice = choose(
-        candidates,
-        scores.scores,
-        config.budget,
-        module_map=module_map,
-        whole=vectors,
-        num_parameters_model=total,
-        bytes_per_parameter=bytes_per_parameter(model, candidates, vectors),
-        size_neutral=all(scores.is_size_neutral(c.score) for c in candidates if c.per_matrix is None),
-    )
-    _warn_of_noise(scores, choice)
-    _warn_of_rest(scores, choice, config, module_map)
+    bytes_of_one = bytes_per_parameter(model, candidates, vectors)
+    depths = [depth_of(c.matrix.names(), module_map) for c in candidates]
+
+    def choose_from(lowest: int) -> Choice:
+        """Among what lies in this layer or above."""
+        members = [c for c, depth in zip(candidates, depths, strict=True) if depth >= lowest]
+        return choose(
+            members,
+            scores.scores,
+            config.budget,
+            module_map=module_map,
+            whole={name: whole for name, whole in vectors.items() if depth_of([name], module_map) >= lowest},
+            num_parameters_model=total,
+            bytes_per_parameter=bytes_of_one,
+            size_neutral=all(scores.is_size_neutral(c.score) for c in candidates if c.per_matrix is None),
+        )
+
+    lowest, shape = -1, flop_shape(model, module_map)
+    if config.depth_tradeoff:
+        lowest, choice = choose_depth(
+            depths,
+            choose_from,
+            lambda choice: scores.share_captured(Selection(choice.weights))["total"] or 0.0,
+            lambda choice: depth_of_weights(choice.weights, shape, module_map).step_operations,
+            config.depth_tradeoff,
+        )
+    else:
+        choice = choose_from(lowest)
+    rivals = [c for c, depth in zip(candidates, depths, strict=True) if depth >= lowest]
+    _warn_of_noise(rivals, scores, choice)
+    _warn_of_rest(rivals, scores, choice, config, module_map)
     selection = Selection(
         choice.weights,
         {
@@ -342,6 +369,7 @@ def choose_regions(
             "num_parameters_model": total,
             "num_layers": module_map.num_layers,
             "num_calibration_batches": scores.metadata.get("num_calibration_batches"),
+            "depth": dataclasses.asdict(depth_of_weights(choice.weights, shape, module_map)),
             **choice.metadata(),
         },
     )

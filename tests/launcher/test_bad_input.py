@@ -153,6 +153,9 @@ CONFIG_CASES = [
     Case(name="base kept of nothing trained", overrides=["--selection.full_calibration.keep_weights_in=new"], says=["keep_weights_in is new", "calibration_weights is 'frozen'"]),
     Case(name="re-selection that never comes", overrides=["--selection.reselect={every: 5, until: 4}"], says=["selection.reselect.until is 4", "every 5"]),
     Case(name="captured share of low scores", overrides=["--selection.regions.0.pick=min", "--selection.reselect={every: 1, captured_below: 0.5}"], says=["captured_below is 0.5", "pick is 'min'"]),
+    Case(name="depth traded for low scores", overrides=["--selection.regions.0.pick=min", "--selection.depth_tradeoff=1"], says=["depth_tradeoff is 1.0", "pick is 'min'"]),
+    Case(name="depth of all layers", overrides=["--selection.min_depth=1"], says=["selection.min_depth is 1.0", "[0, 1)"]),
+    Case(name="depth of a file", overrides=["--selection.file=chosen.safetensors", "--selection.min_depth=0.5"], remove=["selection.regions", "selection.budget"], says=["selection.file is chosen.safetensors", "selection.min_depth is 0.5"]),
     Case(name="selection with a broken header", arguments=["inspect", "one.safetensors"], files={"one.safetensors": NO_HEADER}, says=["one.safetensors has a header that cannot be read", "select again"]),
     Case(name="unknown score", overrides=["--selection.score=abs_of_men"], says=["selection.score is 'abs_of_men'", "did you mean 'abs_of_mean'"]),
     Case(name="score that cannot be imported", overrides=["--selection.score=gone.module:rule"], says=["selection.score is 'gone.module:rule'", "PYTHONPATH"]),
@@ -296,6 +299,7 @@ RUN_CASES = [
     Case(name="block larger than the matrix", overrides=["--selection.regions.0.block_size=4096"], says=["selection.regions.block_size is 4096", "64x64"]),
     Case(name="more rows than there are", overrides=["--selection.regions=[{kind: row, modules: ['*.q_proj'], per_matrix: 65}]"], says=["per_matrix is 65", "64"]),
     Case(name="layer that does not exist", overrides=["--selection.regions.0.min_layer=99"], says=["min_layer", "99"]),
+    Case(name="depth that leaves a pattern nothing", overrides=["--selection.min_depth=0.9", "--selection.regions.0.modules=['*.layers.0.*.q_proj']"], says=["selection.min_depth is 0.9", "'*.layers.0.*.q_proj'", "lower it"]),
     Case(name="no linear", overrides=[f"{_MODULES}['model.norm']"], says=["'model.norm'"]),
     # the run folder
     Case(name="output folder is a file", files={"out": "x"}, says=["output.folder is out", "is a file"]),

@@ -683,3 +683,14 @@ def test_a_run_with_scores_has_them_in_its_report(tmp_path: Path) -> None:
     Selection({"other.0.weight": WeightSelection(shape=(4, 4), rows=[1])}).save(run / "selection.safetensors")
     text = "\n".join(Page(write_report(run).read_text(encoding="utf-8")).texts)
     assert "not those of this selection" in text
+
+
+@pytest.mark.parametrize(
+    ("lowest", "operations", "said"),
+    [(3, 0.8125, "3 of 0 to 7: a step has 81"), (-1, 1.0, "the embeddings: a step has 100"), (8, 0.5, "none: a step")],
+)
+def test_the_lowest_layer_is_told_with_what_a_step_then_takes(selection, lowest, operations, said):
+    depth = {"lowest_layer": lowest, "step_operations": operations}
+    told = Selection(selection.weights, {"num_layers": 8, "depth": depth})
+    assert dict(facts(told, None))["Lowest layer"].startswith(said)
+    assert "Lowest layer" not in dict(facts(Selection(selection.weights, {"num_layers": 8}), None))

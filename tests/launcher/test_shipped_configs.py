@@ -14,7 +14,7 @@ from launcher.yaml_files import merge, parse_yaml, read_mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
-SWEEPS = [CONFIGS / "studies" / "quick-sweep.yaml"]
+SWEEPS = [CONFIGS / "studies" / name for name in ("depth.yaml", "quick-sweep.yaml")]
 FRAGMENTS = sorted(file for folder in ("models", "methods", "clusters") for file in (CONFIGS / folder).glob("*.yaml"))
 # What a fragment of each folder may hold: nothing that another folder decides.
 SECTIONS = {"models": {"model"}, "methods": {"selection", "zero"}, "clusters": {"cluster"}}
@@ -62,6 +62,16 @@ def test_every_point_of_a_sweep_is_a_run(path: Path) -> None:
     for point in points:
         assert parse_config(parse_yaml(resolved_yaml(point.config), "resolved")) == point.config
         assert not Path(point.config.output.folder).is_absolute()
+
+
+def test_study_of_depth() -> None:
+    points = expand(*read_sweep(CONFIGS / "studies" / "depth.yaml", []))
+    assert len(points) == 15
+    depths = [(point.config.selection.min_depth, point.config.selection.depth_tradeoff) for point in points]
+    assert set(depths) == {(0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (0.0, 1.0)}
+    # What is trained competes for one budget: every point has as many parameters.
+    assert all(region.per_matrix is None for point in points for region in point.config.selection.regions)
+    assert {point.config.selection.budget.fraction for point in points if point.config.selection.budget} == {0.01}
 
 
 def test_quick_sweep() -> None:

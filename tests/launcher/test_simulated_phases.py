@@ -43,6 +43,7 @@ def device_and_host(found: Forecast, phase: Phase) -> tuple[int, int]:
     [
         ({}, SHORT),
         (DENSE, {}),
+        ({**DENSE, "min_depth": 0.5}, SHORT),
         pytest.param(FULL, {}, marks=pytest.mark.slow),
         pytest.param({}, {}, marks=pytest.mark.slow),
         pytest.param({}, {"zero": {"stage": 3}}, marks=pytest.mark.slow),
@@ -73,6 +74,18 @@ def test_calibration_is_forecast_as_it_is_simulated(
         assert simulated["host_bytes"] <= host < 1.2 * simulated["host_bytes"]
     if selection is OFFLOADED:
         assert simulated["host_bytes"] > 4 * peak / 10
+
+
+def test_depth_is_known_to_the_forecast(shapes: str) -> None:
+    everything, upper, traded = (
+        forecast(mapping(shapes, {**DENSE, **depth})) for depth in ({}, {"min_depth": 0.5}, {"depth_tradeoff": 2.0})
+    )
+    phase: Phase
+    for phase in ("calibration", "forward"):
+        assert device_and_host(upper, phase)[0] < device_and_host(everything, phase)[0]
+    assert device_and_host(upper, "calibration")[1] < device_and_host(everything, "calibration")[1]
+    # Real scores tell what a tradeoff leaves out: the forecast is of all layers.
+    assert device_and_host(traded, "forward") == device_and_host(everything, "forward")
 
 
 def test_offloaded_states_lie_on_the_host(shapes: str, tmp_path: Path) -> None:

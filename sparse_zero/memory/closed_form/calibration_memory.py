@@ -20,7 +20,7 @@ from sparse_zero.memory.closed_form.job import CalibrationJob, MemoryJob
 from sparse_zero.memory.closed_form.moments import Moment, Term
 from sparse_zero.memory.closed_form.states import held_states
 from sparse_zero.memory.closed_form.trained import Trained, TrainedLinear, TrainedTensor, base_tensors, trained_of
-from sparse_zero.selection.candidates import expand_braces
+from sparse_zero.selection.candidates import expand_braces, lowest_candidate
 from sparse_zero.selection.config import Kind, RegionConfig
 from sparse_zero.selection.scores import resolve_score
 from sparse_zero.zero.config import Offload
@@ -105,6 +105,7 @@ def _observed(shape: DecoderShape, calibration: CalibrationJob) -> list[_Observe
             default if bound is None else bound % shape.num_layers
             for bound, default in ((region.min_layer, 0), (region.max_layer, shape.num_layers - 1))
         )
+        low = max(low, lowest_candidate(calibration.min_depth, shape.num_layers))
         # Patterns may name heads and experts besides, which are not counted.
         patterns = [alternative for pattern in region.modules for alternative in expand_braces(pattern)]
         for name in linears:

@@ -45,6 +45,8 @@ class CalibrationJob:
     accumulator_dtype: AccumulatorDtype = "float32"
     # Of the candidates; what they leave open is the score's. Empty: all linears of the layers, in blocks of 256.
     regions: tuple[RegionConfig, ...] = ()
+    # Share of the layers, from the lowest, without candidates; see sparse_zero.selection.config.
+    min_depth: float = 0.0
     full: FullCalibrationConfig = field(default_factory=FullCalibrationConfig)
 
 
