@@ -65,6 +65,11 @@ class FamilyWarning(UserWarning):
     """A model's family is not among the known ones; what follows from that is in the message."""
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether the model's family is one of :data:`KNOWN_FAMILIES`."""
+    return _model_type(model) in KNOWN_FAMILIES
+
+
 def head_name(model: nn.Module) -> str | None:
     """Name of the module that computes the logits; None where there is none."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
