@@ -182,12 +182,10 @@ def _why_off(prepared: Prepared, num_layers: int, lowest: str) -> str | None:
     """Why there is nothing to be kept, or nothing to be read."""
     config, num_samples = prepared.config.training, len(prepared.train.samples)
     if num_layers == 0:
-        layers = layer_list(prepared.model)
-        depth = len(prepared.model.get_submodule(layers))
-        upper = ",".join(str(layer) for layer in range(3 * depth // 4, depth))
+        depth = len(list(prepared.model.get_submodule(layer_list(prepared.model)).children()))
         return (
-            f"{lowest} is trained, in or before the lowest layer: name higher ones in selection.regions.modules, such "
-            f"as {layers}.{{{upper}}}.*"
+            f"{lowest} is trained, in or before the lowest layer: set selection.regions.min_layer, to {3 * depth // 4} "
+            "for the upper quarter of the layers"
         )
     epochs = config.epochs
     if epochs is None:
