@@ -105,8 +105,8 @@ class RunPrefixCache(AbstractContextManager["RunPrefixCache"]):
             is_complete: whether the run is; its files are removed then, unless they are to be kept.
         """
         self._cache.store.sync()
-        num_bytes = sum(gather_json(self._cache.store.own_bytes))
         self._cache.store.close()
+        num_bytes = sum(gather_json(self._cache.store.own_bytes))
         if is_complete and not self._keep and self._world.rank in self._keepers:
             _clear(self._folder)
             with suppress(OSError):  # Something else lies there, too.

@@ -12,7 +12,7 @@ from tests.models.tiny import tiny_llama
 from tests.models.tiny_families import FAMILIES
 
 
-def make(folder: Path, batching: str = "pad", **cache: Any) -> RunConfig:
+def make(place: Path, batching: str = "pad", **cache: Any) -> RunConfig:
     return parse_config(
         {
             "model": {"name_or_path": "model"},
@@ -20,7 +20,7 @@ def make(folder: Path, batching: str = "pad", **cache: Any) -> RunConfig:
             "selection": {"regions": [{"kind": "row", "modules": ["*.q_proj"], "per_matrix": 1}]},
             "training": {"steps": 2, "prefix_cache": cache},
             "zero": {},
-            "output": {"folder": str(folder / "run")},
+            "output": {"folder": str(place / "run")},
         }
     )
 
