@@ -108,10 +108,8 @@ class BatchSampler:
             batch = tuple(_epoch_order(self._num_samples, self._seed, epoch)[start:end].tolist())
         else:
             batch = tuple(range(start, end))
-        dealt = batch
-        if self._lengths is not None:
-            lengths = self._lengths
-            dealt = tuple(sorted(batch, key=lambda index: (-lengths[index], index)))
+        lengths = self._lengths
+        dealt = batch if lengths is None else tuple(sorted(batch, key=lambda index: (-lengths[index], index)))
         dealt = tuple(sorted(dealt, key=lambda index: index >= self._num_cached))  # Within each sort as before.
         size = self._micro_batch_size
         mine = range(self._rank, self.micro_batches_per_step * self._world_size, self._world_size)
