@@ -80,6 +80,11 @@ class RunConfig:
                 f"training.validation_every is {self.training.validation_every} but data.validation is "
                 "missing: name the data, or leave validation_every out"
             )
+        if self.training.prefix_cache is not None and self.selection.reselect is not None:
+            raise InputError(
+                "training.prefix_cache is set with selection.reselect, which may train other layers later on: leave "
+                "one of them out"
+            )
         if self.checkpoint.keep_best == "validation_loss" and self.data.validation is None:
             raise InputError(
                 "checkpoint.keep_best is 'validation_loss' but data.validation is missing: name the data, or set it to "

@@ -22,6 +22,7 @@ from launcher.deepspeed_config import (
 from launcher.exporting import save_model_folder
 from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
 from launcher.memory.measuring import RunMemory
+from launcher.prefix_check import check_prefix_cache
 from launcher.pulse import Pulse
 from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
@@ -302,6 +303,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         for samples in (train, validation):
             if samples is not None:
                 _check_context(model, samples)
+        check_prefix_cache(config, model, train.lengths)
         family = module_map(model)
         check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
         if checkpoint is not None:

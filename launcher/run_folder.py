@@ -27,6 +27,7 @@ FREE_KEYS = (
     "training.gradient_checkpointing",
     "training.max_nonfinite_steps",
     "training.validation_every",
+    "training.prefix_cache",
     "data.validation",
     "data.validation_split",
     "zero.stage",
@@ -70,6 +71,8 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         # Measured, forecast and simulated; see launcher.memory.report.
         self.memory = self.path / "memory.json"
+        # Hidden states of the training data, while it is trained; see launcher.prefix_caching.
+        self.prefix_cache = self.path / "prefix_cache"
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` optimizer steps."""

@@ -40,10 +40,14 @@ class OwnFoldersWarning(UserWarning):
     """The run folder is not the same on all nodes: each keeps checkpoints of its own."""
 
 
-def folders_of_ranks(folder: Path) -> list[int]:
+def folders_of_ranks(folder: Path, setting: str = "output.folder") -> list[int]:
     """For each rank, the first rank that sees the same ``folder``, which need not exist. Collective.
 
     The nearest parent that exists is tried, and is afterwards as it was.
+
+    Args:
+        folder: on each rank, of the same name.
+        setting: that names it, for the error.
 
     Raises:
         InputError: a rank cannot write there.
@@ -59,7 +63,7 @@ def folders_of_ranks(folder: Path) -> list[int]:
                 mark.touch(exist_ok=False)
             except OSError as error:
                 raise InputError(
-                    f"output.folder is {folder}, but a file cannot be made in {existing} ({error.strerror}): name "
+                    f"{setting} is {folder}, but a file cannot be made in {existing} ({error.strerror}): name "
                     "another place"
                 ) from error
         # Only ranks that found the same place can share it.

@@ -172,6 +172,11 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Ranks", ABSENT if ranks is None else f"{ranks:,.0f}"),
         ("Last training loss", ABSENT if loss is None else f"{loss:.4f}"),
     ]
+    cache = as_mapping(summary.get("prefix_cache"))
+    if cache:
+        share, layers = format_percent(cache.get("hit_share")), as_number(cache.get("layers")) or 0
+        what = f"{share} of the samples without {layers:.0f} layers; {format_bytes(cache.get('bytes'))}"
+        rows.append(("Frozen-prefix cache", what))
     resumed = as_number(summary.get("resumed_after_step"))
     if resumed:
         rows.append(("Continued after step", f"{resumed:,.0f}; the times are those of the last start"))

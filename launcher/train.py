@@ -21,6 +21,7 @@ from launcher.exporting import save_model_folder
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.metrics import MetricsLog
+from launcher.prefix_caching import open_prefix_cache
 from launcher.preparing import (
     Phases,
     Prepared,
@@ -101,6 +102,7 @@ def _train(
             earlier = load_checkpoint(engine, prepared.checkpoint).extra
         _say(world, f"continuing from {prepared.checkpoint.folder} after step {earlier['step']}")
     first_step = int(earlier.get("step", 0))
+    prefix_cache = open_prefix_cache(prepared, engine.module, world)
     state = LoopState(
         config=prepared.config,
         world=world,
@@ -116,11 +118,15 @@ def _train(
         earlier=earlier,
         memory=memory,
         notes=notes,
+        prefix_cache=prefix_cache,
     )
-    if not world.keeps_folder:
-        return train(state, None), state.engine
     resumed, tensorboard = first_step if first_step else None, world.is_main and prepared.config.output.tensorboard
-    with MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=tensorboard) as log:
+    with ExitStack() as stack:
+        log = None
+        if prefix_cache is not None:
+            stack.enter_context(prefix_cache)
+        if world.keeps_folder:
+            log = stack.enter_context(MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=tensorboard))
         return train(state, log), state.engine
 
 
@@ -181,6 +187,7 @@ def _write_summary(
             "world_size": world.world_size,
             "steps": result.step,
             "checkpoint_stall_seconds": result.checkpoint_stall_seconds,
+            "prefix_cache": result.prefix_cache,
             "resumed_after_step": 0 if prepared.checkpoint is None else prepared.checkpoint.extra["step"],
             "final_loss": result.final_loss,
             "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},

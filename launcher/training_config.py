@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sparse_zero.errors import InputError
+from sparse_zero.prefix.config import PrefixCacheConfig
 from sparse_zero.zero.optimizers import OptimizerConfig, OptimizerName, PerKindConfig
 
 # What models and weights call the precision of a run.
@@ -62,6 +63,9 @@ class TrainingConfig:
     max_nonfinite_steps: int = 10
     # Steps between validations (needs data.validation); None: only after the last step.
     validation_every: int | None = None
+    # Compute the layers below the lowest trained one in the first epoch only, and keep what comes out; None: compute
+    # them in every step. Takes (tokens x hidden size x bytes of an entry) of a disk or of memory.
+    prefix_cache: PrefixCacheConfig | None = None
     # Seed of the data order and of dropout.
     seed: int = 0
 

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from launcher.config import RunConfig
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.metrics import MetricsLog
+from launcher.prefix_caching import RunPrefixCache
 from launcher.progress import TrainingProgress, training_progress
 from launcher.reselecting import check_selection_now, describe_check
 from launcher.run_folder import RunFolder
@@ -57,6 +59,8 @@ class TrainingResult:
     peak_memory_bytes: list[int]
     # Seconds in which training waited for checkpoints, in this start.
     checkpoint_stall_seconds: float = 0.0
+    # Of this start, for the summary; None: it is off.
+    prefix_cache: dict[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,6 +97,8 @@ class LoopState:
     memory: RunMemory | None = None
     # On rank 0: what is made of it.
     notes: MemoryNotes | None = None
+    # None: every step computes all layers.
+    prefix_cache: RunPrefixCache | None = None
 
 
 def _gather(values: Sequence[float]) -> torch.Tensor:
@@ -115,6 +121,7 @@ def make_sampler(state: LoopState) -> BatchSampler:
         training.seed,
         True,
         [len(sample.input_ids) for sample in state.train] if state.config.data.group_by_length else None,
+        num_cached=None if state.prefix_cache is None else state.prefix_cache.num_storable,
     )
 
 
@@ -181,7 +188,9 @@ def _optimizer_step(
         samples = micro_batch(state.train, indices)
         memory.micro_batch(samples, config.data.batching, index, len(plan.micro_batches))
         with memory.part("forward"), times.part("forward"):
-            nll = response_nll(engine, _tensors(state, samples))
+            tensors, cache = _tensors(state, samples), state.prefix_cache
+            with nullcontext() if cache is None else cache.forward(indices, tensors["input_ids"]):
+                nll = response_nll(engine, tensors)
         with memory.part("backward"), times.part("backward"):
             engine.backward(nll * scale)
         with memory.part("step"), times.part("update"):
@@ -227,7 +236,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     Raises:
         NonFiniteError: ``training.max_nonfinite_steps`` skipped steps in a row; a checkpoint is not written then.
     """
-    config, world = state.config, state.world
+    config, world, cache = state.config, state.world, state.prefix_cache
     sampler = make_sampler(state)
     num_steps = count_steps(config, sampler.steps_per_epoch)
     tokens_of = [response_tokens([sample]) for sample in state.train]
@@ -268,7 +277,8 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             num_response_tokens = sum(tokens_of[index] for index in plan.global_indices)
             loss, input_tokens = _optimizer_step(state, memory, times, plan, num_response_tokens, step, rate)
             peak = memory.peaks.peak("train")
-            everyone = _gather([loss, input_tokens, request.signal, peak, checkpoints.has_failed])
+            counts = [] if cache is None else cache.take_counts()
+            everyone = _gather([loss, input_tokens, request.signal, peak, checkpoints.has_failed, *counts])
             seconds = time.perf_counter() - started
             parts = times.take()
             usual_forward += (parts["forward"] - usual_forward) * (0.1 if step > state.first_step + 1 else 1.0)
@@ -299,6 +309,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "peak_memory_bytes": max(result.peak_memory_bytes),
                 "epoch": (step + 1) / sampler.steps_per_epoch,
                 "skipped": not applied,
+                **({} if cache is None else cache.tell(everyone[:, 5:])),
             }
             progress.update(row)
             pulse.tick(
@@ -314,6 +325,8 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                     f"{skipped_in_a_row} steps in a row up to step {step + 1} had a non-finite loss or gradient: "
                     "lower training.learning_rate, or check the data"
                 )
+            if cache is not None and (step + 1) % sampler.steps_per_epoch == 0:
+                cache.end_epoch()
             due, every = checkpoints.is_due(step + 1), config.training.validation_every
             if state.validation and (step + 1 == num_steps or (every and (step + 1) % every == 0)):
                 value, tokens = validation_loss(state)
@@ -325,6 +338,8 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             if due or result.stopped_by or step + 1 == num_steps:
                 extra = gather_json(result.to_json())[0]
                 with memory.saving(), pulse.phase("save"):
+                    if cache is not None:
+                        cache.sync()
                     checkpoints.save(state.engine, result.step, extra)
                 pulse.tick(checkpoint=result.step)
             if result.stopped_by and step + 1 < num_steps:
@@ -336,4 +351,6 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     if state.memory is None:
         memory.peaks.close()
     result.checkpoint_stall_seconds = checkpoints.stall_seconds
+    if cache is not None:
+        result.prefix_cache = cache.finish(is_complete=not result.stopped_by)
     return result

@@ -51,6 +51,10 @@ KNOWN_FAMILIES = frozenset(
     }
 )
 
+# Known families whose packed samples read one another, whatever their position ids say: nothing tells their attention
+# where a sample begins.
+MIXING_PACKED = frozenset({"bloom", "gpt_oss"})
+
 # Projections that some families hold as one matrix: the fused name, and the names that it stands for.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -63,6 +67,16 @@ FUSED = {
 
 class FamilyWarning(UserWarning):
     """A model's family is not among the known ones; what follows from that is in the message."""
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the model's family is one of :data:`KNOWN_FAMILIES`."""
+    return _model_type(model) in KNOWN_FAMILIES
+
+
+def mixes_packed(model: nn.Module) -> bool:
+    """Whether the model's family is one of :data:`MIXING_PACKED`."""
+    return _model_type(model) in MIXING_PACKED
 
 
 def head_name(model: nn.Module) -> str | None:

@@ -42,6 +42,8 @@ class BatchSampler:
         lengths: tokens of every sample. Given, each global batch is sorted by length (longest first) before
             it is cut, so that a micro-batch holds samples of like length.
         drop_last: leave out the last batch of an epoch if it is smaller than the others.
+        num_cached: the samples before this one may be cheaper than the others: given, each global batch is cut so that
+            a micro-batch holds samples of one sort, except for one at most.
 
     Raises:
         InputError: an argument is out of its range.
@@ -58,6 +60,7 @@ class BatchSampler:
         shuffle: bool,
         lengths: Sequence[int] | None = None,
         drop_last: bool = False,
+        num_cached: int | None = None,
     ) -> None:
         positive = {
             "num_samples": num_samples,
@@ -87,6 +90,7 @@ class BatchSampler:
         self._seed = seed
         self._shuffle = shuffle
         self._lengths = None if lengths is None else tuple(lengths)
+        self._num_cached = num_samples if num_cached is None else num_cached
         # Optimizer steps of one pass over the data.
         whole, rest = divmod(num_samples, global_batch_size)
         self.steps_per_epoch: int = whole + (rest > 0 and not drop_last)
@@ -106,6 +110,7 @@ class BatchSampler:
             batch = tuple(range(start, end))
         lengths = self._lengths
         dealt = batch if lengths is None else tuple(sorted(batch, key=lambda index: (-lengths[index], index)))
+        dealt = tuple(sorted(dealt, key=lambda index: index >= self._num_cached))  # Within each sort as before.
         size = self._micro_batch_size
         mine = range(self._rank, self.micro_batches_per_step * self._world_size, self._world_size)
         return StepPlan(epoch, batch, tuple(dealt[m * size : (m + 1) * size] for m in mine))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import RenderableType
 
 from launcher.plan import tables
@@ -17,8 +18,10 @@ from launcher.plan.questions import MAX_RANKS, fewest, gpus_needed, largest_batc
 from launcher.plan.search import changes_that_fit
 from launcher.plan.settings import settings_that_fit, why
 from launcher.summary import format_bytes
+from launcher.training_config import DTYPE_OF_PRECISION
 from sparse_zero.files import atomic_write_bytes
 from sparse_zero.memory.device import device_overhead
+from sparse_zero.prefix.encoding import bytes_per_token
 
 
 @dataclass(kw_only=True)
@@ -137,6 +140,7 @@ def _add_forecast(answer: Answer, run: PlannedRun, gpu: Gpu | None, *, simulate:
             run.config, run.world_size, timeline=timeline, **run.changes
         )
     answer.shown.append(tables.phases_table(run, answer.name, answer.simulated))
+    _add_prefix_cache(answer, run)
     if gpu is None:
         return
     tensors, fragments = run.peak_bytes, run.overhead.fragment_bytes
@@ -151,6 +155,23 @@ def _add_forecast(answer: Answer, run: PlannedRun, gpu: Gpu | None, *, simulate:
     answer.shown.append(verdict(tensors, fragments, cuda, gpu))
     if not answer.fits:
         _add_changes(answer, run, gpu)
+
+
+def _add_prefix_cache(answer: Answer, run: PlannedRun) -> None:
+    """What the hidden states of the training data take of a disk. Of a GPU's memory, its steps take no more for it."""
+    cache = run.config.training.prefix_cache
+    if cache is None:
+        return
+    compute = getattr(torch, DTYPE_OF_PRECISION[run.config.training.precision])
+    per_token = bytes_per_token(run.shapes.shape.hidden_size, cache.dtype, compute)
+    answer.found["prefix_cache"] = {"bytes_per_token": per_token, "max_bytes": cache.max_bytes}
+    bound = (
+        "" if cache.max_bytes is None else f", at most {format_bytes(cache.max_bytes)} (training.prefix_cache.max_gib)"
+    )
+    answer.shown.append(
+        f"Frozen-prefix cache: {per_token:,} bytes for each token of the training data, "
+        f"{format_bytes(per_token * 10**6)} for a million{bound}; on disk, not on the GPU."
+    )
 
 
 def verdict(tensor_bytes: int, fragment_bytes: int, cuda_bytes: int, gpu: Gpu) -> str:

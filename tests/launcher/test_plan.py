@@ -158,3 +158,16 @@ def test_wrong_input_ends_in_one_line(
 def test_a_gpu_too_small_is_told() -> None:
     assert "does not fit" in verdict(22 * 2**30, 2**30, 2**30, Gpu(gib=24))
     assert "it fits" in verdict(22 * 2**30, 2**30, 2**28, Gpu(gib=24))
+
+
+def test_the_size_of_a_prefix_cache_is_told(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "run.yaml", tmp_path / "plan.json"
+    changes = mapping(shapes)
+    del changes["selection"]["reselect"]
+    changes["training"]["prefix_cache"] = {"max_gib": 1.5, "dtype": "float8"}
+    file.write_text(dump_yaml(changes))
+    assert main(["plan", "--config", str(file), "--ranks", "2", "--json", str(out)]) == 0
+    # 64 entries of a byte, and one scale.
+    assert json.loads(out.read_text())["prefix_cache"] == {"bytes_per_token": 68, "max_bytes": 1.5 * 2**30}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "68 bytes for each token of the training data, 64.8 MiB for a million, at most 1.50 GiB" in said

@@ -143,6 +143,7 @@ FREE = [
     "training.gradient_checkpointing=true",
     "training.max_nonfinite_steps=3",
     "training.validation_every=2",
+    "training.prefix_cache={max_gib: 2}",
     "data.validation=w.json",
     "data.validation_split=dev",
     "zero.stage=1",

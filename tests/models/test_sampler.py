@@ -129,3 +129,29 @@ def test_bad_arguments_are_named_errors(given_arguments, message):
 def test_steps_count_from_zero():
     with pytest.raises(ValueError, match="step is -1"):
         make().step(-1)
+
+
+@pytest.mark.parametrize("lengths", [None, [index % 7 + 1 for index in range(23)]])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_cached_samples_stand_apart_from_the_others(lengths, world_size):
+    plain, cached = (
+        [make(lengths=lengths, rank=rank, world_size=world_size, num_cached=number) for rank in range(world_size)]
+        for number in (None, 11)
+    )
+    for step in range(2 * plain[0].steps_per_epoch):
+        before, after = ([each.step(step) for each in samplers] for samplers in (plain, cached))
+        assert [each.global_indices for each in after] == [each.global_indices for each in before]
+        dealt = [batch for plan in after for batch in plan.micro_batches if batch]
+        assert sorted(index for batch in dealt for index in batch) == sorted(after[0].global_indices)
+        assert sum(len({index < 11 for index in batch}) > 1 for batch in dealt) <= 1
+        # In the order of the micro-batches over all ranks: first what is cached.
+        in_order = [
+            index >= 11
+            for batches in zip(*(p.micro_batches for p in after), strict=True)
+            for batch in batches
+            for index in batch
+        ]
+        assert in_order == sorted(in_order)
+    # All or nothing of it changes nothing.
+    for number in (0, 23):
+        assert make(lengths=lengths, num_cached=number).step(3) == make(lengths=lengths).step(3)

@@ -1,0 +1,262 @@
+"""How does a run keep the output of its frozen lowest layers, and is what lies in the folder its own?"""
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.prefix_check import cache_folder, check_not_random, token_bytes
+from launcher.preparing import Prepared
+from launcher.run_folder import RunLock
+from launcher.same_input import samples_digest
+from launcher.saying import say
+from launcher.shared_folder import folders_of_ranks
+from launcher.summary import format_bytes
+from launcher.world import World
+from models.gather import gather_json
+from sparse_zero.collectives import failing_together
+from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_json, read_json
+from sparse_zero.layers.quantized import dtype_of
+from sparse_zero.prefix.cache import PrefixCache
+from sparse_zero.prefix.layers import PrefixLayers, layer_list, lowest_trained
+from sparse_zero.prefix.store import SampleStore, remove_store
+
+_FORMAT = "sparse_zero prefix cache 1"
+_META = "meta.json"
+
+
+class PrefixCacheWarning(UserWarning):
+    """The cache of the lowest layers is off, begins anew, or does not grow any more; the message says why."""
+
+
+class RunPrefixCache(AbstractContextManager["RunPrefixCache"]):
+    """The cache of one start of a run, with what is told of it.
+
+    Args:
+        cache: of this rank.
+        world: this process's place.
+        folder: of the files.
+        keepers: for each rank, the first one that sees the same folder.
+        keep: leave the files when the run is finished.
+        lock: on the folder, which the first rank of each has.
+    """
+
+    def __init__(
+        self, cache: PrefixCache, world: World, folder: Path, keepers: Sequence[int], *, keep: bool, lock: RunLock
+    ) -> None:
+        self._cache, self._world, self._folder, self._keepers = cache, world, folder, keepers
+        self._keep, self._lock = keep, lock
+        self._totals = torch.zeros(3, dtype=torch.int64)
+        self._told: set[int] = set()
+
+    @property
+    def num_storable(self) -> int:
+        """The samples before this one may be stored."""
+        return self._cache.store.num_storable
+
+    def forward(self, indices: Sequence[int], input_ids: Tensor) -> AbstractContextManager[None]:
+        """See :meth:`sparse_zero.prefix.cache.PrefixCache.forward`."""
+        return self._cache.forward(indices, input_ids)
+
+    def take_counts(self) -> list[int]:
+        """Of the step: this rank's samples left out, computed and stored, and whether its disk takes no more."""
+        return [*self._cache.take_counts(), self._cache.store.problem is not None]
+
+    def tell(self, counts: Tensor) -> dict[str, int]:
+        """The step's numbers for its row, of what all ranks' :meth:`take_counts` gave [ranks, 4]."""
+        found = counts[:, :3].sum(0).long()
+        self._totals += found
+        failed = set(counts[:, 3].nonzero().flatten().tolist()) - self._told
+        if failed:
+            self._told |= failed
+            why = f" ({error.strerror})" if (error := self._cache.store.problem) is not None else ""
+            warnings.warn(
+                f"training.prefix_cache.folder {self._folder} takes no more of rank {', '.join(map(str, failed))}"
+                f"{why}: what is not stored is computed in every epoch",
+                PrefixCacheWarning,
+                stacklevel=2,
+            )
+        names = ("cached_samples", "computed_samples", "stored_samples")
+        return dict(zip(names, found.tolist(), strict=True))
+
+    def sync(self) -> None:
+        """Let what this rank has stored be believed from now on, also by a later start."""
+        self._cache.store.sync()
+
+    def end_epoch(self) -> None:
+        """Let every rank read what all have stored. Collective."""
+        self._cache.store.sync()
+        dist.barrier()
+        self._cache.store.refresh()
+
+    def finish(self, *, is_complete: bool) -> dict[str, Any]:
+        """End with the last step of this start; what the summary says. Collective.
+
+        Args:
+            is_complete: whether the run is; its files are removed then, unless they are to be kept.
+        """
+        self._cache.store.sync()
+        self._cache.store.close()
+        num_bytes = sum(gather_json(self._cache.store.own_bytes))
+        if is_complete and not self._keep and self._world.rank in self._keepers:
+            _clear(self._folder)
+            with suppress(OSError):  # Something else lies there, too.
+                self._folder.rmdir()
+        cached, computed, stored = self._totals.tolist()
+        return {
+            "layers": self._cache.layers.num_layers,
+            "cached_samples": cached,
+            "computed_samples": computed,
+            "stored_samples": stored,
+            "hit_share": cached / max(1, cached + computed),
+            "bytes": num_bytes,
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cache.store.close()
+        self._lock.release()
+
+
+def _clear(folder: Path) -> None:
+    remove_store(folder)
+    (folder / _META).unlink(missing_ok=True)
+
+
+def _identity(prepared: Prepared, num_layers: int, data: str) -> dict[str, Any]:
+    """What the numbers depend on; not the selection, the batches or the ranks."""
+    model = prepared.config.model
+    assert prepared.config.training.prefix_cache is not None
+    return {
+        "format": _FORMAT,
+        "base_sha256": prepared.base.sha256,
+        "data_sha256": data,
+        "num_samples": len(prepared.train.samples),
+        "layers": num_layers,
+        "hidden": int(prepared.model.config.hidden_size),
+        "dtype": prepared.config.training.prefix_cache.dtype,
+        "compute_dtype": str(dtype_of(prepared.model)),
+        "attention": model.attention,
+        "quantization": [model.quantization, model.double_quantization],
+    }
+
+
+def _take_folder(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder the cache of ``identity``: what lies there of another is thrown away.
+
+    Raises:
+        InputError: a file of somebody else is in the way.
+    """
+    path = folder / _META
+    found: Any = None
+    if path.exists():
+        with suppress(InputError):
+            found = read_json(path)
+        if not isinstance(found, dict) or found.get("format") != _FORMAT:
+            raise InputError(
+                f"training.prefix_cache.folder is {folder}, where {_META} is of something else: name another folder"
+            )
+        if found == json.loads(json.dumps(identity)):
+            return
+        what = ", ".join(key for key in identity if found.get(key) != identity[key])
+        warnings.warn(
+            f"the frozen-prefix cache in {folder} is of another {what}: it is thrown away",
+            PrefixCacheWarning,
+            stacklevel=2,
+        )
+    _clear(folder)
+    atomic_write_json(path, identity)
+
+
+def _why_off(prepared: Prepared, num_layers: int, lowest: str) -> str | None:
+    """Why there is nothing to be kept, or nothing to be read."""
+    config, num_samples = prepared.config.training, len(prepared.train.samples)
+    if num_layers == 0:
+        depth = len(list(prepared.model.get_submodule(layer_list(prepared.model)).children()))
+        return (
+            f"{lowest} is trained, in or before the lowest layer: set selection.regions.min_layer, to {3 * depth // 4} "
+            "for the upper quarter of the layers"
+        )
+    epochs = config.epochs
+    if epochs is None:
+        assert config.steps is not None
+        epochs = config.steps / math.ceil(num_samples / config.global_batch_size)
+    assert config.prefix_cache is not None
+    if epochs <= 1 and not config.prefix_cache.keep:
+        return (
+            "the run has no second epoch to read it in: raise training.epochs, or set training.prefix_cache.keep for "
+            "other runs"
+        )
+    return None
+
+
+def open_prefix_cache(prepared: Prepared, model: Any, world: World) -> RunPrefixCache | None:
+    """The cache that the run's config asks for; None where it asks for none, or it would be of no use. Collective.
+
+    Args:
+        prepared: the run.
+        model: its model with values.
+        world: this process's place.
+
+    Raises:
+        InputError: the folder cannot be used, or the layers are random in training.
+    """
+    config = prepared.config
+    settings = config.training.prefix_cache
+    if settings is None:
+        return None
+    num_layers, lowest = lowest_trained(model)
+    why_off = _why_off(prepared, num_layers, lowest)
+    if why_off is not None:
+        warnings.warn(f"training.prefix_cache is off: {why_off}", PrefixCacheWarning, stacklevel=2)
+        return None
+    check_not_random(model, num_layers)
+    folder = cache_folder(config)
+    keepers = [0]
+    if world.world_size > 1:
+        keepers = folders_of_ranks(folder, "training.prefix_cache.folder")
+    lock = RunLock(folder, "training.prefix_cache.folder", "another run")
+    # Every rank has the same samples: they were compared when they were read.
+    data = str(gather_json(samples_digest(prepared.train) if world.is_main else None)[0])
+    with failing_together():
+        if world.rank in keepers:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.take()
+                _take_folder(folder, _identity(prepared, num_layers, data))
+            except OSError as error:
+                raise InputError(
+                    f"training.prefix_cache.folder is {folder}, which cannot be written to ({error.strerror}): name "
+                    "another folder"
+                ) from error
+    per_token = token_bytes(settings, prepared.model)
+    store = SampleStore(folder, world.rank, prepared.train.lengths, per_token, settings.max_bytes)
+    cache = PrefixCache(
+        PrefixLayers(model, num_layers),
+        store,
+        prepared.train.lengths,
+        stored=settings.dtype,
+        compute=dtype_of(model),
+        is_packed=config.data.batching == "pack",
+        together=config.zero.stage == 3,
+    )
+    if world.is_main:
+        bound = ""
+        if store.num_storable < len(prepared.train.samples):
+            whole = format_bytes(sum(prepared.train.lengths) * per_token)
+            bound = f" of {whole}, bounded by training.prefix_cache.max_gib"
+        say(
+            f"frozen-prefix cache: {num_layers} layers are computed once, {format_bytes(store.needed_bytes)}{bound} "
+            f"in {folder}"
+        )
+    return RunPrefixCache(cache, world, folder, keepers, keep=settings.keep, lock=lock)

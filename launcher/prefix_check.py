@@ -1,0 +1,83 @@
+"""Can a run keep the output of its lowest layers, and is there room for it?"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig
+from launcher.run_folder import RunFolder, check_can_write_in
+from launcher.summary import format_bytes
+from models.families import is_known, mixes_packed
+from sparse_zero.errors import InputError
+from sparse_zero.layers.quantized import dtype_of
+from sparse_zero.prefix.config import PrefixCacheConfig
+from sparse_zero.prefix.encoding import bytes_per_token
+from sparse_zero.prefix.layers import layer_list, random_setting
+from sparse_zero.prefix.store import num_storable, stored_bytes
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where the hidden states of a run lie."""
+    assert config.training.prefix_cache is not None
+    named = config.training.prefix_cache.folder
+    return RunFolder(config.output.folder).prefix_cache if named is None else Path(named).expanduser()
+
+
+def token_bytes(cache: PrefixCacheConfig, model: Any) -> int:
+    """What one token of the training data takes."""
+    return bytes_per_token(int(model.config.hidden_size), cache.dtype, dtype_of(model))
+
+
+def check_not_random(model: Any, num_layers: int) -> None:
+    """Raise if the lowest layers, or what comes before them, are random in training.
+
+    Raises:
+        InputError: names the setting.
+    """
+    random = random_setting(model, num_layers)
+    if random is not None:
+        raise InputError(
+            f"training.prefix_cache is set, but the model has {random}, which makes its lowest layers give something "
+            "else in every epoch: leave training.prefix_cache out, or set it to 0 in the model's config.json"
+        )
+
+
+def check_prefix_cache(config: RunConfig, model: Any, lengths: Sequence[int]) -> None:
+    """Raise if the run cannot have the cache that it asks for. Nothing is written.
+
+    Args:
+        config: of the run.
+        model: its base, before anything is trained.
+        lengths: tokens of each training sample.
+
+    Raises:
+        InputError: the layers of the model are not known, or are random in training, or the disk is too small.
+    """
+    cache = config.training.prefix_cache
+    if cache is None:
+        return
+    if not is_known(model):
+        raise InputError(
+            f"training.prefix_cache is set, but of {model.config.model_type} models it is not known whether their "
+            "layers hand on nothing but hidden states: leave training.prefix_cache out"
+        )
+    if config.data.batching == "pack" and mixes_packed(model):
+        raise InputError(
+            f"training.prefix_cache is set with data.batching 'pack', but packed samples of {model.config.model_type} "
+            "models read one another, and others stand beside them in every epoch: set data.batching to pad"
+        )
+    layer_list(model)
+    check_not_random(model, 1)
+    folder, per_token = cache_folder(config), token_bytes(cache, model)
+    check_can_write_in(folder, f"training.prefix_cache.folder is {folder}")
+    needed = sum(lengths[: num_storable(lengths, per_token, cache.max_bytes)]) * per_token
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
+    # What lies there is the run's own, or is thrown away.
+    free = shutil.disk_usage(existing).free + stored_bytes(folder)
+    if needed > free:
+        raise InputError(
+            f"training.prefix_cache needs {format_bytes(needed)} ({sum(lengths):,} tokens of {per_token:,} bytes), and "
+            f"{existing} has {format_bytes(free)}: bound it by training.prefix_cache.max_gib, name another "
+            "training.prefix_cache.folder, or set training.prefix_cache.dtype to float8"
+        )

@@ -1,0 +1,127 @@
+"""Do the stored bytes of samples come back, from all ranks' files, and only where they can be believed?"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_zero.prefix import store as store_module
+from sparse_zero.prefix.encoding import bytes_per_token, decode, encode
+from sparse_zero.prefix.store import SampleStore, num_storable, remove_store, stored_bytes
+
+LENGTHS, BYTES = (3, 1, 7, 2, 5), 12
+
+
+def rows(index: int) -> Tensor:
+    """[length, BYTES] of a sample, all different."""
+    generator = torch.Generator().manual_seed(index)
+    return torch.randint(0, 256, (LENGTHS[index], BYTES), generator=generator, dtype=torch.uint8)
+
+
+def make(folder: Path, rank: int = 0, max_bytes: int | None = None) -> SampleStore:
+    store = SampleStore(folder, rank, LENGTHS, BYTES, max_bytes)
+    store.refresh()
+    return store
+
+
+def stored(folder: Path, samples: list[int], rank: int = 0) -> SampleStore:
+    store = make(folder, rank)
+    assert all(store.is_wanted(index) and store.write(index, rows(index)) for index in samples)
+    store.sync()
+    store.refresh()
+    return store
+
+
+def test_samples_come_back_in_the_order_asked_for_from_all_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_MAX_OPEN", 2)
+    first, *others = [stored(tmp_path, samples, rank) for rank, samples in enumerate([[4, 1], [0], [2], [3]])]
+    assert first.read([2]) is None  # The others came after its look.
+    first.refresh()
+    for order in ([4, 0, 2, 1, 3], [3], [1, 1]):
+        found = first.read(order)
+        assert found is not None
+        assert torch.equal(found, torch.cat([rows(index) for index in order]))
+    assert first.read([]).shape == (0, BYTES)
+    assert not any(first.is_wanted(index) for index in range(5))
+    assert [store.own_bytes for store in (first, *others)] == [6 * BYTES, 3 * BYTES, 7 * BYTES, 2 * BYTES]
+    assert stored_bytes(tmp_path) > 0
+    remove_store(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_what_was_synced_is_believed(tmp_path):
+    store = stored(tmp_path, [1])
+    store.write(2, rows(2))
+    assert not store.is_wanted(2)
+    assert store.read([2]) is None
+    # A process that ends here has written it in vain.
+    store.close()
+    again = make(tmp_path)
+    assert torch.equal(again.read([1]), rows(1))
+    assert again.read([1, 2]) is None
+    assert again.is_wanted(2)
+    assert again.own_bytes == BYTES
+    again.write(2, rows(2))
+    again.sync()
+    assert torch.equal(stored(tmp_path, []).read([1, 2]), torch.cat([rows(1), rows(2)]))
+
+
+def test_damaged_files_are_not_believed(tmp_path):
+    stored(tmp_path, [0, 3, 4]).close()
+    data, done = tmp_path / "rank-00000.bin", tmp_path / "rank-00000.done"
+    with data.open("r+b") as file:
+        file.truncate(sum(LENGTHS[:4]) * BYTES + 1)  # Cuts the last sample.
+    store = make(tmp_path)
+    assert store.read([4]) is None
+    assert torch.equal(store.read([0, 3]), torch.cat([rows(0), rows(3)]))
+    with data.open("r+b") as file:
+        file.truncate(2)  # While it is read.
+    assert store.read([3]) is None
+    assert store.is_wanted(3)
+    done.write_bytes(b"\xff\xff")
+    assert make(tmp_path).read([0]) is None
+    done.unlink()
+    data.unlink()
+    assert make(tmp_path).read([0]) is None
+
+
+def test_a_bound_takes_the_first_samples(tmp_path):
+    store = make(tmp_path, max_bytes=11 * BYTES)
+    assert store.num_storable == 3
+    assert store.needed_bytes == 11 * BYTES
+    assert [store.is_wanted(index) for index in range(5)] == [True, True, True, False, False]
+    assert num_storable(LENGTHS, BYTES, 11 * BYTES - 1) == 2
+    assert num_storable(LENGTHS, BYTES, 1) == 0
+    assert num_storable(LENGTHS, BYTES, None) == num_storable(LENGTHS, BYTES, 10**6) == 5
+
+
+def test_a_full_disk_is_told_and_takes_no_more(tmp_path):
+    (tmp_path / "rank-00000.bin").symlink_to("/dev/full")
+    store = make(tmp_path)
+    assert not store.write(0, rows(0))
+    assert store.problem is not None
+    assert store.problem.strerror == "No space left on device"
+    assert not store.is_wanted(1)
+    store.sync()
+    assert store.own_bytes == 0
+    assert not (tmp_path / "rank-00000.done").exists()
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+def test_encodings_say_their_size_and_their_error(compute):
+    generator = torch.Generator().manual_seed(0)
+    states = (torch.randn(9, 24, generator=generator) * torch.logspace(-3, 3, 9)[:, None]).to(compute)
+    states[4] = 0
+    for stored_as, relative in (("compute", 0.0), ("bfloat16", 2**-8), ("float8", 2**-4)):
+        found = encode(states, stored_as)
+        assert found.dtype == torch.uint8
+        assert found.shape == (9, bytes_per_token(24, stored_as, compute))
+        back = decode(found, stored_as, compute)
+        assert back.dtype == compute
+        # float8 has three bits after the first one, and its smallest step below them is 2**-9 of 448 of the largest.
+        largest = states.float().abs().amax(1, keepdim=True)
+        least = largest * 2**-10 / 448 if stored_as == "float8" else torch.zeros_like(largest)
+        allowed = (states.float().abs() * relative).maximum(least) * (1.01 + (compute != torch.float32) * 0.1)
+        assert ((back.float() - states.float()).abs() <= allowed).all(), stored_as
+    assert torch.equal(decode(encode(states, "compute"), "compute", compute), states)
