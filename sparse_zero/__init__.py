@@ -35,6 +35,7 @@ from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.scores import ScoreRule, resolve_score
 from sparse_zero.selection.select import SelectionWarning, choose_regions, score_regions, select
 from sparse_zero.selection.selection import Selection
+from sparse_zero.step_in_backward import StepInBackward, step_in_backward
 from sparse_zero.zero.config import ZeroConfig
 from sparse_zero.zero.engine import attach, initialize
 from sparse_zero.zero.optimizers import KindOptimizerConfig, OptimizerConfig, PerKindConfig, build_optimizer
@@ -64,6 +65,7 @@ __all__ = [
     "SelectionConfig",
     "SelectionWarning",
     "SparseLinear",
+    "StepInBackward",
     "WeightSelection",
     "ZeroConfig",
     "__version__",
@@ -90,6 +92,7 @@ __all__ = [
     "select",
     "set_adapter",
     "sparsify",
+    "step_in_backward",
     "trainable_parameters",
     "unmerge",
     "write_back",
