@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.chunked_loss import bare, why_at_once
 from models.data import IGNORED
 from sparse_zero.errors import InputError
+from sparse_zero.layers.frozen_linear import FrozenLinear
 from sparse_zero.optional import require
 
 _MODULE = "liger_kernel.transformers"
@@ -57,7 +58,8 @@ def why_not_fused(model: Any) -> str | None:
     if reason is not None:
         return reason
     head = bare(model).get_output_embeddings()
-    if not isinstance(head, nn.Linear) or any(each.requires_grad for each in head.parameters()):
+    # Others compute something else: with values, or of codes.
+    if type(head) not in (nn.Linear, FrozenLinear) or any(each.requires_grad for each in head.parameters()):
         return "the head is no frozen linear"
     return None
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import sparse_zero as sz
 from models import liger
 from models.loss import response_nll
 from sparse_zero.errors import InputError
+from sparse_zero.selection.regions import WeightSelection
 from tests.models.tiny_families import FAMILIES
 
 
@@ -68,6 +70,10 @@ def test_a_frozen_head_goes_to_the_fused_loss_and_no_other_does(package: ModuleT
     torch.testing.assert_close(response_nll(model, batch, fused=True), expected)
     model.lm_head.register_parameter("bias", torch.nn.Parameter(torch.zeros(64)))
     assert liger.why_not_fused(model) == "the head is no frozen linear"
+    sparse = FAMILIES["llama"].make()
+    sz.sparsify(sparse, sz.Selection({"lm_head.weight": WeightSelection(shape=(64, 32), rows=[3])}), "delta")
+    sparse.requires_grad_(False)
+    assert liger.why_not_fused(sparse) == "the head is no frozen linear"
 
 
 @pytest.mark.gpu
