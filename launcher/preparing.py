@@ -31,7 +31,7 @@ from launcher.shared_folder import share_newest
 from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
 from models.base_identity import base_identity
-from models.chunked_loss import LossChunkWarning, why_at_once
+from models.chunked_loss import warn_of_chunks
 from models.collate import collate
 from models.data import IGNORED, SampleSet, TokenizedSample, load_records, load_samples
 from models.families import check_not_fused, module_map
@@ -441,13 +441,8 @@ def make_engine(prepared: Prepared, selection: Selection, world: World, memory: 
         retired=None if prepared.checkpoint is None else prepared.checkpoint.retired,
         module_map=prepared.module_map,
     )
-    chunk, reason = prepared.config.training.loss_chunk, why_at_once(prepared.model)
-    if chunk is not None and reason is not None and world.is_main:
-        warnings.warn(
-            f"training.loss_chunk is {chunk}, but the loss is formed at once: {reason}; null says the same",
-            LossChunkWarning,
-            stacklevel=2,
-        )
+    if world.is_main:
+        warn_of_chunks(prepared.model, prepared.config.training.loss_chunk)
     memory.start(prepared.model)
     with memory.engine():
         engine = new_engine(prepared.model, prepared.config, world.world_size)

@@ -9,6 +9,7 @@ cross-entropy (arXiv 2410.10989, section 3.2); here the head may be any module.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,17 @@ def why_at_once(model: Any) -> str | None:
     if reads_values(head) or (weight is not None and weight.requires_grad):
         return "the gradient of a whole parameter of the head is formed"
     return None
+
+
+def warn_of_chunks(model: Any, chunk: int | None) -> None:
+    """Warn where ``training.loss_chunk`` asks for what a sparse model cannot have."""
+    reason = None if chunk is None else why_at_once(model)
+    if reason is not None:
+        warnings.warn(
+            f"training.loss_chunk is {chunk}, but the loss is formed at once: {reason}; null says the same",
+            LossChunkWarning,
+            stacklevel=3,
+        )
 
 
 def _nll_and_gradients(

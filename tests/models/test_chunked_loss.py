@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
-from models.chunked_loss import PLAIN_HEADS, chunked_nll, why_at_once
+from models.chunked_loss import PLAIN_HEADS, LossChunkWarning, chunked_nll, warn_of_chunks, why_at_once
 from models.data import IGNORED
 from models.loss import response_nll
 from sparse_zero.memory.simulation.recorder import MemoryRecorder
@@ -66,6 +66,9 @@ def test_a_family_that_changes_its_logits_is_computed_at_once(kind: str) -> None
     changes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
     model = frozen_head(TinyFamily(model_type=kind, matrices={}, vectors=(), changes=changes).make())
     assert "is not known" in str(why_at_once(model))
+    warn_of_chunks(model, None)
+    with pytest.warns(LossChunkWarning, match=r"^training\.loss_chunk is 4, .* is not known"):
+        warn_of_chunks(model, 4)
     check_equal(model, 4)
 
 
