@@ -44,6 +44,8 @@ REQUIRES = [
 PLOTS = ["matplotlib>=3.8"]
 TRACKING = ["tensorboard>=2.15"]
 QUANT = ["bitsandbytes>=0.46.1"]
+# Triton kernels, for GPUs only; its API was read at this version.
+LIGER = ["liger-kernel>=0.8.5"]
 # Its trainers run on transformers' Trainer, see docs/integrations.md.
 TRL = ["trl>=1"]
 # Its private parts were read at this version, see sparse_zero/integrations/peft_compat.py.
@@ -81,7 +83,15 @@ setup(
     packages=find_packages(include=["launcher", "launcher.*", "models", "models.*", "sparse_zero", "sparse_zero.*"]),
     package_data={"": ["py.typed"]},
     install_requires=REQUIRES,
-    extras_require={"dev": DEV, "peft": PEFT, "plots": PLOTS, "quant": QUANT, "tracking": TRACKING, "trl": TRL},
+    extras_require={
+        "dev": DEV,
+        "liger": LIGER,
+        "peft": PEFT,
+        "plots": PLOTS,
+        "quant": QUANT,
+        "tracking": TRACKING,
+        "trl": TRL,
+    },
     entry_points={"console_scripts": ["sparse-zero = launcher.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

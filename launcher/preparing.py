@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from launcher.deepspeed_config import (
 )
 from launcher.exporting import save_model_folder
 from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
+from launcher.loss_chunks import calibration_chunk
 from launcher.memory.measuring import RunMemory
 from launcher.prefix_check import check_prefix_cache
 from launcher.pulse import Pulse
@@ -31,10 +32,12 @@ from launcher.shared_folder import share_newest
 from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
 from models.base_identity import base_identity, begin_base_identity
+from models.chunked_loss import warn_of_chunks
 from models.collate import collate
-from models.data import SampleSet, TokenizedSample, load_records, load_samples
+from models.data import IGNORED, SampleSet, TokenizedSample, load_records, load_samples
 from models.families import check_not_fused, module_map
 from models.gather import gather_json
+from models.liger import check_kernels, use_kernels
 from models.loading import (
     check_tokenizer_fits,
     checkpoint_activations,
@@ -140,6 +143,8 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
     """
     check_own_config(config)
     check_can_train_here(config)
+    if config.training.kernels == "liger":
+        check_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     wanted = DTYPE_OF_PRECISION[config.training.precision]
     if config.model.dtype != wanted:
         raise InputError(
@@ -326,6 +331,8 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         )
     if not sharded:  # Shards are where they belong already.
         model.to(world.device)
+    if config.training.kernels == "liger":
+        use_kernels(model)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
     return Prepared(
@@ -356,9 +363,15 @@ def calibration_batches(
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def calibration_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean loss per response token of a micro-batch."""
-    return response_nll(model, batch) / (batch["labels"][:, 1:] != -100).sum().clamp(min=1)
+def calibration_loss(config: RunConfig) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
+    """What gives the mean loss per response token of a micro-batch."""
+    chunk = calibration_chunk(config)
+
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        nll = response_nll(model, batch, chunk=chunk)
+        return nll / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+
+    return loss
 
 
 def _score_selection(prepared: Prepared, world: World) -> RegionScores:
@@ -383,7 +396,7 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
                 prepared.model,
                 batches if config.selection.needs_data else None,
                 config.selection,
-                calibration_loss,
+                calibration_loss(config),
                 module_map=prepared.module_map,
                 on_batch=on_batch,
             )
@@ -432,6 +445,8 @@ def make_engine(prepared: Prepared, selection: Selection, world: World, memory: 
         retired=None if prepared.checkpoint is None else prepared.checkpoint.retired,
         module_map=prepared.module_map,
     )
+    if world.is_main:
+        warn_of_chunks(prepared.model, prepared.config.training.loss_chunk)
     memory.start(prepared.model)
     with memory.engine():
         engine = new_engine(prepared.model, prepared.config, world.world_size)

@@ -52,7 +52,7 @@ def check_selection_now(
         batches if config.selection.needs_data else None,
         config.selection,
         make_engine=make_engine,
-        loss_fn=calibration_loss,
+        loss_fn=calibration_loss(config),
         module_map=module_map,
         step=step,
     )

@@ -25,6 +25,8 @@ FREE_KEYS = (
     "memory",
     "training.micro_batch_size",
     "training.gradient_checkpointing",
+    "training.loss_chunk",
+    "training.kernels",
     "training.max_nonfinite_steps",
     "training.validation_every",
     "training.prefix_cache",

@@ -56,6 +56,12 @@ class TrainingConfig:
     max_gradient_norm: float | None = 1.0
     # Recompute activations in backward: less memory, one more forward pass.
     gradient_checkpointing: bool = False
+    # Positions, over the rows of a micro-batch, whose logits exist at once: the loss is formed chunk by chunk, and its
+    # gradient with it, for the memory of one chunk; beyond some hundred it is no slower. null: all positions at once.
+    loss_chunk: int | None = 512
+    # liger: Triton kernels of the package of that name (extra "liger") for norms, MLP, rotary positions and the loss of
+    # a frozen head; on GPUs only. torch: none.
+    kernels: Literal["torch", "liger"] = "torch"
     # Computation dtype of the engine. fp32 is the choice on CPUs; bf16 on GPUs.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     # Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops. fp16 skips some
@@ -74,7 +80,7 @@ class TrainingConfig:
             raise InputError(f"training has epochs={self.epochs} and steps={self.steps}: set exactly one of them")
         _check_at_least("training", 1, steps=self.steps, global_batch_size=self.global_batch_size)
         _check_at_least("training", 1, micro_batch_size=self.micro_batch_size, validation_every=self.validation_every)
-        _check_at_least("training", 1, max_nonfinite_steps=self.max_nonfinite_steps)
+        _check_at_least("training", 1, max_nonfinite_steps=self.max_nonfinite_steps, loss_chunk=self.loss_chunk)
         _check_at_least("training", 0, weight_decay=self.weight_decay, seed=self.seed)
         for name in ("epochs", "learning_rate", "epsilon", "max_gradient_norm"):
             value = getattr(self, name)

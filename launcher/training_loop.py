@@ -29,8 +29,9 @@ from launcher.world import World
 from models.collate import collate, micro_batch, response_tokens
 from models.data import TokenizedSample
 from models.gather import gather_json
-from models.loss import response_nll
+from models.loss import label_positions, nll_at
 from models.sampler import BatchSampler, StepPlan
+from models.transfer import to_device
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import collective_device
 from sparse_zero.module_map import ModuleMap
@@ -133,9 +134,16 @@ def count_steps(config: RunConfig, steps_per_epoch: int) -> int:
     return max(1, math.ceil(config.training.epochs * steps_per_epoch))
 
 
-def _tensors(state: LoopState, samples: Sequence[TokenizedSample]) -> dict[str, torch.Tensor]:
-    batch = collate(samples, batching=state.config.data.batching, pad_token_id=state.pad_token_id)
-    return {name: tensor.to(state.world.device) for name, tensor in batch.items()}
+def _nll(
+    state: LoopState, samples: Sequence[TokenizedSample], indices: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Summed loss of a micro-batch; the numbers of training samples let the frozen-prefix cache serve it."""
+    data, training, cache = state.config.data, state.config.training, state.prefix_cache
+    batch = collate(samples, batching=data.batching, pad_token_id=state.pad_token_id)
+    batch = to_device({**batch, "positions": label_positions(batch["labels"])}, state.world.device)
+    positions = batch.pop("positions")
+    with nullcontext() if cache is None or indices is None else cache.forward(indices, batch["input_ids"]):
+        return nll_at(state.engine, batch, positions, chunk=training.loss_chunk, fused=training.kernels == "liger")
 
 
 @torch.no_grad()
@@ -149,7 +157,7 @@ def validation_loss(state: LoopState) -> tuple[float, int]:
     for step in range(sampler.steps_per_epoch):
         for indices in sampler.step(step).micro_batches:
             samples = micro_batch(state.validation, indices)
-            total += float(response_nll(state.engine, _tensors(state, samples)))
+            total += float(_nll(state, samples))
             tokens += response_tokens(samples)
             state.world.pulse.tick()
     state.engine.train(was_training)
@@ -188,9 +196,7 @@ def _optimizer_step(
         samples = micro_batch(state.train, indices)
         memory.micro_batch(samples, config.data.batching, index, len(plan.micro_batches))
         with memory.part("forward"), times.part("forward"):
-            tensors, cache = _tensors(state, samples), state.prefix_cache
-            with nullcontext() if cache is None else cache.forward(indices, tensors["input_ids"]):
-                nll = response_nll(engine, tensors)
+            nll = _nll(state, samples, indices)
         with memory.part("backward"), times.part("backward"):
             engine.backward(nll * scale)
         with memory.part("step"), times.part("update"):

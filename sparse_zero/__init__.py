@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sparse_zero.selection.scores import ScoreRule, resolve_score
     from sparse_zero.selection.select import SelectionWarning, choose_regions, score_regions, select
     from sparse_zero.selection.selection import Selection
+    from sparse_zero.step_in_backward import StepInBackward, step_in_backward
     from sparse_zero.zero.config import ZeroConfig
     from sparse_zero.zero.engine import attach, initialize
     from sparse_zero.zero.optimizers import KindOptimizerConfig, OptimizerConfig, PerKindConfig, build_optimizer
@@ -68,6 +69,7 @@ __all__ = [
     "SelectionConfig",
     "SelectionWarning",
     "SparseLinear",
+    "StepInBackward",
     "WeightSelection",
     "ZeroConfig",
     "__version__",
@@ -94,6 +96,7 @@ __all__ = [
     "select",
     "set_adapter",
     "sparsify",
+    "step_in_backward",
     "trainable_parameters",
     "unmerge",
     "write_back",
@@ -130,6 +133,7 @@ _HOMES = {
     "selection.scores": ("ScoreRule", "resolve_score"),
     "selection.select": ("SelectionWarning", "choose_regions", "score_regions", "select"),
     "selection.selection": ("Selection",),
+    "step_in_backward": ("StepInBackward", "step_in_backward"),
     "zero.config": ("ZeroConfig",),
     "zero.engine": ("attach", "initialize"),
     "zero.optimizers": ("KindOptimizerConfig", "OptimizerConfig", "PerKindConfig", "build_optimizer"),

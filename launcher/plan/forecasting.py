@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
+from launcher.loss_chunks import calibration_chunk
 from launcher.plan.simulation import without_scores
 from sparse_zero.errors import InputError
 from sparse_zero.memory.closed_form.decoder_shape import DecoderShape
@@ -87,6 +88,7 @@ def job_of(config: RunConfig, world_size: int, **changes: Any) -> MemoryJob:
         "batching": config.data.batching,
         "accumulation": -(-training.global_batch_size // max(micro_batch * world_size, 1)),
         "gradient_checkpointing": training.gradient_checkpointing,
+        "loss_chunk": training.loss_chunk,
         "attention": config.model.attention,
         "quantization": config.model.quantization,
         "double_quantization": config.model.double_quantization,
@@ -103,6 +105,7 @@ def job_of(config: RunConfig, world_size: int, **changes: Any) -> MemoryJob:
             regions=selection.regions,
             min_depth=selection.min_depth,
             full=selection.full_calibration,
+            loss_chunk=calibration_chunk(config),
         )
         if calibrates
         else None,

@@ -124,7 +124,8 @@ def batch_of(job: MemoryJob) -> dict[str, torch.Tensor]:
 
 def loss_of(job: MemoryJob, called: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """The summed loss of a micro-batch, where a job has logits."""
-    return nll_at(called, batch, torch.arange(job.logit_rows // job.rows, device=batch["labels"].device))
+    positions = torch.arange(job.logit_rows // job.rows, device=batch["labels"].device)
+    return nll_at(called, batch, positions, chunk=job.loss_chunk)
 
 
 def _simulate(config: RunConfig, job: MemoryJob, file: str | None) -> dict[str, Any]:

@@ -75,7 +75,11 @@ def simulate_calibration(config: RunConfig, job: MemoryJob) -> Timeline:
         checkpoint_activations(model)
     # Its micro-batches, as a job's.
     seen = dataclasses.replace(
-        job, micro_batch=wanted.micro_batch, samples=None, label_positions=calibrated_positions(job, wanted)
+        job,
+        micro_batch=wanted.micro_batch,
+        samples=None,
+        label_positions=calibrated_positions(job, wanted),
+        loss_chunk=wanted.loss_chunk,
     )
 
     def loss(called: Any, batch: Mapping[str, Any]) -> torch.Tensor:

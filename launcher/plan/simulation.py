@@ -73,6 +73,7 @@ def config_of(config: RunConfig, job: MemoryJob) -> RunConfig:
             micro_batch_size=job.micro_batch,
             global_batch_size=batch,
             gradient_checkpointing=job.gradient_checkpointing,
+            loss_chunk=job.loss_chunk,
             precision=job.precision,
             optimizer=job.optimizer,
         ),

@@ -86,7 +86,7 @@ class _Batches:
         return {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": mask}
 
     def loss(self, engine: Any, batch: Any) -> Tensor:
-        return nll_at(engine, batch, self.positions)
+        return nll_at(engine, batch, self.positions, chunk=self.job.loss_chunk)
 
 
 def _train(config: RunConfig, job: MemoryJob, memory: PeakMemory) -> Any:

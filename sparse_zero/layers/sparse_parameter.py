@@ -238,6 +238,11 @@ def _readers(owner: nn.Module) -> dict[str, SparseParameter]:
     return found
 
 
+def reads_values(owner: nn.Module) -> bool:
+    """Whether some parameter of a module is read through values, whose gradient is formed for all of the parameter."""
+    return bool(_readers(owner))
+
+
 def _set_readers(owner: nn.Module, readers: dict[str, SparseParameter]) -> None:
     """Have the owner read these attributes, and no others, through values."""
     plain: Any = getattr(type(owner), "_plain_class", type(owner))

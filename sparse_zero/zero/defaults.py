@@ -30,13 +30,25 @@ def _sizes(model: nn.Module) -> tuple[list[int], list[int], int]:
     return sorted(matrices), sorted(vectors), sum(full_numel(parameters[name]) for name in trained)
 
 
-def bucket_size(num_trained: int) -> dict[str, int]:
+def overlaps(section: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed reduces gradients of stage 1 or 2 on a stream of their own, from two buckets in turn."""
+    return section.get("overlap_comm") is True and int(section.get("stage", 0)) in (1, 2)
+
+
+def bucket_size(num_trained: int, *, overlapping: bool = False) -> dict[str, int]:
     """``reduce_bucket_size``: room for the gradients of so many entries, which are all that is trained.
 
-    DeepSpeed's own is 5e8 entries, which it allocates in one piece, on a GPU a gigabyte in bf16.
+    DeepSpeed's own is 5e8 entries, which it allocates in one piece, on a GPU a gigabyte in bf16. A bucket is reduced
+    when it is full, so that one for all is reduced after backward, which is no loss where all is little.
+
+    Args:
+        num_trained: entries.
+        overlapping: see :func:`overlaps`: then it is a quarter, of which three are reduced while backward goes on; the
+            two buckets together have half of the room.
     """
     # More than there are: each parameter is padded to a multiple of the ranks.
-    return {"reduce_bucket_size": min(num_trained + num_trained // 100 + 65_536, 500_000_000)}
+    wanted = num_trained + num_trained // 100
+    return {"reduce_bucket_size": min((wanted // 4 if overlapping else wanted) + 65_536, 500_000_000)}
 
 
 def stage3_sizes(matrices: Sequence[int], vectors: Sequence[int]) -> dict[str, int]:
@@ -66,9 +78,9 @@ def stage3_sizes(matrices: Sequence[int], vectors: Sequence[int]) -> dict[str, i
     }
 
 
-def bucket_default(model: nn.Module) -> dict[str, int]:
+def bucket_default(model: nn.Module, *, overlapping: bool = False) -> dict[str, int]:
     """:func:`bucket_size` of a model: sparsified, plain or with adapters, whole or sharded."""
-    return bucket_size(_sizes(model)[2])
+    return bucket_size(_sizes(model)[2], overlapping=overlapping)
 
 
 def stage3_defaults(model: nn.Module) -> dict[str, int]:
@@ -85,7 +97,9 @@ def with_defaults(model: nn.Module, section: Mapping[str, Any]) -> dict[str, Any
         section: as the user gives it; it is not changed, and what it sets stays.
     """
     stage, found = int(section.get("stage", 0)), dict(section)
-    defaults = {**(bucket_default(model) if stage else {}), **(stage3_defaults(model) if stage == 3 else {})}
+    defaults = bucket_default(model, overlapping=overlaps(section)) if stage else {}
+    if stage == 3:
+        defaults |= stage3_defaults(model)
     for name, value in defaults.items():
         # DeepSpeed takes both names.
         given = [each for each in (name, name.removeprefix("stage3_")) if each in found]

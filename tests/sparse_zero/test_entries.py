@@ -83,7 +83,10 @@ def test_defaults_of_stage_3_follow_the_sizes_and_leave_alone_what_is_set() -> N
     assert stage3_defaults(model) == own
     bucket = {"reduce_bucket_size": 16 + 65_536}
     assert with_defaults(model, {"stage": 3}) == {"stage": 3, **own, **bucket}
-    assert with_defaults(model, {"stage": 2, "overlap_comm": True}) == {"stage": 2, "overlap_comm": True, **bucket}
+    overlapping = {"stage": 2, "overlap_comm": True}
+    assert with_defaults(model, overlapping) == {**overlapping, "reduce_bucket_size": 4 + 65_536}
+    assert with_defaults(model, {**overlapping, "reduce_bucket_size": 9})["reduce_bucket_size"] == 9
+    assert with_defaults(model, {"stage": 2, "overlap_comm": False})["reduce_bucket_size"] == 16 + 65_536
     assert with_defaults(model, {}) == {}
     # DeepSpeed's other name for the size of what is fetched ahead, and a value that is left to us.
     theirs = {"stage": 3, "reduce_bucket_size": 7, "prefetch_bucket_size": 5, "stage3_max_live_parameters": "auto"}

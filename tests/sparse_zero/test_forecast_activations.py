@@ -48,6 +48,8 @@ def regions(name: str) -> tuple[RegionConfig, ...]:
         ),
         "embedding": (("row", ("*embed_tokens",), {"per_matrix": 3}),),
         "experts": (("block", ("*experts*",), {"block_size": 16, "per_matrix": 2}),),
+        "head": (("row", ("lm_head",), {"per_matrix": 8}), ("row", ATTENTION[:1], {"per_matrix": 3})),
+        "head only": (("block", ("lm_head",), {"block_size": 16, "per_matrix": 3}),),
         # Nothing below the second layer's queries.
         "upper": (("row", ("*.1.self_attn.q_proj",), {"per_matrix": 3}),),
         "top": (("block", ("*.1.mlp.*",), {"block_size": 8, "per_matrix": 4}),),
@@ -124,7 +126,7 @@ def measured(model: Any, job: MemoryJob) -> dict[str, int]:
         before = recorder.live_bytes
         recorder.peak_bytes = before
         batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels", other)}
-        loss = nll_at(model, batch, torch.arange(job.logit_rows // job.rows))
+        loss = nll_at(model, batch, torch.arange(job.logit_rows // job.rows), chunk=job.loss_chunk)
         del batch
         kept, forward = recorder.live_bytes, recorder.peak_bytes
         recorder.peak_bytes = kept
@@ -178,6 +180,20 @@ CASES = [
     ("llama", "vectors", job()),
     ("llama", "embedding", job()),
     ("mistral", "blocks", job(micro_batch=1)),
+    *(
+        ("llama", recipe, job(label_positions=None, loss_chunk=16, length=48, precision=precision, **more))
+        for precision in ("fp32", "bf16")
+        for recipe, more in (
+            ("blocks", {}),
+            ("rows", {"gradient_checkpointing": True}),
+            ("head", {}),
+            ("head only", {"micro_batch": 1}),
+            ("", {"method": "lora", "stage": 3}),
+        )
+    ),
+    ("qwen2", "columns", job(label_positions=None, loss_chunk=40)),
+    ("bloom", "rows", job(label_positions=None, loss_chunk=16)),
+    ("llama", "", job(label_positions=None, loss_chunk=16, method="full")),
     ("qwen2", "rows", job()),
     ("qwen3", "blocks", job()),
     ("mixtral", "blocks", job()),

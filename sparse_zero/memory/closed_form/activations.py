@@ -46,6 +46,9 @@ class _Moments(Pass):
         yield self._moment("forward", None, "norm", held.terms(), norm + shared)
         held = self.below(shape.num_layers)
         held.add(own.of)
+        if self.chunk is not None:
+            yield self._chunk_forward(held, batch)
+            return
         logits = self.job.logit_rows * shape.vocab_size
         numbers = logits * (8 + (sizes.element if sizes.is_low else 0))
         yield Moment(
@@ -62,6 +65,31 @@ class _Moments(Pass):
         sizes, shape = self.sizes, self.shape
         held = self.below(shape.num_layers)
         held.add(self.ends().of)
+        if self.chunk is None:
+            yield from self._loss_backward(held)
+        else:
+            # The gradients that forward has formed, times a factor: in fp32, and rounded; of what the head read first.
+            read = self.job.logit_rows * shape.hidden_size if self.has_graph else 0
+            rounded = sizes.element if sizes.is_low else 0
+            wide = max(read * (8 if sizes.is_low else 4), read * sizes.element + self.num_of_head * (4 + rounded))
+            yield self._moment("backward", None, "loss", (*held.terms(), self._chunk_kept()), wide)
+        if not self.has_graph:
+            return
+        wide = 4 * sizes.tokens * shape.hidden_size
+        norm = 2 * sizes.stream
+        if shape.norm == "rms":
+            norm = 5 * wide - (sizes.stream if self.trains("norm", "ln_f") else 0)
+        held = self.below(shape.num_layers)
+        held.add({NORMS: self.ends().of.get(NORMS, 0)})
+        yield self._moment("backward", None, "norm", held.terms(), norm)
+        yield from self._layers_backward()
+        if self.trains_embedding:
+            dense = shape.vocab_size * shape.hidden_size * sizes.element
+            yield self._moment("backward", None, "embedding", self.outer().terms(), dense + sizes.stream)
+
+    def _loss_backward(self, held: Held) -> Iterator[Moment]:
+        """Of the logits at once."""
+        sizes, shape = self.sizes, self.shape
         logits = self.job.logit_rows * shape.vocab_size
         # The softmax is kept from forward; its gradient, and that of what the loss reads.
         yield Moment(
@@ -79,19 +107,37 @@ class _Moments(Pass):
         if self.job.method == "full" or (shape.tied and self.trains_embedding):
             head += shape.vocab_size * shape.hidden_size * sizes.element
         yield self._moment("backward", None, "head", held.terms(), head)
-        if not self.has_graph:
-            return
-        wide = 4 * sizes.tokens * shape.hidden_size
-        norm = 2 * sizes.stream
-        if shape.norm == "rms":
-            norm = 5 * wide - (sizes.stream if self.trains("norm", "ln_f") else 0)
-        held = self.below(shape.num_layers)
-        held.add({NORMS: self.ends().of.get(NORMS, 0)})
-        yield self._moment("backward", None, "norm", held.terms(), norm)
-        yield from self._layers_backward()
-        if self.trains_embedding:
-            dense = shape.vocab_size * shape.hidden_size * sizes.element
-            yield self._moment("backward", None, "embedding", self.outer().terms(), dense + sizes.stream)
+
+    def _chunk_kept(self) -> Term:
+        """What a loss in chunks leaves behind: the gradients that it has formed."""
+        read = self.job.logit_rows * self.shape.hidden_size * self.sizes.element if self.has_graph else 0
+        return Term(name="gradients of the loss", kind="logits", num_bytes=read + 4 * self.num_of_head)
+
+    @property
+    def num_of_head(self) -> int:
+        """Trained entries of the head; with those of the last norm, if it has any."""
+        last = (tensor.numel for tensor in self.trained.tensors() if tensor.layer == self.shape.num_layers)
+        return sum(last) if self.trains_head else 0
+
+    def _chunk_forward(self, held: Held, batch: int) -> Moment:
+        """The loss in chunks, within the head: beside it is what the model gives, and what of it the head reads."""
+        sizes, shape, chunk = self.sizes, self.shape, self.chunk
+        assert chunk is not None
+        logits, hidden = chunk * shape.vocab_size, chunk * shape.hidden_size * sizes.element
+        # The logits, and in fp32 their copy and logarithms of probabilities; then those, and their gradient.
+        forms, learns = logits * (8 + (sizes.element if sizes.is_low else 0)), 0
+        if self.has_graph or self.trains_head:
+            learns = logits * 8 + (hidden if self.has_graph else 0)
+        read = sizes.stream + self.job.logit_rows * shape.hidden_size * sizes.element
+        return Moment(
+            phase="forward",
+            name="loss",
+            terms=(
+                *held.terms(),
+                self._chunk_kept(),
+                Term(name="logits of a chunk", kind="temporaries", num_bytes=max(forms, learns) + read + batch),
+            ),
+        )
 
     def _layer_forward(self, layer: Layer, shared: int) -> Iterator[Moment]:
         """The most of each module of a layer; ``shared`` bytes are held beside it."""

@@ -165,6 +165,7 @@ def _frozen_moments(shape: DecoderShape, job: MemoryJob, calibration: Calibratio
         method="selection",
         micro_batch=calibration.micro_batch,
         label_positions=calibrated_positions(job, calibration),
+        loss_chunk=calibration.loss_chunk,
         accumulation=1,
         offload_optimizer="none",
         # Without a gradient, forward keeps nothing.
@@ -209,6 +210,7 @@ def _full_moments(shape: DecoderShape, job: MemoryJob, calibration: CalibrationJ
         stage=settings.stage,
         micro_batch=calibration.micro_batch,
         label_positions=calibrated_positions(job, calibration),
+        loss_chunk=calibration.loss_chunk,
         accumulation=max(1, settings.batches_per_step // job.world_size),
         optimizer="adamw",
         offload_optimizer=place,

@@ -48,6 +48,8 @@ class CalibrationJob:
     # Share of the layers, from the lowest, without candidates; see sparse_zero.selection.config.
     min_depth: float = 0.0
     full: FullCalibrationConfig = field(default_factory=FullCalibrationConfig)
+    # Positions whose logits exist at once; None: all.
+    loss_chunk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class MemoryJob:
     samples: int | None = None
     # Positions of a row with logits; None: all but the last.
     label_positions: int | None = None
+    # Positions, over all rows, whose logits exist at once, if there are more; None: all.
+    loss_chunk: int | None = None
     # Micro-batches between two optimizer steps.
     accumulation: int = 1
     gradient_checkpointing: bool = False
@@ -91,6 +95,10 @@ class MemoryJob:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.label_positions is not None and not 1 <= self.label_positions <= self.row_length:
             raise InputError(f"label_positions is {self.label_positions}: a row has {self.row_length} positions")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise InputError(
+                f"loss_chunk is {self.loss_chunk}: it must be at least 1, or None for all positions at once"
+            )
         if self.placement == "inplace" and self.quantization != "none" and self.method == "selection":
             raise InputError(
                 f"quantization is {self.quantization!r} with placement 'inplace', which writes into the weights: use "

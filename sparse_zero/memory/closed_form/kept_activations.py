@@ -86,6 +86,11 @@ class Pass:
         self.trains_head = job.method == "full" or (not shape.tied and self.trains("lm_head", "embed_out"))
         self.layers = tuple(self._layers())
         self.has_graph = self.trains_embedding or any(layer.is_reached for layer in self.layers)
+        # Positions whose logits exist at once; None: all, and their loss is an operation of its own. See
+        # models.chunked_loss.
+        forms_dense = job.method == "full" or (shape.tied and self.trains_embedding)
+        chunk = None if job.loss_chunk is None or forms_dense else job.loss_chunk
+        self.chunk = chunk if chunk is not None and chunk < job.logit_rows else None
 
     @cached_property
     def keeps_positions(self) -> bool:
@@ -154,7 +159,7 @@ class Pass:
             is_trained = self.trains("norm", "ln_f")
             own = sizes.stream + 8 * sizes.tokens if self.shape.norm == "layer" else wide + 4 * sizes.tokens
             held.add({NORMS: own + (sizes.stream if is_trained and self.shape.norm == "rms" else 0)})
-        if self.trains_head or (sizes.keeps_inputs and self.has_graph):
+        if self.chunk is None and (self.trains_head or (sizes.keeps_inputs and self.has_graph)):
             held.add({"for trained parts": self.job.logit_rows * self.shape.hidden_size * sizes.element})
         return held
 

@@ -16,7 +16,7 @@ from typing import Any
 from sparse_zero.memory.closed_form.base_weights import BaseTensor
 from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.closed_form.trained import Trained, TrainedTensor
-from sparse_zero.zero.defaults import bucket_size, stage3_sizes
+from sparse_zero.zero.defaults import bucket_size, overlaps, stage3_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,11 @@ def zero_sizes(base: Sequence[BaseTensor], trained: Trained, job: MemoryJob) -> 
     weights: Sequence[BaseTensor | TrainedTensor] = base or list(trained.tensors())
     matrices = sorted(each.numel for each in weights if each.is_matrix)
     vectors = [each.numel for each in weights if not each.is_matrix]
-    found: dict[str, Any] = {**bucket_size(trained.num_parameters), **stage3_sizes(matrices, vectors)}
+    overlapping = overlaps({**job.zero_options, "stage": job.stage})
+    found: dict[str, Any] = {
+        **bucket_size(trained.num_parameters, overlapping=overlapping),
+        **stage3_sizes(matrices, vectors),
+    }
     found.update({name: value for name, value in job.zero_options.items() if value != "auto"})
     return {
         name.removeprefix("stage3_"): int(value)

@@ -22,6 +22,7 @@ from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.memory.closed_form.moments import Term
 from sparse_zero.memory.closed_form.partitions import Partition
 from sparse_zero.memory.closed_form.trained import Trained
+from sparse_zero.zero.defaults import overlaps
 
 # Entries that stage 0 reduces at once.
 _STAGE0_BUCKET = 500_000_000
@@ -126,7 +127,8 @@ def reduction_of(trained: Trained, job: MemoryJob, partitions: Sequence[Partitio
     copied = 0 if pieces == 1 and job.world_size == 1 else size * min(count, limit)
     return Reduction(
         whole=size * count,
-        bucket=size * bucket_size if job.stage else 0,
+        # Two in turn, where their reduction overlaps with backward.
+        bucket=size * bucket_size * (1 + overlaps({**job.zero_options, "stage": job.stage})) if job.stage else 0,
         kept=kept,
         copied=copied,
         is_early=count > limit,
