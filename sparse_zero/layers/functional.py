@@ -169,9 +169,7 @@ class _SparseLinear(torch.autograd.Function):
                 dx = dx_TI.view(ctx.input_shape).to(ctx.input_dtype)
             if ctx.trained[0]:
                 assert plan.blocks is not None
-                gradients["block"] = pack_values(
-                    block_gradients(dy_TO, x_TI, x_strips_UTW, plan.blocks), plan.owned[0]
-                )
+                gradients["block"] = pack_values(block_gradients(dy_TO, x_TI, x_strips_UTW, plan.blocks), plan.owned[0])
             if ctx.trained[1]:
                 assert plan.rows is not None
                 gradients["row"] = pack_values(dy_TO.index_select(1, plan.rows).T @ x_TI, plan.owned[1])

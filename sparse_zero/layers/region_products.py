@@ -124,9 +124,7 @@ def add_block_input_gradients(dx_TI: Tensor, dy_TO: Tensor, blocks_NHW: Tensor, 
     if runs_triton(dx_TI):
         from sparse_zero.layers import triton_kernels
 
-        triton_kernels.add_block_products(
-            dx_TI, dy_TO, blocks_NHW, target_strips=plan.columns, source_strips=plan.rows
-        )
+        triton_kernels.add_block_products(dx_TI, dy_TO, blocks_NHW, target_strips=plan.columns, source_strips=plan.rows)
     elif plan.on_views:
         dx_strips, dy_strips = dx_TI.split(plan.width, dim=1), dy_TO.split(plan.height, dim=1)
         for block, cell in zip(blocks_NHW.unbind(), plan.cells, strict=True):

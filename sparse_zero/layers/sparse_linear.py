@@ -172,7 +172,9 @@ class SparseLinear(ValuesModule):
         """Where the entries of ``kind`` lie, on the weight's device."""
         shape = (self.out_features, self.in_features)
         if kind == "block":
-            return Places(kind, shape, self.selection.block_shape, self.block_rows, self.block_columns, self.owned_block)
+            return Places(
+                kind, shape, self.selection.block_shape, self.block_rows, self.block_columns, self.owned_block
+            )
         if kind == "row":
             return Places(kind, shape, (0, 0), self.rows, None, self.owned_row)
         return Places(kind, shape, (0, 0), None, self.columns, self.owned_column)

@@ -59,7 +59,9 @@ def gradients_of(function: Any, module: nn.Module, x: Tensor) -> dict[str, Tenso
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
-        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_examples_are_on_both_sides_of_the_limit_for_views():

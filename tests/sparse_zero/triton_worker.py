@@ -98,7 +98,14 @@ def compile_for_gpus() -> None:
     from sparse_zero.layers import triton_kernels
 
     pointers = {
-        "gradient_kernel": {"dy": "*", "x": "*", "gradients": "*", "rows": "*i64", "columns": "*i64", "x_strips": "*i64"},
+        "gradient_kernel": {
+            "dy": "*",
+            "x": "*",
+            "gradients": "*",
+            "rows": "*i64",
+            "columns": "*i64",
+            "x_strips": "*i64",
+        },
         "add_kernel": {"target": "*", "source": "*", "blocks": "*", "target_strips": "*i64", "source_strips": "*i64"},
     }
     for name, given in pointers.items():
@@ -120,7 +127,9 @@ def compile_for_gpus() -> None:
                     options={"num_warps": config.num_warps, "num_stages": config.num_stages},
                 )
                 line = {"kernel": name, "dtype": dtype, "config": str(config), "shared_bytes": made.metadata.shared}
-                print(json.dumps({**line, "ptx": "mma" in made.asm["ptx"], "cubin": len(made.asm["cubin"])}), flush=True)
+                print(
+                    json.dumps({**line, "ptx": "mma" in made.asm["ptx"], "cubin": len(made.asm["cubin"])}), flush=True
+                )
 
 
 if __name__ == "__main__":
