@@ -13,6 +13,7 @@ from sparse_zero.checkpoint.checkpoint import load_checkpoint, read_checkpoint, 
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.errors import InputError
 from sparse_zero.integrations.peft import register_peft
+from sparse_zero.layers.kernels import KernelWarning, set_kernels
 from sparse_zero.layers.merge import MergeUndo, merge, unmerge
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.layers.sparsify import num_retired, parameter_groups, sparsify, trainable_parameters, write_back
@@ -48,6 +49,7 @@ __all__ = [
     "DecoderShape",
     "FullCalibrationConfig",
     "InputError",
+    "KernelWarning",
     "KindOptimizerConfig",
     "LinearShape",
     "MemoryJob",
@@ -89,6 +91,7 @@ __all__ = [
     "score_regions",
     "select",
     "set_adapter",
+    "set_kernels",
     "sparsify",
     "trainable_parameters",
     "unmerge",

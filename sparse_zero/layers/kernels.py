@@ -40,7 +40,9 @@ def set_kernels(kernels: Kernels) -> None:
     if kernels not in KERNELS:
         raise InputError(f"kernels is {kernels!r}: choose one of {', '.join(KERNELS)}")
     if kernels == "triton" and not _is_installed():
-        raise InputError("kernels is 'triton', which is not installed: pip install triton, or choose 'auto' or 'plain'")
+        raise InputError(
+            "kernels is 'triton', which is not installed: pip install 'triton>=3.4', or choose 'auto' or 'plain'"
+        )
     _chosen = kernels
 
 
@@ -51,7 +53,8 @@ def get_kernels() -> Kernels:
 
 @functools.cache
 def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    # Its knobs came with 3.4.
+    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("triton.knobs") is not None
 
 
 @functools.cache
@@ -77,6 +80,6 @@ def runs_triton(x: Tensor) -> bool:
     if not x.is_cuda:
         return _chosen == "triton" and _interprets()
     if not _is_installed():
-        _warn("Triton is not installed: selected blocks are multiplied by torch; pip install triton")
+        _warn("Triton is not installed: selected blocks are multiplied by torch; pip install 'triton>=3.4'")
         return False
     return True

@@ -144,6 +144,8 @@ def _how() -> dict[str, Any]:
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         # The interpreter multiplies tiles in bf16 as if their bits were whole numbers.
         "WIDENS": triton.knobs.runtime.interpret,
+        # As Triton does of itself until 3.9, which warns where it is not said.
+        "enable_fp_fusion": True,
     }
 
 

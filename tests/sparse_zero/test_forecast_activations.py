@@ -43,7 +43,7 @@ def regions(name: str) -> tuple[RegionConfig, ...]:
         "mixed": (("block", ATTENTION, {"block_size": 16, "per_matrix": 3}), ("row", MLP[:1], {"per_matrix": 2})),
         "many": (("block", (*ATTENTION, *MLP), {"blocks_per_side": 8, "per_matrix": 8}),),
         # More than are multiplied one by one.
-        "small": (("block", (*ATTENTION, *MLP), {"blocks_per_side": 16, "per_matrix": MOST_VIEWS + 2}),),
+        "small": (("block", (*ATTENTION, *MLP), {"block_size": 8, "per_matrix": MOST_VIEWS + 2}),),
         # By hooks on the parameters.
         "vectors": (
             ("block", ATTENTION[:1], {"block_size": 16, "per_matrix": 3}),
