@@ -33,7 +33,7 @@ if triton.knobs.runtime.interpret:
 
 @triton.autotune(configs=CONFIGS, key=["height", "width"])
 @triton.jit
-def gradient_kernel(
+def gradient_kernel(  # type: ignore[no-untyped-def]
     dy,
     x,
     gradients,
@@ -53,7 +53,7 @@ def gradient_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     INNER: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One tile of one block's gradient [N, H, W]: ``dY[:, row strip].T @ X[:, column strip]``."""
     block = tl.program_id(0)
     across = tl.cdiv(width, SECOND)
@@ -80,7 +80,7 @@ def gradient_kernel(
 # Each trial adds to the target: it is put back.
 @triton.autotune(configs=CONFIGS, key=["source_side", "target_side"], restore_value=["target"])
 @triton.jit
-def add_kernel(
+def add_kernel(  # type: ignore[no-untyped-def]
     target,
     source,
     blocks,
@@ -102,7 +102,7 @@ def add_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     INNER: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One tile of ``target[:, strip] += source[:, other strip] @ block``, summed over all blocks of that strip."""
     first = tl.program_id(0)
     strip = tl.load(target_strips + first)
