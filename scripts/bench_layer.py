@@ -39,8 +39,9 @@ class Settings:
     blocks: int = 16  # for "blocks"; "more_blocks" has twice as many, and "mixed" half
     rows: int = 64  # or columns; "mixed" has a quarter of each
     placement: str = "inplace"
-    steps: int = 200  # timed, per method
-    warmup: int = 20
+    kernels: str = "auto"  # of sz.set_kernels
+    steps: int = 50  # timed, per method
+    warmup: int = 5
     threads: int = 2
     device: str = "cpu"
     dtype: str = "float32"
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print and write what the command line asks for."""
     settings = read_settings(options, Settings(), SMALL)
     torch.set_num_threads(settings.threads)
+    sz.set_kernels(settings.kernels)  # type: ignore[arg-type]
     methods = chosen_names(options.methods, METHODS, "--methods")
     methods = ("frozen", *(method for method in methods if method != "frozen"))
     prepared = {method: prepare(method, settings) for method in methods}

@@ -78,7 +78,7 @@ def _put_regions(weight: Tensor, places: Places, dense: Tensor) -> None:
         assert places.rows is not None
         weight.index_copy_(0, places.rows, dense)
     elif places.rows is None:
-        # From a source in the order of the weight's memory: on CPUs half the time, for an eighth of a small copy.
+        # From a source in the order of the weight's memory: on CPUs in half the time.
         weight.index_copy_(1, places.columns, dense.T.contiguous())
     else:
         blocks = _block_view(weight, places)
@@ -130,7 +130,8 @@ def gather_at(weight: Tensor, places: Places) -> Tensor:
     dense = _regions(weight, places)
     if dense is None:
         return weight.reshape(-1).index_select(0, flat_positions(places))
-    return dense.view(-1) if places.owned is None else dense.view(-1).index_select(0, places.owned)
+    flat = dense.reshape(-1)
+    return flat if places.owned is None else flat.index_select(0, places.owned)
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ def set_kernels(kernels: Kernels) -> None:
     Args:
         kernels: "plain" for torch's products; "triton" for kernels that read strips of the operands where they lie,
             and add up in fp32; "auto", as it is from the start, for Triton's on CUDA, where Triton is installed, with
-            a :class:`KernelWarning` where it is not. fp64, other devices, and what
-            torch.compile traces, are always computed plainly.
+            a :class:`KernelWarning` where it is not. fp64, other devices, and what torch.compile traces, are always
+            computed plainly.
 
     Raises:
         InputError: there are no such kernels, or Triton is not installed.
@@ -76,6 +76,9 @@ def runs_triton(x: Tensor) -> bool:
     """Whether products into, or of, a tensor like ``x`` are left to Triton's kernels."""
     # torch.compile makes kernels of its own from the plain products.
     if _chosen == "plain" or x.dtype not in _DTYPES or torch.compiler.is_compiling():
+        return False
+    # Tensors without data, of a simulated GPU: neither way copies anything.
+    if isinstance(x, Tensor) and type(x) is not Tensor:
         return False
     if not x.is_cuda:
         return _chosen == "triton" and _interprets()

@@ -167,22 +167,24 @@ def block_gradients(dy_TO: Tensor, x_TI: Tensor | None, x_strips_UTW: Tensor | N
         tiles = triton.cdiv(plan.height, chosen["FIRST"]) * triton.cdiv(plan.width, chosen["SECOND"])
         return num_blocks, tiles
 
-    gradient_kernel[grid](
-        dy_TO,
-        x,
-        gradients,
-        plan.rows,
-        plan.columns,
-        x_strips,
-        num_tokens,
-        out_features,
-        in_features,
-        plan.height,
-        plan.width,
-        dy_TO.stride(0),
-        *strides,
-        **_how(),
-    )
+    # A kernel is started on the current device, which need not be the operands'.
+    with torch.cuda.device_of(dy_TO):
+        gradient_kernel[grid](
+            dy_TO,
+            x,
+            gradients,
+            plan.rows,
+            plan.columns,
+            x_strips,
+            num_tokens,
+            out_features,
+            in_features,
+            plan.height,
+            plan.width,
+            dy_TO.stride(0),
+            *strides,
+            **_how(),
+        )
     return gradients
 
 
@@ -205,20 +207,22 @@ def add_block_products(
     def grid(chosen: dict[str, Any]) -> tuple[int, int, int]:
         return num_blocks, triton.cdiv(num_tokens, chosen["FIRST"]), triton.cdiv(target_side, chosen["SECOND"])
 
-    add_kernel[grid](
-        target_TF,
-        source_TF,
-        blocks_NAB,
-        target_strips,
-        source_strips,
-        num_blocks,
-        num_tokens,
-        features,
-        source_TF.shape[1],
-        target_side,
-        source_side,
-        target_TF.stride(0),
-        source_TF.stride(0),
-        *blocks_NAB.stride(),
-        **_how(),
-    )
+    # A kernel is started on the current device, which need not be the operands'.
+    with torch.cuda.device_of(target_TF):
+        add_kernel[grid](
+            target_TF,
+            source_TF,
+            blocks_NAB,
+            target_strips,
+            source_strips,
+            num_blocks,
+            num_tokens,
+            features,
+            source_TF.shape[1],
+            target_side,
+            source_side,
+            target_TF.stride(0),
+            source_TF.stride(0),
+            *blocks_NAB.stride(),
+            **_how(),
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_zero as sz
 from sparse_zero.layers import kernels
@@ -87,6 +88,12 @@ def test_on_a_gpu_triton_is_used_where_it_is_installed(name, expected, monkeypat
     sz.set_kernels(name)
     assert kernels.get_kernels() == name
     assert runs_triton(ON_GPU) == expected
+
+
+def test_tensors_without_data_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "_is_installed", lambda: True)
+    with FakeTensorMode():
+        assert not runs_triton(torch.empty(1, device="cuda"))
 
 
 def test_without_triton_a_gpu_says_once_that_torch_computes(monkeypatch):
