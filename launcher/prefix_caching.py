@@ -182,10 +182,9 @@ def _why_off(prepared: Prepared, num_layers: int, lowest: str) -> str | None:
     """Why there is nothing to be kept, or nothing to be read."""
     config, num_samples = prepared.config.training, len(prepared.train.samples)
     if num_layers == 0:
-        depth = len(list(prepared.model.get_submodule(layer_list(prepared.model)).children()))
         return (
-            f"{lowest} is trained, in or before the lowest layer: set selection.regions.min_layer, to {3 * depth // 4} "
-            "for the upper quarter of the layers"
+            f"{lowest} is trained, in or before the lowest layer: set selection.min_depth, to 0.75 for the upper quarter "
+            "of the layers"
         )
     epochs = config.epochs
     if epochs is None:

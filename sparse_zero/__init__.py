@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparse_zero.checkpoint.identity import BaseIdentity
     from sparse_zero.errors import InputError
     from sparse_zero.integrations.peft import register_peft
+    from sparse_zero.layers.kernels import KernelWarning, set_kernels
     from sparse_zero.layers.merge import MergeUndo, merge, unmerge
     from sparse_zero.layers.sparse_linear import SparseLinear
     from sparse_zero.layers.sparsify import num_retired, parameter_groups, sparsify, trainable_parameters, write_back
@@ -53,6 +54,7 @@ __all__ = [
     "DecoderShape",
     "FullCalibrationConfig",
     "InputError",
+    "KernelWarning",
     "KindOptimizerConfig",
     "LinearShape",
     "MemoryJob",
@@ -95,6 +97,7 @@ __all__ = [
     "score_regions",
     "select",
     "set_adapter",
+    "set_kernels",
     "sparsify",
     "step_in_backward",
     "trainable_parameters",
@@ -111,6 +114,7 @@ _HOMES = {
     "checkpoint.identity": ("BaseIdentity",),
     "errors": ("InputError",),
     "integrations.peft": ("register_peft",),
+    "layers.kernels": ("KernelWarning", "set_kernels"),
     "layers.merge": ("MergeUndo", "merge", "unmerge"),
     "layers.sparse_linear": ("SparseLinear",),
     "layers.sparsify": ("num_retired", "parameter_groups", "sparsify", "trainable_parameters", "write_back"),

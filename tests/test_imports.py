@@ -1,6 +1,7 @@
 """Do the imports point only downwards, does importing do nothing, and is no file in the way of another?"""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -27,10 +28,14 @@ FOREIGN_TO_LIBRARY = {
     "yaml",
 }
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+# Modules that only another package calls for, which need not be there.
+OPTIONAL = {"sparse_zero.layers.triton_kernels": "triton"}
 MODULES = [
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    name
     for file in FILES
     if file.name != "__main__.py"
+    for name in [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")]
+    if name not in OPTIONAL or importlib.util.find_spec(OPTIONAL[name])
 ]
 
 

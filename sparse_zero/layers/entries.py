@@ -36,14 +36,6 @@ def places_of(selection: WeightSelection, kind: Kind, device: torch.device) -> P
     return Places(kind, selection.shape, selection.block_shape, rows, columns, owned)
 
 
-def _is_plain(places: Places) -> bool:
-    """Whether the kind owns its regions whole, so that strided views reach them without an index per entry."""
-    divides = places.kind != "block" or not any(
-        extent % side for extent, side in zip(places.shape, places.block_shape, strict=True)
-    )
-    return divides and places.owned is None
-
-
 def flat_positions(places: Places) -> Tensor:
     """[n] int64: positions in ``W.reshape(-1)``, in the order of the values; computed where the places are."""
     (height, width), in_features = places.block_shape, places.shape[1]
@@ -69,9 +61,36 @@ def flat_positions(places: Places) -> Tensor:
     return rows * in_features + columns
 
 
-def _block_view(weight: Tensor, places: Places) -> Tensor:
-    """[grid rows, H, grid columns, W] view of a weight that the blocks divide."""
+def _regions(weight: Tensor, places: Places) -> Tensor | None:
+    """Copy of the dense regions, in the layout of the values; None for blocks that do not divide the weight."""
+    if places.columns is None:
+        assert places.rows is not None
+        return weight.index_select(0, places.rows)
+    if places.rows is None:
+        return weight.index_select(1, places.columns).T.contiguous()
+    blocks = _block_view(weight, places)
+    return None if blocks is None else blocks[places.rows, :, places.columns, :]
+
+
+def _put_regions(weight: Tensor, places: Places, dense: Tensor) -> None:
+    """Overwrite the regions, of which :func:`_regions` gives a copy."""
+    if places.columns is None:
+        assert places.rows is not None
+        weight.index_copy_(0, places.rows, dense)
+    elif places.rows is None:
+        # From a source in the order of the weight's memory: on CPUs in half the time.
+        weight.index_copy_(1, places.columns, dense.T.contiguous())
+    else:
+        blocks = _block_view(weight, places)
+        assert blocks is not None
+        blocks[places.rows, :, places.columns, :] = dense
+
+
+def _block_view(weight: Tensor, places: Places) -> Tensor | None:
+    """[grid rows, H, grid columns, W] view of the weight; None where blocks do not divide it."""
     height, width = places.block_shape
+    if weight.shape[0] % height or weight.shape[1] % width:
+        return None
     return weight.view(weight.shape[0] // height, height, weight.shape[1] // width, width)
 
 
@@ -108,29 +127,27 @@ def add_wide(entries: Tensor, numbers: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_at(weight: Tensor, places: Places) -> Tensor:
     """Copy of the entries of ``weight`` [out, in], whole, at ``places``: 1-D, in the order of the values."""
-    if not _is_plain(places):
+    dense = _regions(weight, places)
+    if dense is None:
         return weight.reshape(-1).index_select(0, flat_positions(places))
-    if places.columns is None:
-        assert places.rows is not None
-        return weight.index_select(0, places.rows).reshape(-1)
-    if places.rows is None:
-        return weight.index_select(1, places.columns).T.reshape(-1)
-    return _block_view(weight, places)[places.rows, :, places.columns, :].reshape(-1)
+    flat = dense.reshape(-1)
+    return flat if places.owned is None else flat.index_select(0, places.owned)
 
 
 @torch.no_grad()
 def scatter_at(weight: Tensor, places: Places, values: Tensor) -> None:
     """Overwrite the entries of contiguous ``weight`` [out, in], whole, at ``places`` with 1-D ``values``."""
     values = values.detach().to(device=weight.device, dtype=weight.dtype)
-    if not _is_plain(places):
+    if places.kind == "block" and _block_view(weight, places) is None:
         weight.view(-1).index_copy_(0, flat_positions(places), values)
-    elif places.columns is None:
-        assert places.rows is not None
-        weight.index_copy_(0, places.rows, values.view(-1, weight.shape[1]))
-    elif places.rows is None:
-        weight.index_copy_(1, places.columns, values.view(-1, weight.shape[0]).T)
-    else:
-        _block_view(weight, places)[places.rows, :, places.columns, :] = values.view(-1, *places.block_shape)
+        return
+    if places.owned is not None:
+        # What others own is read, and written as it was: faster than a position for each entry.
+        dense = _regions(weight, places)
+        assert dense is not None
+        values = dense.view(-1).index_copy_(0, places.owned, values)
+    sides = {"block": places.block_shape, "row": (places.shape[1],), "column": (places.shape[0],)}
+    _put_regions(weight, places, values.view(-1, *sides[places.kind]))
 
 
 def gather_entries(weight: Tensor, selection: WeightSelection, kind: Kind) -> Tensor:

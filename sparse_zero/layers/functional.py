@@ -2,7 +2,7 @@
 
 ``Y[T, O] = X[T, I] @ W.T`` has ``dW = dY.T @ X``. Of it only these are formed:
 
-    blocks (i, j)             dY[:, strip i].T @ X[:, strip j]      one batched product
+    blocks (i, j)             dY[:, strip i].T @ X[:, strip j]      see :mod:`.region_products`
     rows R                    dY[:, R].T @ X
     columns C                 X[:, C].T @ dY                        (one row of values per column of W)
 
@@ -11,7 +11,7 @@ the whole of it, or only the column strips and columns that are read, as the pla
 in forward and again in backward, for the one product each.
 
 Legend: T = tokens, O = out features, I = in features, N = regions of a kind, H, W = height and width of a block,
-S = either, U = distinct column strips of the blocks.
+U = distinct column strips of the blocks.
 """
 
 from typing import Any, NamedTuple
@@ -20,25 +20,14 @@ import torch
 from torch import Tensor
 
 from sparse_zero.layers.quantized import Quantization, dense_form
+from sparse_zero.layers.region_products import (
+    BlockPlan,
+    add_block_input_gradients,
+    add_block_outputs,
+    block_gradients,
+    keep_strips,
+)
 from sparse_zero.selection.config import MATRIX_KINDS, Kind
-
-
-class BlockPlan(NamedTuple):
-    """Where the blocks of one linear lie; int64 tensors on the linear's device."""
-
-    height: int
-    width: int
-    rows: Tensor  # [N] grid row of each block
-    strips: Tensor  # [U] distinct grid columns
-    strip_of_block: Tensor  # [N] which of the strips each block reads
-
-    def to_dense(self, values: Tensor, owned: Tensor | None) -> Tensor:
-        """[N, H, W] from flat values."""
-        return unpack_values(values, owned, (len(self.rows), self.height, self.width))
-
-    def columns(self) -> Tensor:
-        """[N] grid column of each block."""
-        return self.strips.index_select(0, self.strip_of_block)
 
 
 class Plan(NamedTuple):
@@ -59,17 +48,6 @@ class Plan(NamedTuple):
 PLAIN = Plan(blocks=None, rows=None, columns=None, owned=(None, None, None), keep_input=False, is_delta=False)
 
 
-def take_strips(x_TF: Tensor, strips: Tensor, size: int) -> Tensor:
-    """[N, T, S]: the strips of ``size`` columns with the given numbers; zeros beyond a ragged edge."""
-    num_tokens, features = x_TF.shape
-    remainder = -features % size
-    if remainder and bool((strips == features // size).any()):
-        x_TF = torch.nn.functional.pad(x_TF, (0, remainder))
-    elif remainder:
-        x_TF = x_TF[:, : features - features % size]
-    return x_TF.reshape(num_tokens, -1, size).transpose(0, 1).index_select(0, strips)
-
-
 def pack_values(dense: Tensor, owned: Tensor | None) -> Tensor:
     """Flat values from dense regions: [N, H, W], [N, I] or [N, O] to 1-D."""
     flat = dense.reshape(-1)
@@ -85,16 +63,10 @@ def unpack_values(values: Tensor, owned: Tensor | None, shape: tuple[int, ...]) 
     return dense
 
 
-def _add_strips(target_TF: Tensor, strips_NTS: Tensor, numbers: Tensor) -> None:
-    """Add [N, T, S] strips into the columns of ``target_TF`` that they came from; cut at a ragged edge."""
-    size = strips_NTS.shape[2]
-    features = target_TF.shape[1]
-    columns = (numbers.unsqueeze(1) * size + torch.arange(size, device=numbers.device)).reshape(-1)
-    flat = strips_NTS.permute(1, 0, 2).reshape(target_TF.shape[0], -1)
-    if features % size:
-        inside = columns < features
-        columns, flat = columns[inside], flat[:, inside]
-    target_TF.index_add_(1, columns, flat)
+def _dense_blocks(values: Tensor, plan: Plan) -> Tensor:
+    """[N, H, W] from flat values."""
+    assert plan.blocks is not None
+    return unpack_values(values, plan.owned[0], (len(plan.blocks.rows), plan.blocks.height, plan.blocks.width))
 
 
 def _add_delta(y_TO: Tensor, x_TI: Tensor, values: tuple[Tensor | None, ...], plan: Plan) -> None:
@@ -103,10 +75,7 @@ def _add_delta(y_TO: Tensor, x_TI: Tensor, values: tuple[Tensor | None, ...], pl
     out_features, in_features = y_TO.shape[1], x_TI.shape[1]
     if block is not None:
         assert plan.blocks is not None
-        dense = plan.blocks.to_dense(block.to(y_TO.dtype), plan.owned[0])
-        x_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.width)
-        x_NTS = x_UTS.index_select(0, plan.blocks.strip_of_block)
-        _add_strips(y_TO, torch.bmm(x_NTS, dense.transpose(1, 2)), plan.blocks.rows)
+        add_block_outputs(y_TO, x_TI, _dense_blocks(block.to(y_TO.dtype), plan), plan.blocks)
     if row is not None:
         assert plan.rows is not None
         dense = unpack_values(row.to(y_TO.dtype), plan.owned[1], (len(plan.rows), in_features))
@@ -123,9 +92,7 @@ def _add_delta_input_gradient(dx_TI: Tensor, dy_TO: Tensor, values: tuple[Tensor
     out_features, in_features = dy_TO.shape[1], dx_TI.shape[1]
     if block is not None:
         assert plan.blocks is not None
-        dense = plan.blocks.to_dense(block.to(dx_TI.dtype), plan.owned[0])
-        dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.height)
-        _add_strips(dx_TI, torch.bmm(dy_NTS, dense), plan.blocks.columns())
+        add_block_input_gradients(dx_TI, dy_TO, _dense_blocks(block.to(dx_TI.dtype), plan), plan.blocks)
     if row is not None:
         assert plan.rows is not None
         dense = unpack_values(row.to(dx_TI.dtype), plan.owned[1], (len(plan.rows), in_features))
@@ -171,7 +138,7 @@ class _SparseLinear(torch.autograd.Function):
         else:
             if trained[0]:
                 assert plan.blocks is not None
-                kept[1] = take_strips(x_TI, plan.blocks.strips, plan.blocks.width)
+                kept[1] = keep_strips(x_TI, plan.blocks)
             if trained[1]:
                 kept[0] = x_TI
             if trained[2]:
@@ -189,7 +156,7 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        weight, x_TI, x_strips_UTS, x_columns_TN, *values = ctx.saved_tensors
+        weight, x_TI, x_strips_UTW, x_columns_TN, *values = ctx.saved_tensors
         plan: Plan = ctx.plan
         dx: Tensor | None = None
         gradients: dict[Kind, Tensor | None] = dict.fromkeys(MATRIX_KINDS)
@@ -202,11 +169,7 @@ class _SparseLinear(torch.autograd.Function):
                 dx = dx_TI.view(ctx.input_shape).to(ctx.input_dtype)
             if ctx.trained[0]:
                 assert plan.blocks is not None
-                if x_strips_UTS is None:
-                    x_strips_UTS = take_strips(x_TI, plan.blocks.strips, plan.blocks.width)
-                x_NTS = x_strips_UTS.index_select(0, plan.blocks.strip_of_block)
-                dy_NTS = take_strips(dy_TO, plan.blocks.rows, plan.blocks.height)
-                gradients["block"] = pack_values(torch.bmm(dy_NTS.transpose(1, 2), x_NTS), plan.owned[0])
+                gradients["block"] = pack_values(block_gradients(dy_TO, x_TI, x_strips_UTW, plan.blocks), plan.owned[0])
             if ctx.trained[1]:
                 assert plan.rows is not None
                 gradients["row"] = pack_values(dy_TO.index_select(1, plan.rows).T @ x_TI, plan.owned[1])

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from sparse_zero.errors import InputError
 from sparse_zero.layers.entries import Places, add_wide, gather_at, scatter_at, scatter_positions
-from sparse_zero.layers.functional import PLAIN, BlockPlan, Plan, sparse_linear
+from sparse_zero.layers.functional import PLAIN, Plan, sparse_linear
 from sparse_zero.layers.quantized import Quantization, dense_form
 from sparse_zero.layers.quantized_linear import QuantizedLinear
+from sparse_zero.layers.region_products import MOST_VIEWS, BlockPlan, Cell
 from sparse_zero.layers.retired import RetiredEntries, RetiredProduct, retired_product
 from sparse_zero.layers.values_module import ValuesModule
 from sparse_zero.module_map import VALUES_PREFIX
@@ -41,6 +42,7 @@ class SparseLinear(ValuesModule):
     values_row: nn.Parameter | None
     values_column: nn.Parameter | None
     block_rows: Tensor | None
+    block_columns: Tensor
     strips: Tensor
     strip_of_block: Tensor
     rows: Tensor | None
@@ -96,10 +98,16 @@ class SparseLinear(ValuesModule):
         has_blocks = "block" in present
         strips, strip_of_block = selection.blocks[:, 1].unique(return_inverse=True)
         register("block_rows", selection.blocks[:, 0].contiguous() if has_blocks else None)
+        register("block_columns", selection.blocks[:, 1].contiguous() if has_blocks else None)
         register("strips", strips if has_blocks else None)
         register("strip_of_block", strip_of_block if has_blocks else None)
         register("rows", selection.rows if "row" in present else None)
         register("columns", selection.columns if "column" in present else None)
+        places = torch.cat([selection.blocks, strip_of_block.unsqueeze(1)], 1).tolist()
+        self._cells = tuple(Cell(*place) for place in places) if len(places) <= MOST_VIEWS else ()
+        # Of the last strips only, whether anything is chosen there: known here, so that no forward need ask.
+        ends = [(selection.blocks[:, side] + 1) * selection.block_shape[side] for side in (0, 1)]
+        self._is_cut = (bool((ends[0] > self.out_features).any()), bool((ends[1] > self.in_features).any()))
         for kind in MATRIX_KINDS:
             mask = selection.owned_mask(kind) if kind in present else None
             register(f"owned_{kind}", None if mask is None else mask.reshape(-1).nonzero().squeeze(1))
@@ -109,7 +117,8 @@ class SparseLinear(ValuesModule):
         """Where the values lie, for the autograd function."""
         blocks = None
         if self.block_rows is not None:
-            blocks = BlockPlan(*self.selection.block_shape, self.block_rows, self.strips, self.strip_of_block)
+            places = (self.block_rows, self.block_columns, self.strips, self.strip_of_block)
+            blocks = BlockPlan(*self.selection.block_shape, *places, self._cells, self._is_cut)
         return Plan(
             blocks=blocks,
             rows=self.rows,
@@ -163,8 +172,9 @@ class SparseLinear(ValuesModule):
         """Where the entries of ``kind`` lie, on the weight's device."""
         shape = (self.out_features, self.in_features)
         if kind == "block":
-            columns = self.strips.index_select(0, self.strip_of_block)
-            return Places(kind, shape, self.selection.block_shape, self.block_rows, columns, self.owned_block)
+            return Places(
+                kind, shape, self.selection.block_shape, self.block_rows, self.block_columns, self.owned_block
+            )
         if kind == "row":
             return Places(kind, shape, (0, 0), self.rows, None, self.owned_row)
         return Places(kind, shape, (0, 0), None, self.columns, self.owned_column)

@@ -17,6 +17,7 @@ from models.families import module_map
 from models.loading import checkpoint_activations
 from models.loss import nll_at
 from models.peer_models import make_peer
+from sparse_zero.layers.region_products import MOST_VIEWS
 from sparse_zero.layers.sparsify import sparsify
 from sparse_zero.memory.closed_form.activations import activation_moments
 from sparse_zero.memory.closed_form.job import MemoryJob
@@ -41,6 +42,8 @@ def regions(name: str) -> tuple[RegionConfig, ...]:
         "columns": (("column", (*ATTENTION, *MLP), {"per_matrix": 3}),),
         "mixed": (("block", ATTENTION, {"block_size": 16, "per_matrix": 3}), ("row", MLP[:1], {"per_matrix": 2})),
         "many": (("block", (*ATTENTION, *MLP), {"blocks_per_side": 8, "per_matrix": 8}),),
+        # More than are multiplied one by one.
+        "small": (("block", (*ATTENTION, *MLP), {"block_size": 8, "per_matrix": MOST_VIEWS + 2}),),
         # By hooks on the parameters.
         "vectors": (
             ("block", ATTENTION[:1], {"block_size": 16, "per_matrix": 3}),
@@ -160,6 +163,8 @@ CASES = [
     ("llama", "rows", job(precision="fp32")),
     ("llama", "columns", job(label_positions=None)),
     ("llama", "many", job(placement="delta", precision="fp32")),
+    ("llama", "small", job(placement="delta", precision="fp32")),
+    ("llama", "small", job()),
     ("llama", "top", job()),
     ("llama", "upper", job(gradient_checkpointing=True, length=400)),
     ("llama", "upper", job(gradient_checkpointing=True, precision="fp32")),

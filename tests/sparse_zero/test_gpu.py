@@ -8,6 +8,7 @@ import torch
 
 import sparse_zero as sz
 from sparse_zero.collectives import lone_process_group
+from sparse_zero.layers import kernels
 from sparse_zero.layers.quantized import dense_parameter
 from sparse_zero.layers.sparsify import selection_of
 from sparse_zero.zero.engine import step_was_applied
@@ -39,6 +40,26 @@ def test_gradients_of_values_equal_those_of_the_host(placement):
         torch.testing.assert_close(on_device[name].grad.cpu(), values.grad, rtol=1e-9, atol=1e-12)
     undo = sz.merge(device)
     assert all(tensor.device.type == "cpu" for kinds in undo.originals.values() for tensor in kinds.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_triton_give_what_torch_gives(dtype, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "_chosen", "auto")
+    model = TinyModel(hidden=200).to("cuda", dtype)
+    sz.sparsify(model, mixed_selection(model), "delta")
+    for values in sz.trainable_parameters(model).values():
+        torch.nn.init.normal_(values, std=0.1)
+    tokens = calibration_batches("cuda")[0]
+    found = []
+    for chosen in ("plain", "triton"):
+        sz.set_kernels(chosen)
+        model.zero_grad()
+        tiny_loss(model, tokens).backward()
+        found.append([values.grad.clone() for values in sz.trainable_parameters(model).values()])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max()))
 
 
 @pytest.mark.parametrize("score", ["abs_of_mean", "mean_of_abs"])

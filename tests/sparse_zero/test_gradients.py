@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparse_zero.layers import sparse_linear
 from sparse_zero.layers.entries import gather_entries, scatter_entries
+from sparse_zero.layers.region_products import MOST_VIEWS
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.selection.regions import WeightSelection, grid_shape
 from tests.sparse_zero.helpers import owner_matrix, plain_entries
@@ -50,11 +52,12 @@ def dense_weight_gradient(
     leading=st.sampled_from([(), (1,), (3,), (2, 3), (1, 2, 3)]),
     placement=st.sampled_from(["inplace", "delta"]),
     keep_input=st.booleans(),
+    most_views=st.sampled_from([0, MOST_VIEWS]),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=250, deadline=None)
 def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
-    selection, dtype, bias, leading, placement, keep_input, seed
+    selection, dtype, bias, leading, placement, keep_input, most_views, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,7 +71,10 @@ def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
     original = linear.weight.detach().clone()
     x, upstream = randn(*leading, in_features), randn(*leading, out_features)
     delta = torch.zeros_like(original)
-    layer = SparseLinear(linear, selection, placement, keep_input=keep_input)
+    with pytest.MonkeyPatch.context() as patch:
+        # Blocks one by one, or all at once, however many they are.
+        patch.setattr(sparse_linear, "MOST_VIEWS", most_views)
+        layer = SparseLinear(linear, selection, placement, keep_input=keep_input)
     if placement == "delta":
         for kind, values in layer.values().items():
             fresh = randn(values.numel())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sparse_zero.layers.region_products import MOST_VIEWS
 from sparse_zero.memory.closed_form.decoder_shape import LinearShape
 from sparse_zero.memory.closed_form.steps import Sizes
 from sparse_zero.memory.closed_form.trained import TrainedLinear
@@ -107,15 +108,20 @@ def _selected(sizes: Sizes, linear: LinearShape, trained: TrainedLinear) -> Line
     blocks = trained.num_blocks
     # Strips of the input, once each; strips of input and output for each block, as one batched product reads them.
     strips = sizes.of(trained.num_strips * width)
-    inputs, outputs = sizes.of(blocks * width), sizes.of(blocks * height)
+    are_copied = blocks > MOST_VIEWS
+    inputs, outputs = (sizes.of(blocks * side) if are_copied else 0 for side in (width, height))
     columns, rows = sizes.of(trained.num_columns), sizes.of(trained.num_rows)
     dense, dx = _dense_form(sizes, linear), sizes.of(linear.in_features)
-    # Every operand stays until the linear's backward returns; a batched product reads copies of the strips.
-    gradients = (strips if trained.keeps_input else 0) + inputs + outputs + blocks * height * width * element
-    gradients += rows + trained.num_rows * linear.in_features * element
-    gradients += (columns if trained.keeps_input else 0) + trained.num_columns * linear.out_features * element
-    added = max(inputs + 2 * outputs + strips, rows, columns) if is_delta else 0
-    added_back = max(outputs + 2 * inputs, rows, columns) if is_delta else 0
+    # One kind after the other: what is copied for its product goes with it, its gradient stays.
+    gradients = held = 0
+    for copied, entries in (
+        (inputs + outputs, blocks * height * width),
+        (rows, trained.num_rows * linear.in_features),
+        (columns if trained.keeps_input else 0, trained.num_columns * linear.out_features),
+    ):
+        held += entries * element
+        gradients = max(gradients, held + copied)
+    added = max(inputs + outputs, rows, columns) if is_delta else 0
     keeps = trained.keeps_input or bool(trained.num_rows)
     # Slices are taken when the product is there.
     kept = 0 if keeps else strips + columns
@@ -125,7 +131,7 @@ def _selected(sizes: Sizes, linear: LinearShape, trained: TrainedLinear) -> Line
         kept=kept,
         forward=max(dense - kept, added - kept, 0),
         alone=max(dense, added, kept),
-        backward=dx + max(dense, added_back, gradients),
+        backward=dx + max(dense, added, gradients),
         backward_first=gradients,
     )
 

@@ -89,7 +89,7 @@ def _index_entries(chosen: WeightSelection, kind: Kind, num_entries: int, num_st
     dense, indices = {
         "block": (
             len(chosen.blocks) * chosen.block_shape[0] * chosen.block_shape[1],
-            2 * len(chosen.blocks) + num_strips,
+            3 * len(chosen.blocks) + num_strips,
         ),
         "row": (len(chosen.rows) * in_features, len(chosen.rows)),
         "column": (len(chosen.columns) * out_features, len(chosen.columns)),
