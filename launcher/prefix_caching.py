@@ -27,7 +27,7 @@ from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json
 from sparse_zero.layers.quantized import dtype_of
 from sparse_zero.prefix.cache import PrefixCache
-from sparse_zero.prefix.layers import PrefixLayers, layer_list, lowest_trained
+from sparse_zero.prefix.layers import PrefixLayers, lowest_trained
 from sparse_zero.prefix.store import SampleStore, remove_store
 
 _FORMAT = "sparse_zero prefix cache 1"
