@@ -61,29 +61,34 @@ class StartSettings:
     """What is started."""
 
     model: str = ""  # folder of the model; default: SmolLM2-135M-Instruct in the user's cache
-    rounds: int = 3  # starts of each kind
+    rounds: int = 3  # starts of each kind, after one that does not count; 0: that one only
     records: int = 4000  # training records
     calibration_batches: int = 2  # of two samples each
     threads: int = 2  # of each process
 
 
-SMALL = StartSettings(rounds=1, records=32)
+SMALL = StartSettings(rounds=0, records=32)
 
 
 # --- one start, in a process of its own --------------------------------------------------------------------------
 
 
 class Marks:
-    """Seconds of each part since the command; a part that begins in another one interrupts it."""
+    """Seconds of each part since the command, by the clock, and of the processor, which other work hardly lengthens.
+
+    A part that begins in another one interrupts it.
+    """
 
     def __init__(self, began: float) -> None:
         self.seconds: dict[str, float] = {}
-        self._stack, self._since = ["imports"], began
+        self.cpu_seconds: dict[str, float] = {}
+        self._stack, self._since, self._cpu_since = ["imports"], began, 0.0
 
     def _take(self) -> None:
-        now, name = time.monotonic(), self._stack[-1]
+        now, cpu_now, name = time.monotonic(), time.process_time(), self._stack[-1]
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + cpu_now - self._cpu_since
+        self._since, self._cpu_since = now, cpu_now
 
     @contextlib.contextmanager
     def part(self, name: str) -> Any:
@@ -113,7 +118,8 @@ class Marks:
         self._take()
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         memory = {name: int(status[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile")}
-        out.write_text(json.dumps({"parts": self.seconds, "memory": memory}), encoding="utf-8")
+        told = {"parts": self.seconds, "cpu_parts": self.cpu_seconds, "memory": memory}
+        out.write_text(json.dumps(told), encoding="utf-8")
 
 
 def start_train(config: str, began: float, out: Path, cold: bool) -> int:
@@ -262,7 +268,7 @@ def measure(
                     forget(model)
                 one = one_start(*starts[name], config, settings.threads, cold)
                 say(f"{'warm-up' if number == 0 else f'round {number}'}: {name} {one['seconds']:.2f} s")
-                if number:
+                if number or not settings.rounds:
                     found[name].append(one)
     return found
 
@@ -272,17 +278,25 @@ def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="seconds from the command to the end of the first step, medians")
+    table = Table(title="seconds from the command to the end of the first step, (of the processor); medians")
     table.add_column("")
     for name in found:
         table.add_column(name, justify="right")
     for part in PARTS:
-        cells = [[each["parts"].get(part) for each in starts] for starts in found.values()]
-        table.add_row(part, *("" if None in each else f"{median(each):.2f}" for each in cells))
-    table.add_row("all", *(f"{median(each['seconds'] for each in starts):.2f}" for starts in found.values()))
+        row = []
+        for starts in found.values():
+            known = [(each["parts"][part], each["cpu_parts"][part]) for each in starts if part in each["parts"]]
+            both = [median(each) for each in zip(*known, strict=True)]
+            row.append(f"{both[0]:.2f} ({both[1]:.2f})" if both else "")
+        table.add_row(part, *row)
+    whole = []
+    for starts in found.values():
+        cpu = median(sum(each.get("cpu_parts", {}).values()) for each in starts)
+        whole.append(f"{median(each['seconds'] for each in starts):.2f}" + (f" ({cpu:.2f})" if cpu else ""))
+    table.add_row("all", *whole)
     for name, key in (("peak MiB", "VmHWM"), ("of its own MiB", "RssAnon")):
-        cells = [[each.get("memory", {}).get(key) for each in starts] for starts in found.values()]
-        table.add_row(name, *("" if None in each else f"{median(each) / 2**20:.0f}" for each in cells))
+        held = [[each["memory"][key] / 2**20 for each in starts if "memory" in each] for starts in found.values()]
+        table.add_row(name, *(f"{median(each):.0f}" if each else "" for each in held))
     Console().print(table)
 
 
