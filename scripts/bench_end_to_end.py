@@ -159,15 +159,15 @@ def summarize(found: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, dict
 
 
 def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[float]) -> None:
-    """The table that people read, in 100 columns."""
+    """The table that people read, in 110 columns."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     title = "Useful tokens a second; speed-ups are medians over the same steps (least to most)"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "trained", "layers\nfrom", "step", "tokens/s", "times LoRA", "least-most", "times\nbefore"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("method", "trained", "layers\nfrom", "step", "tokens/s", "times\nLoRA", "least-most", "times\nbefore"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     table.add_column("modelled", justify="right")
     table.add_column("loss", justify="right")
     for (method, row), modelled in zip(summary.items(), predicted, strict=True):
@@ -184,7 +184,7 @@ def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[
             f"{1 / modelled:.2f}",
             f"{row['validation_loss']:.4f}",
         )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def make_inputs(settings: Settings, folder: str, small: bool) -> Settings:

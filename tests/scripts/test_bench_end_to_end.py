@@ -47,7 +47,7 @@ def test_ratios_are_those_of_the_same_steps(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert "2.00-4.00" in printed
     assert "+ upper half" in printed
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 110
 
 
 def test_the_model_of_the_steps_knows_what_each_part_leaves_out(tmp_path: Path) -> None:
