@@ -62,7 +62,7 @@ ROWS: Mapping[str, tuple[str, str | None]] = {
     "load an adapter": ("load", "LoRA: load"),
     "exchange, inplace against merged": ("exchange", "LoRA: exchange merged"),
     "exchange, delta against unmerged": ("exchange delta", "LoRA: exchange"),
-    "load the whole model": ("load the model", "LoRA: load"),
+    "load the whole model, for comparison": ("load the model", None),
 }
 
 

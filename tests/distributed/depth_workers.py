@@ -42,7 +42,7 @@ def choices_by_depth() -> list[dict[str, Any]]:
         sz.RegionConfig(kind="row", modules=("*.o_proj",)),
     )
     usual = sz.SelectionConfig(regions=regions, score="l2", budget=sz.BudgetConfig(parameters=300))
-    batches = make_batches(4)
+    batches, size = make_batches(4), 8 // dist.get_world_size()
     report: list[dict[str, Any]] = []
     for changes in ({}, {"depth_tradeoff": 1.0}, {"depth_tradeoff": 8.0}, {"min_depth": 0.4}):
         config = replace(usual, **changes)  # type: ignore[arg-type]
@@ -52,12 +52,11 @@ def choices_by_depth() -> list[dict[str, Any]]:
         first = sz.select(model, None, replace(config, score="random", depth_tradeoff=0.0))
         sz.sparsify(model, first, "inplace")
         again = replace(config, reselect=sz.ReselectConfig(every=1))
-        size = 8 // dist.get_world_size()
         engine, found = sz.reselect(
             make_engine(model, 2, size, 1),
             batches,
             again,
-            make_engine=lambda sparse, size=size: make_engine(sparse, 2, size, 1),
+            make_engine=lambda sparse: make_engine(sparse, 2, size, 1),
             loss_fn=tiny_loss,
             step=1,
         )

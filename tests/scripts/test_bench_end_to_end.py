@@ -30,7 +30,7 @@ def test_records_are_as_long_as_they_should(tmp_path: Path) -> None:
     assert not {r["instruction"] for r in validation} & {r["instruction"] for r in records}
 
 
-def test_ratios_are_those_of_the_same_steps() -> None:
+def test_ratios_are_those_of_the_same_steps(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"trained": 7, "lowest": 0, "loss": 1.0}
     found = {
         "lora": {**facts, "seconds": [4.0, 8.0, 2.0]},
@@ -43,6 +43,11 @@ def test_ratios_are_those_of_the_same_steps() -> None:
     assert summary["depth"]["speedup_range"] == (2.0, 4.0)
     assert summary["depth"]["tokens_per_second"] == 10.0
     assert summary["depth"]["median_seconds"] == 1.0
+    bench.print_summary(summary, [1.0, 0.8, 0.5])
+    printed = capsys.readouterr().out
+    assert "2.00-4.00" in printed
+    assert "+ upper half" in printed
+    assert max(map(len, printed.splitlines())) <= 110
 
 
 def test_the_model_of_the_steps_knows_what_each_part_leaves_out(tmp_path: Path) -> None:
