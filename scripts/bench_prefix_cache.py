@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,14 @@ def run(options: argparse.Namespace) -> None:
 
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory(dir=options.folder) as folder:
         task = progress.add_task("rounds", total=settings.warmup + settings.steps)
+        losses: dict[str, list[float]] = {way: [] for way in WAYS}
+        steps = {way: prepare(way, settings, Path(folder)) for way in WAYS}
+
+        def turn(way: str, number: int) -> None:
+            losses[way].append(steps[way](number))
+
         seconds = take_turns(
-            {way: prepare(way, settings, Path(folder)) for way in WAYS},
+            {way: partial(turn, way) for way in WAYS},
             lambda number: number,
             warmup=settings.warmup,
             rounds=settings.steps,
@@ -214,7 +221,10 @@ def run(options: argparse.Namespace) -> None:
             on_round=lambda number: progress.update(task, completed=number),
         )
     found = summarize(seconds, predicted_share(settings))
+    pairs = zip(losses["plain"], losses["later"], strict=True)
+    found["loss_difference"] = max(abs(one - other) / one for one, other in pairs)
     print_summary(found)
+    print(f"Losses from the cache ({settings.stored}) are off by at most {found['loss_difference']:.1e} of themselves.")
     if options.json is not None:
         numbers = {"settings": asdict(settings), "machine": machine(), "found": found, "step_seconds": seconds}
         atomic_write_json(options.json, numbers)

@@ -58,7 +58,7 @@ def losses(folder: Path) -> list[float]:
 
 def counts(folder: Path) -> list[tuple[int, int, int]]:
     names = ("cached_samples", "computed_samples", "stored_samples")
-    return [tuple(row[name] for name in names) for row in rows(folder)]  # type: ignore[misc]
+    return [tuple(row[name] for name in names) for row in rows(folder)]
 
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -93,7 +93,8 @@ FAST = ("one process, padded", "2 ranks, stage 3, packed")
 )
 def test_a_run_with_the_cache_has_the_losses_of_one_without(case, base, tmp_path):
     world_size, changes = CASES[case]
-    for name, cache in {"plain": None, "cached": {}}.items():
+    caches: dict[str, dict[str, Any] | None] = {"plain": None, "cached": {}}
+    for name, cache in caches.items():
         start(write_run(base, tmp_path / name, cache=cache, **changes), tmp_path / name, world_size)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
     found = counts(tmp_path / "cached")
@@ -110,6 +111,7 @@ def test_a_run_with_the_cache_has_the_losses_of_one_without(case, base, tmp_path
     assert "cached_samples" not in rows(tmp_path / "plain")[0]
 
 
+@pytest.mark.slow
 def test_a_bounded_cache_stores_the_first_samples_and_ranks_agree_at_stage_3(base, tmp_path):
     # About half of the samples: some micro-batches are known to one rank only, and both compute them.
     cache = {"max_gib": 300_000 / 2**30, "keep": True}
@@ -149,6 +151,7 @@ def continued(base: Path, kept: Path, folder: Path, cache: dict[str, Any], **cha
     return said
 
 
+@pytest.mark.slow
 def test_a_start_in_the_middle_of_an_epoch_uses_what_is_there_and_stores_what_is_not(base, kept, tmp_path):
     folder, said = kept
     assert "frozen-prefix cache: 2 layers are computed once" in said
@@ -244,7 +247,7 @@ def test_another_family_at_bfloat16_of_the_cache(base, tmp_path):
         "selection__regions": [{"kind": "row", "modules": ["*.layers.{2,3}.*query_key_value"], "per_matrix": 2}],
         "selection__budget": None,
     }
-    caches = {"plain": None, "cached": {}, "small": {"dtype": "bfloat16"}}
+    caches: dict[str, dict[str, Any] | None] = {"plain": None, "cached": {}, "small": {"dtype": "bfloat16"}}
     for name, cache in caches.items():
         start(write_run(base, tmp_path / name, cache=cache, **settings), tmp_path / name)
     wanted, small = losses(tmp_path / "plain"), losses(tmp_path / "small")

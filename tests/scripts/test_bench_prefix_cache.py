@@ -25,6 +25,9 @@ def test_all_ways_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(len(numbers["step_seconds"][way]) == bench.SMALL.steps for way in bench.WAYS)
     assert 0.2 < numbers["found"]["predicted"] < 0.8
     assert "later epoch" in capsys.readouterr().out
+    assert 0 <= numbers["found"]["loss_difference"] < 1e-6
+    assert bench.main(["--small", "--stored", "float8", "--json", str(out)]) == 0
+    assert 1e-6 < json.loads(out.read_text())["found"]["loss_difference"] < 1e-2
     assert list(tmp_path.iterdir()) == [out]
     assert bench.main(["--small", "--min-layer", "4"]) == 2
     assert bench.main(["--small", "--stored", "fp8"]) == 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_zero.prefix import store as store_module
+from sparse_zero.prefix.config import StoredDtype
 from sparse_zero.prefix.encoding import bytes_per_token, decode, encode
 from sparse_zero.prefix.store import SampleStore, num_storable, remove_store, stored_bytes
 
@@ -17,6 +18,12 @@ def rows(index: int) -> Tensor:
     """[length, BYTES] of a sample, all different."""
     generator = torch.Generator().manual_seed(index)
     return torch.randint(0, 256, (LENGTHS[index], BYTES), generator=generator, dtype=torch.uint8)
+
+
+def assert_reads(store: SampleStore, indices: list[int]) -> None:
+    found = store.read(indices)
+    assert found is not None
+    assert torch.equal(found, torch.cat([rows(index) for index in indices]))
 
 
 def make(folder: Path, rank: int = 0, max_bytes: int | None = None) -> SampleStore:
@@ -39,10 +46,10 @@ def test_samples_come_back_in_the_order_asked_for_from_all_files(tmp_path, monke
     assert first.read([2]) is None  # The others came after its look.
     first.refresh()
     for order in ([4, 0, 2, 1, 3], [3], [1, 1]):
-        found = first.read(order)
-        assert found is not None
-        assert torch.equal(found, torch.cat([rows(index) for index in order]))
-    assert first.read([]).shape == (0, BYTES)
+        assert_reads(first, order)
+    nothing = first.read([])
+    assert nothing is not None
+    assert nothing.shape == (0, BYTES)
     assert not any(first.is_wanted(index) for index in range(5))
     assert [store.own_bytes for store in (first, *others)] == [6 * BYTES, 3 * BYTES, 7 * BYTES, 2 * BYTES]
     assert stored_bytes(tmp_path) > 0
@@ -58,13 +65,13 @@ def test_only_what_was_synced_is_believed(tmp_path):
     # A process that ends here has written it in vain.
     store.close()
     again = make(tmp_path)
-    assert torch.equal(again.read([1]), rows(1))
+    assert_reads(again, [1])
     assert again.read([1, 2]) is None
     assert again.is_wanted(2)
     assert again.own_bytes == BYTES
     again.write(2, rows(2))
     again.sync()
-    assert torch.equal(stored(tmp_path, []).read([1, 2]), torch.cat([rows(1), rows(2)]))
+    assert_reads(stored(tmp_path, []), [1, 2])
 
 
 def test_damaged_files_are_not_believed(tmp_path):
@@ -74,7 +81,7 @@ def test_damaged_files_are_not_believed(tmp_path):
         file.truncate(sum(LENGTHS[:4]) * BYTES + 1)  # Cuts the last sample.
     store = make(tmp_path)
     assert store.read([4]) is None
-    assert torch.equal(store.read([0, 3]), torch.cat([rows(0), rows(3)]))
+    assert_reads(store, [0, 3])
     with data.open("r+b") as file:
         file.truncate(2)  # While it is read.
     assert store.read([3]) is None
@@ -113,7 +120,8 @@ def test_encodings_say_their_size_and_their_error(compute):
     generator = torch.Generator().manual_seed(0)
     states = (torch.randn(9, 24, generator=generator) * torch.logspace(-3, 3, 9)[:, None]).to(compute)
     states[4] = 0
-    for stored_as, relative in (("compute", 0.0), ("bfloat16", 2**-8), ("float8", 2**-4)):
+    errors: dict[StoredDtype, float] = {"compute": 0.0, "bfloat16": 2**-8, "float8": 2**-4}
+    for stored_as, relative in errors.items():
         found = encode(states, stored_as)
         assert found.dtype == torch.uint8
         assert found.shape == (9, bytes_per_token(24, stored_as, compute))
