@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,15 @@ class RunPrefixCache(AbstractContextManager["RunPrefixCache"]):
             )
         names = ("cached_samples", "computed_samples", "stored_samples")
         return dict(zip(names, found.tolist(), strict=True))
+
+    def depth(self, told: Mapping[str, int]) -> dict[str, Any]:
+        """How much of the layers a step has run, for :meth:`launcher.step_speed.StepSpeed.of_step`.
+
+        Args:
+            told: its numbers, see :meth:`tell`.
+        """
+        cached, computed = told["cached_samples"], told["computed_samples"]
+        return {"first_layer": self._cache.layers.num_layers, "cached": cached / max(1, cached + computed)}
 
     def sync(self) -> None:
         """Let what this rank has stored be believed from now on, also by a later start."""
@@ -183,8 +192,8 @@ def _why_off(prepared: Prepared, num_layers: int, lowest: str) -> str | None:
     config, num_samples = prepared.config.training, len(prepared.train.samples)
     if num_layers == 0:
         return (
-            f"{lowest} is trained, in or before the lowest layer: set selection.min_depth, to 0.75 for the upper quarter "
-            "of the layers"
+            f"{lowest} is trained, in or before the lowest layer: set selection.min_depth, to 0.75 for the upper "
+            "quarter of the layers"
         )
     epochs = config.epochs
     if epochs is None:

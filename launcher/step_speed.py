@@ -57,19 +57,27 @@ class StepSpeed:
         """Another part of the model is trained from now on."""
         self._shape = flop_shape(model, self._map)
 
-    def of_step(self, indices: Sequence[int], seconds: float, *, first_layer: int = 0) -> dict[str, float]:
+    def of_step(
+        self, indices: Sequence[int], seconds: float, *, first_layer: int = 0, cached: float = 0.0
+    ) -> dict[str, float]:
         """``flops_per_second`` of a rank, as a mean of all of them, and ``mfu`` if the device's peak is known.
 
         Args:
             indices: the samples of the global batch.
             seconds: that the step took.
-            first_layer: the layers below were not run.
+            first_layer: the layers below were not run for some samples.
+            cached: share of those; which ones is not asked.
         """
-        done = step_flops(
+        done = (1 - cached) * self._operations(indices, 0)
+        if cached:
+            done += cached * self._operations(indices, first_layer)
+        speed = done / self._world_size / seconds
+        return {"flops_per_second": speed, **({} if self._peak is None else {"mfu": speed / self._peak})}
+
+    def _operations(self, indices: Sequence[int], first_layer: int) -> int:
+        return step_flops(
             self._shape,
             sample_lengths=[self._lengths[index] for index in indices],
             num_head_positions=sum(self._response_tokens[index] for index in indices),
             first_layer=first_layer,
-        )
-        speed = done.total / self._world_size / seconds
-        return {"flops_per_second": speed, **({} if self._peak is None else {"mfu": speed / self._peak})}
+        ).total

@@ -134,9 +134,7 @@ def count_steps(config: RunConfig, steps_per_epoch: int) -> int:
     return max(1, math.ceil(config.training.epochs * steps_per_epoch))
 
 
-def _nll(
-    state: LoopState, samples: Sequence[TokenizedSample], indices: Sequence[int] | None = None
-) -> torch.Tensor:
+def _nll(state: LoopState, samples: Sequence[TokenizedSample], indices: Sequence[int] | None = None) -> torch.Tensor:
     """Summed loss of a micro-batch; the numbers of training samples let the frozen-prefix cache serve it."""
     data, training, cache = state.config.data, state.config.training, state.prefix_cache
     batch = collate(samples, batching=data.batching, pad_token_id=state.pad_token_id)
@@ -300,7 +298,8 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             if step > state.first_step:
                 result.tokens, result.seconds = result.tokens + float(sums[1]), result.seconds + seconds
             norm = state.engine.get_global_grad_norm()
-            flops = speed.of_step(plan.global_indices, seconds)
+            left_out = {} if cache is None else cache.tell(everyone[:, 5:])
+            flops = speed.of_step(plan.global_indices, seconds, **({} if cache is None else cache.depth(left_out)))
             row = {
                 "kind": "train",
                 "step": step + 1,
@@ -315,7 +314,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "peak_memory_bytes": max(result.peak_memory_bytes),
                 "epoch": (step + 1) / sampler.steps_per_epoch,
                 "skipped": not applied,
-                **({} if cache is None else cache.tell(everyone[:, 5:])),
+                **left_out,
             }
             progress.update(row)
             pulse.tick(
