@@ -118,8 +118,7 @@ class MaskedLinear(Peer):
     def __init__(self, linear: nn.Linear, mask: Tensor) -> None:
         super().__init__(linear)
         self.mask = mask.to(linear.weight)
-        self.values = self.weight  # [O, I]
-        self.values.requires_grad_(True)
+        self.weight = self.values = nn.Parameter(linear.weight.detach())  # [O, I]
         self.values.register_hook(lambda gradient: gradient * self.mask)
 
     def pick(self, dense: Tensor) -> Tensor:

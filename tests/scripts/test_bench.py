@@ -9,6 +9,7 @@ import pytest
 from scripts import bench
 
 
+@pytest.mark.slow
 def test_the_suite_writes_numbers_plots_and_a_summary(tmp_path: Path) -> None:
     assert bench.main(["--small", "--parts", "budget", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"budget.json", "budget.png", "summary.md"}
