@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/sparse_zero/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-all bench memory-study verify-memory format clean
+.PHONY: help install check test test-all bench bench-check memory-study verify-memory format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ test: install  ## the tests that take seconds
 test-all: install  ## every test, the slow ones too
 	$(PYTHON) -m pytest $(ARGS)
 
-bench: install  ## time and memory of a step beside full fine-tuning and LoRA
-	$(PYTHON) scripts/bench_step.py $(ARGS)
+bench: install  ## all benchmarks, about ten minutes; tables and pictures in runs/bench
+	$(PYTHON) scripts/bench.py $(ARGS)
+
+bench-check: install  ## has a step become slower than the committed ratios say?
+	$(PYTHON) scripts/bench_check.py $(ARGS)
 
 memory-study: install  ## forecast and simulate how memory scales; tables and pictures in runs/memory-study
 	$(PYTHON) scripts/memory_study.py --config configs/studies/memory.yaml $(ARGS)

@@ -22,6 +22,9 @@ import torch
 from sparse_zero.errors import InputError
 from sparse_zero.memory.measure import PeakMemory
 
+# By which a turn is timed: what it took, or what this process worked meanwhile, which other processes hardly change.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 Settings = TypeVar("Settings")
 Input = TypeVar("Input")
 
@@ -91,6 +94,17 @@ def chosen_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
     return names
 
 
+def check_clock(clock: str, threads: int, device: str) -> None:
+    """Raise InputError unless ``clock`` is one of :data:`CLOCKS` that says something of such a run."""
+    if clock not in CLOCKS:
+        raise InputError(f"--clock is {clock!r}: choose from {', '.join(CLOCKS)}")
+    if clock == "cpu" and (threads != 1 or device != "cpu"):
+        raise InputError(
+            f"--clock cpu adds up the time of {threads} threads and knows nothing of device {device}: use it with "
+            "--threads 1 --device cpu"
+        )
+
+
 def exit_code(work: Callable[[], None]) -> int:
     """Do ``work``; 2 for wrong input, with one line on stderr."""
     try:
@@ -122,6 +136,8 @@ def take_turns(
     seed: int,
     device: str,
     on_round: Callable[[int], None],
+    max_seconds: float = 0.0,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of every timed call, per method; in every round all take one turn, in random order, on one input.
 
@@ -133,20 +149,25 @@ def take_turns(
         seed: of the order.
         device: waited for before and after each call, so that a clock says what it seems to.
         on_round: called with the number of rounds done.
+        clock: of :data:`CLOCKS`.
+        max_seconds: no round is begun after so many of the wall clock, but the first that is timed; 0: no limit.
     """
+    begun, now = time.perf_counter(), CLOCKS[clock]
     shuffler = random.Random(seed)
     seconds: dict[str, list[float]] = {method: [] for method in prepared}
     for number in range(warmup + rounds):
+        if number > warmup and 0.0 < max_seconds < time.perf_counter() - begun:
+            break
         given = input_of(number)
         gc.collect()
         gc.disable()
         for method in shuffler.sample(list(prepared), len(prepared)):
             _synchronize(device)
-            start = time.perf_counter()
+            start = now()
             prepared[method](given)
             _synchronize(device)
             if number >= warmup:
-                seconds[method].append(time.perf_counter() - start)
+                seconds[method].append(now() - start)
         gc.enable()
         on_round(number + 1)
     return seconds

@@ -1,30 +1,64 @@
-"""Does the benchmark of one layer run, and train what it says?"""
+"""Does the benchmark of one linear train equal parts by every method, and count the products that are really made?"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts import bench_layer as bench
+from scripts.benchmarks.methods import DELTA, OURS, PUBLISHED
+from sparse_zero.errors import InputError
+
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+METHODS = [method for method in bench.METHODS if HAS_PEFT or method not in ("lora", "dora")]
 
 
-@pytest.mark.parametrize("placement", ["inplace", "delta"])
-def test_every_method_is_timed(placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, out = torch.get_num_threads(), tmp_path / "numbers.json"
-    try:
-        assert bench.main(["--small", "--placement", placement, "--json", str(out)]) == 0
-    finally:
-        torch.set_num_threads(before)
-    assert list(json.loads(out.read_text())["median_seconds"]) == list(bench.METHODS)
-    printed = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
-    # Four blocks of 4 by 4, or four rows or columns of 32, of 32 by 32.
-    assert printed["blocks"] == "6.25%"
-    assert printed["more_blocks"] == printed["rows"] == printed["columns"] == "12.50%"
+@pytest.fixture(autouse=True)
+def _threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def test_a_wrong_method_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--small", "--methods", "frozen,row"]) == 2
-    assert "--methods has 'row': choose from frozen" in capsys.readouterr().err
+def test_every_method_is_timed_at_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "numbers.json"
+    assert bench.main(["--small", "--threads", "1", "--methods", ",".join(METHODS), "--json", str(out)]) == 0
+    numbers = json.loads(out.read_text())
+    assert list(numbers["sizes"]) == ["64x64", "64x96"]
+    for found in numbers["sizes"].values():
+        rows = found["methods"]
+        assert list(rows) == METHODS
+        assert all(len(seconds) == bench.SMALL.rounds for seconds in found["seconds"].values())
+        assert rows["floor"]["over_floor"]["median"] == 1.0
+        assert rows["products"]["roofline_share"] == pytest.approx(1.0)
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in METHODS)
+    assert "only 3 rounds" in printed
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 64), (64, 128)])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "dora"])
+def test_parts_are_equal_and_products_are_counted(method: str, in_features: int, out_features: int) -> None:
+    """DoRA's weight norm is no product that torch counts, and neither is the one that is added in place."""
+    layer = bench.prepare(method, in_features, out_features, bench.SMALL)
+    part = in_features * out_features // 16
+    if method in (*PUBLISHED, *OURS, *DELTA):
+        assert 0.85 * part < layer.num_trained <= part, "mixed owns each entry once"
+    x = torch.randn(bench.SMALL.tokens, in_features, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer.call(x, torch.randn(bench.SMALL.tokens, out_features))
+    not_counted = 2 * bench.SMALL.tokens * part if method in ("rows_delta", "columns_delta") else 0
+    assert counter.get_total_flops() == pytest.approx(layer.flops - not_counted, rel=0.02 if "mixed" in method else 0)
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--methods", "rows,guess"]) == 2
+    assert capsys.readouterr().err.strip().startswith("error: --methods has 'guess'")
+    for size in ("64", "64x63", "32x64", "64xa"):
+        with pytest.raises(InputError, match=f"--sizes has '{size}'"):
+            bench.Settings(sizes=f"64x64,{size}").shapes()

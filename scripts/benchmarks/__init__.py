@@ -1,0 +1,1 @@
+"""What ``scripts/bench_*.py`` are made of: methods, ratios of paired times, tables and plots."""

@@ -1,0 +1,35 @@
+"""How is a table of numbers shown: in a terminal, and in a Markdown file?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of text; the first column is left-aligned, the others are numbers."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """As a section of a Markdown file."""
+        line = "|---" + "|---:" * (len(self.headings) - 1) + "|"
+        rows = ["| " + " | ".join(row) + " |" for row in (self.headings, *self.rows)]
+        return "\n".join([f"## {self.title}", "", rows[0], line, *rows[1:], ""])
+
+    def show(self) -> None:
+        """Into the terminal; 140 wide where there is none."""
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, box=SIMPLE, padding=(0, 1, 0, 0))
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
