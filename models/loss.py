@@ -64,6 +64,7 @@ def nll_at(
         with loss_in_head(model, loss_of):
             (nll,) = logits()
         return nll
+    logits_BKV = logits()
     return torch.nn.functional.cross_entropy(
-        logits().float().flatten(0, 1), targets_N, ignore_index=IGNORED, reduction="sum"
+        logits_BKV.float().flatten(0, 1), targets_N, ignore_index=IGNORED, reduction="sum"
     )

@@ -35,8 +35,8 @@ class Settings:
 
     hidden: int = 512
     vocabularies: str = "32000,128256"
-    positions: int = 1024  # over all rows of a micro-batch
-    chunks: str = "64,256,512"
+    positions: int = 512  # over all rows of a micro-batch
+    chunks: str = "64,128,256"
     steps: int = 3  # timed, of each
     warmup: int = 1
     threads: int = 2
@@ -147,8 +147,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print and write what the command line asks for."""
     settings = read_settings(options, Settings(), SMALL)
     torch.set_num_threads(settings.threads)
-    rows = [row for text in settings.vocabularies.split(",") for row in measure(settings, int(text))]
-    print_rows(rows)
+    rows: list[dict[str, Any]] = []
+    for text in settings.vocabularies.split(","):
+        found = measure(settings, int(text))
+        print_rows(found)
+        rows += found
     if options.json is not None:
         atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "losses": rows})
 

@@ -80,6 +80,8 @@ def test_damaged_files_are_not_believed(tmp_path):
     with data.open("r+b") as file:
         file.truncate(sum(LENGTHS[:4]) * BYTES + 1)  # Cuts the last sample.
     store = make(tmp_path)
+    assert store.own_bytes == (LENGTHS[0] + LENGTHS[3]) * BYTES
+    assert store.is_wanted(4)
     assert store.read([4]) is None
     assert_reads(store, [0, 3])
     with data.open("r+b") as file:
