@@ -8,7 +8,7 @@ from typing import Any
 from launcher.config import RunConfig
 from launcher.run_folder import RunFolder, check_can_write_in
 from launcher.summary import format_bytes
-from models.families import is_known, mixes_packed
+from models.families import is_known
 from sparse_zero.errors import InputError
 from sparse_zero.layers.quantized import dtype_of
 from sparse_zero.prefix.config import PrefixCacheConfig
@@ -61,11 +61,6 @@ def check_prefix_cache(config: RunConfig, model: Any, lengths: Sequence[int]) ->
         raise InputError(
             f"training.prefix_cache is set, but of {model.config.model_type} models it is not known whether their "
             "layers hand on nothing but hidden states: leave training.prefix_cache out"
-        )
-    if config.data.batching == "pack" and mixes_packed(model):
-        raise InputError(
-            f"training.prefix_cache is set with data.batching 'pack', but packed samples of {model.config.model_type} "
-            "models read one another, and others stand beside them in every epoch: set data.batching to pad"
         )
     layer_list(model)
     check_not_random(model, 1)

@@ -35,7 +35,7 @@ from models.base_identity import base_identity, begin_base_identity
 from models.chunked_loss import warn_of_chunks
 from models.collate import collate
 from models.data import IGNORED, SampleSet, TokenizedSample, load_records, load_samples
-from models.families import check_not_fused, module_map
+from models.families import check_not_fused, mixes_packed, module_map
 from models.gather import gather_json
 from models.liger import check_kernels, use_kernels
 from models.loading import (
@@ -196,6 +196,14 @@ def _check_context(model: Any, samples: SampleSet) -> None:
         )
 
 
+def _check_packing(config: RunConfig, model: Any) -> None:
+    if config.data.batching == "pack" and mixes_packed(model):
+        raise InputError(
+            f"data.batching is 'pack', but packed samples of {model.config.model_type} models read one another: set it "
+            "to pad"
+        )
+
+
 def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose selection was made by another config: it would win silently."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config.selection)))
@@ -305,6 +313,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         model = load_sharded(source, deepspeed_config(config, world.world_size))
     with failing_together():
         check_tokenizer_fits(model, tokenizer)
+        _check_packing(config, model)
         for samples in (train, validation):
             if samples is not None:
                 _check_context(model, samples)

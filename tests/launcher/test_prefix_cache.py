@@ -216,7 +216,7 @@ def test_a_cache_of_something_else_is_thrown_away_by_name(base, kept, tmp_path):
     [
         (
             {"selection__regions": [{"kind": "row", "modules": ["*.up_proj"], "per_matrix": 1}]},
-            "set selection.regions.min_layer, to 3 for the upper",
+            "set selection.min_depth, to 0.75 for the upper",
         ),
         ({"training__steps": PER_EPOCH}, "the run has no second epoch"),
     ],

@@ -42,7 +42,6 @@ MANY = (10**15,)
         (tiny_llama, MANY, {"dtype": "float8"}, ("tokens of 68 bytes",)),
         (dropping_llama, (3,), {}, ("model.layers.0.self_attn.attention_dropout = 0.1", "set it to 0")),
         (FAMILIES["mamba"].make, (3,), {}, ("mamba models", "leave training.prefix_cache out")),
-        (FAMILIES["bloom"].make, (3,), {"batching": "pack"}, ("bloom", "set data.batching to pad")),
         (tiny_llama, (3,), {"folder": __file__}, ("training.prefix_cache.folder is", "is a file")),
     ],
 )

@@ -33,7 +33,7 @@ def model_of(placement: Any, tie: bool = False) -> nn.Module:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("placement", ["inplace", "delta"])
 def test_it_equals_the_ordinary_loop(placement: str, checkpointing: bool, tie: bool) -> None:
-    ordinary = model_of(placement, tie)
+    ordinary: Any = model_of(placement, tie)
     ordinary.checkpointing = checkpointing
     fused = copy.deepcopy(ordinary)
     optimizer = adamw(sz.parameter_groups(ordinary))
@@ -72,7 +72,7 @@ def test_gradients_do_not_exist_together() -> None:
 
 def test_engines_plain_models_and_gradients_that_are_there_are_refused() -> None:
     model = model_of("delta")
-    engine = nn.Module()
+    engine: Any = nn.Module()
     engine.module = model
     engine.optimizer = adamw(sz.parameter_groups(model))
     with pytest.raises(sz.InputError, match="engine"):
