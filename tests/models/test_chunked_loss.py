@@ -43,9 +43,7 @@ def check_equal(model: Any, chunk: int) -> None:
     assert found.keys() == wanted.keys()
     for name in wanted:
         scale = wanted[name].abs().max().item()
-        torch.testing.assert_close(
-            found[name], wanted[name], rtol=1e-5, atol=3e-6 * scale, msg=lambda s, n=name: f"{n}: {s}"
-        )
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=3e-6 * scale, msg=name)
 
 
 def frozen_head(model: Any) -> Any:
@@ -86,7 +84,7 @@ def sparse(placement: Any, name: str, regions: list[dict[str, Any]], family: str
     sz.sparsify(model, selection, placement)
     with torch.no_grad():
         for values in sz.trainable_parameters(model).values():
-            values += 0.05 * torch.randn_like(values)
+            values.add_(0.05 * torch.randn_like(values))
     sz.write_back(model)
     return model
 

@@ -50,7 +50,7 @@ def test_the_function_of_the_family_gets_the_model(package: ModuleType) -> None:
 def test_a_frozen_head_goes_to_the_fused_loss_and_no_other_does(package: ModuleType) -> None:
     class Fused:
         def __init__(self, *, ignore_index: int, reduction: str) -> None:
-            self.settings = {"ignore_index": ignore_index, "reduction": reduction}
+            self.settings: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
 
         def __call__(self, weight: Any, hidden: Any, targets: Any, bias: Any) -> torch.Tensor:
             # As Liger's, whose order of arguments this is (0.8.5).

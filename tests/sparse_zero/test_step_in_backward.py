@@ -22,7 +22,7 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
 
 
-def model_of(placement: Any, tie: bool = False) -> nn.Module:
+def model_of(placement: Any, tie: bool = False) -> Any:
     torch.manual_seed(3)
     model = NormedModel(tie=tie)
     sz.sparsify(model, mixed_selection(model), placement)
@@ -72,7 +72,7 @@ def test_gradients_do_not_exist_together() -> None:
 
 def test_engines_plain_models_and_gradients_that_are_there_are_refused() -> None:
     model = model_of("delta")
-    engine = nn.Module()
+    engine: Any = nn.Module()
     engine.module = model
     engine.optimizer = adamw(sz.parameter_groups(model))
     with pytest.raises(sz.InputError, match="engine"):
