@@ -76,7 +76,15 @@ def test_metadata(wheel: Path, installed: Path) -> None:
     assert version is not None
     assert metadata["Version"] == version[1]
     assert wheel.name == f"sparse_zero-{version[1]}-py3-none-any.whl"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"dev", "peft", "plots", "quant", "tracking", "trl"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {
+        "dev",
+        "liger",
+        "peft",
+        "plots",
+        "quant",
+        "tracking",
+        "trl",
+    }
 
 
 def test_command_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:

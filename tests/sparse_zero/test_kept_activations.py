@@ -20,7 +20,7 @@ from tests.models.decoders import decoder
 
 ROWS, LENGTH, LAYERS, WIDTH = 4, 512, 32, 4096
 TOKENS, ELEMENT = ROWS * LENGTH, 2
-LLAMA_2_7B = {
+LLAMA_2_7B: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": WIDTH,
     "intermediate_size": 11008,
