@@ -41,7 +41,7 @@ GIB = 2**30
 
 def kept_bytes(method: str) -> tuple[int, int]:
     """Of activations after forward; and bytes of the inputs that what is trained reads, for selections."""
-    model = decoder("llama", **LLAMA_2_7B)  # type: ignore[arg-type]
+    model = decoder("llama", **LLAMA_2_7B)
     own = 0
     if method in SELECTIONS:
         family = module_map(model)
