@@ -24,7 +24,7 @@ test: install  ## the tests that take seconds
 test-all: install  ## every test, the slow ones too
 	$(PYTHON) -m pytest $(ARGS)
 
-bench: install  ## all benchmarks, about ten minutes; tables and pictures in runs/bench
+bench: install  ## step, memory, one linear and budgets, about ten minutes; tables and pictures in runs/bench
 	$(PYTHON) scripts/bench.py $(ARGS)
 
 bench-check: install  ## has a step become slower than the committed ratios say?

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.prefix_check import cache_folder, check_not_random, token_bytes
+from launcher.config import RunConfig
+from launcher.prefix_check import FORMAT, META, cache_folder, check_not_random, read_meta, reserve_bytes, token_bytes
 from launcher.preparing import Prepared
-from launcher.run_folder import RunLock
+from launcher.run_folder import RunFolder, RunLock
 from launcher.same_input import samples_digest
 from launcher.saying import say
 from launcher.shared_folder import folders_of_ranks
@@ -24,18 +25,15 @@ from launcher.world import World
 from models.gather import gather_json
 from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json, read_json
+from sparse_zero.files import atomic_write_json
 from sparse_zero.layers.quantized import dtype_of
 from sparse_zero.prefix.cache import PrefixCache
 from sparse_zero.prefix.layers import PrefixLayers, lowest_trained
-from sparse_zero.prefix.store import SampleStore, remove_store
-
-_FORMAT = "sparse_zero prefix cache 1"
-_META = "meta.json"
+from sparse_zero.prefix.store import SampleStore, num_storable, remove_store
 
 
 class PrefixCacheWarning(UserWarning):
-    """The cache of the lowest layers is off, begins anew, or does not grow any more; the message says why."""
+    """The cache of the lowest layers is off, begins anew, does not grow any more, or stays; the message says why."""
 
 
 class RunPrefixCache(AbstractContextManager["RunPrefixCache"]):
@@ -113,13 +111,13 @@ class RunPrefixCache(AbstractContextManager["RunPrefixCache"]):
         Args:
             is_complete: whether the run is; its files are removed then, unless they are to be kept.
         """
-        self._cache.store.sync()
-        self._cache.store.close()
-        num_bytes = sum(gather_json(self._cache.store.own_bytes))
-        if is_complete and not self._keep and self._world.rank in self._keepers:
-            _clear(self._folder)
-            with suppress(OSError):  # Something else lies there, too.
-                self._folder.rmdir()
+        store, keeps = self._cache.store, self._world.rank in self._keepers
+        store.sync()
+        dist.barrier()
+        num_bytes = sum(gather_json(store.num_bytes() if keeps else 0))
+        store.close()
+        if is_complete and not self._keep and keeps:
+            _remove(self._folder)
         cached, computed, stored = self._totals.tolist()
         return {
             "layers": self._cache.layers.num_layers,
@@ -139,7 +137,50 @@ class RunPrefixCache(AbstractContextManager["RunPrefixCache"]):
 
 def _clear(folder: Path) -> None:
     remove_store(folder)
-    (folder / _META).unlink(missing_ok=True)
+    (folder / META).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a cache; what cannot be deleted is no reason to lose the end of a run."""
+    try:
+        _clear(folder)
+    except OSError as error:
+        warnings.warn(
+            f"the frozen-prefix cache in {folder} cannot be removed ({error.strerror}): delete it by hand",
+            PrefixCacheWarning,
+            stacklevel=3,
+        )
+        return
+    with suppress(OSError):  # Something else lies there, too.
+        folder.rmdir()
+
+
+def remove_left_cache(config: RunConfig, world: World, *, is_on: bool) -> None:
+    """Delete what earlier starts of a run, which is complete now, have left in its run folder.
+
+    Such starts had the cache there, and this one had it elsewhere, or none.
+
+    Args:
+        config: of this start.
+        world: this process's place.
+        is_on: whether this start had a cache: of its own one :meth:`RunPrefixCache.finish` has taken care.
+    """
+    folder, settings = RunFolder(config.output.folder).prefix_cache, config.training.prefix_cache
+    if not world.keeps_folder or not folder.is_dir():
+        return
+    is_own = settings is not None and cache_folder(config).resolve() == folder.resolve()
+    if is_own and (is_on or (settings is not None and settings.keep)):
+        return
+    try:
+        with RunLock(folder, "the frozen-prefix cache", "another run") as lock:
+            lock.take()
+            if read_meta(folder) is not None:
+                _remove(folder)
+                return
+            why = f"it has no {META}"
+    except (InputError, OSError) as error:
+        why = str(error)
+    warnings.warn(f"{folder} stays: {why}", PrefixCacheWarning, stacklevel=2)
 
 
 def _identity(prepared: Prepared, num_layers: int, data: str) -> dict[str, Any]:
@@ -147,7 +188,7 @@ def _identity(prepared: Prepared, num_layers: int, data: str) -> dict[str, Any]:
     model = prepared.config.model
     assert prepared.config.training.prefix_cache is not None
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "base_sha256": prepared.base.sha256,
         "data_sha256": data,
         "num_samples": len(prepared.train.samples),
@@ -166,15 +207,8 @@ def _take_folder(folder: Path, identity: dict[str, Any]) -> None:
     Raises:
         InputError: a file of somebody else is in the way.
     """
-    path = folder / _META
-    found: Any = None
-    if path.exists():
-        with suppress(InputError):
-            found = read_json(path)
-        if not isinstance(found, dict) or found.get("format") != _FORMAT:
-            raise InputError(
-                f"training.prefix_cache.folder is {folder}, where {_META} is of something else: name another folder"
-            )
+    found = read_meta(folder)
+    if found is not None:
         if found == json.loads(json.dumps(identity)):
             return
         what = ", ".join(key for key in identity if found.get(key) != identity[key])
@@ -183,8 +217,8 @@ def _take_folder(folder: Path, identity: dict[str, Any]) -> None:
             PrefixCacheWarning,
             stacklevel=2,
         )
-    _clear(folder)
-    atomic_write_json(path, identity)
+        _clear(folder)
+    atomic_write_json(folder / META, identity)
 
 
 def _why_off(prepared: Prepared, num_layers: int, lowest: str) -> str | None:
@@ -195,11 +229,17 @@ def _why_off(prepared: Prepared, num_layers: int, lowest: str) -> str | None:
             f"{lowest} is trained, in or before the lowest layer: set selection.min_depth, to 0.75 for the upper "
             "quarter of the layers"
         )
+    assert config.prefix_cache is not None
+    lengths, per_token = prepared.train.lengths, token_bytes(config.prefix_cache, prepared.model)
+    if not num_storable(lengths, per_token, config.prefix_cache.max_bytes):
+        return (
+            f"training.prefix_cache.max_gib is {config.prefix_cache.max_gib:g}, which has no room for the first "
+            f"sample of the data ({format_bytes(lengths[0] * per_token)}): raise it"
+        )
     epochs = config.epochs
     if epochs is None:
         assert config.steps is not None
         epochs = config.steps / math.ceil(num_samples / config.global_batch_size)
-    assert config.prefix_cache is not None
     if epochs <= 1 and not config.prefix_cache.keep:
         return (
             "the run has no second epoch to read it in: raise training.epochs, or set training.prefix_cache.keep for "
@@ -247,8 +287,8 @@ def open_prefix_cache(prepared: Prepared, model: Any, world: World) -> RunPrefix
                     f"training.prefix_cache.folder is {folder}, which cannot be written to ({error.strerror}): name "
                     "another folder"
                 ) from error
-    per_token = token_bytes(settings, prepared.model)
-    store = SampleStore(folder, world.rank, prepared.train.lengths, per_token, settings.max_bytes)
+    per_token, reserve = token_bytes(settings, prepared.model), reserve_bytes(config)
+    store = SampleStore(folder, world.rank, prepared.train.lengths, per_token, settings.max_bytes, reserve)
     cache = PrefixCache(
         PrefixLayers(model, num_layers),
         store,

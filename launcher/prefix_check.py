@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,19 @@ from launcher.run_folder import RunFolder, check_can_write_in
 from launcher.summary import format_bytes
 from models.families import is_known
 from sparse_zero.errors import InputError
+from sparse_zero.files import read_json
 from sparse_zero.layers.quantized import dtype_of
 from sparse_zero.prefix.config import PrefixCacheConfig
 from sparse_zero.prefix.encoding import bytes_per_token
 from sparse_zero.prefix.layers import layer_list, random_setting
-from sparse_zero.prefix.store import num_storable, stored_bytes
+from sparse_zero.prefix.store import num_storable, rank_files, stored_bytes
+
+# What says whose the files in a folder are: written before the first of them, and removed after the last.
+META, FORMAT = "meta.json", "sparse_zero prefix cache 1"
+# What the cache leaves of the disk that checkpoints, metrics and logs go to, too: a share, but no less than the one and
+# no more than the other, which is much on any disk. Of another disk: what keeps a system well that has its memory or
+# its temporary files there.
+_RESERVE_SHARE, _LEAST_RESERVE, _MOST_RESERVE, _OTHER_RESERVE = 0.05, 2**30, 100 * 2**30, 64 * 2**20
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -22,6 +31,43 @@ def cache_folder(config: RunConfig) -> Path:
     assert config.training.prefix_cache is not None
     named = config.training.prefix_cache.folder
     return RunFolder(config.output.folder).prefix_cache if named is None else Path(named).expanduser()
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What the cache in ``folder`` is of; None where there is none, and nothing that is in the way of one.
+
+    Raises:
+        InputError: there are files of somebody else.
+    """
+    given = f"training.prefix_cache.folder is {folder}"
+    path = folder / META
+    if path.exists():
+        found: Any = None
+        with suppress(InputError):
+            found = read_json(path)
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise InputError(f"{given}, where {META} is of something else: name another folder")
+        return found
+    names = rank_files(folder)
+    if names:
+        raise InputError(
+            f"{given}, which has no {META} but {names[0]}, so {len(names)} such file(s) are of something else: name "
+            "another folder"
+        )
+    return None
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
+
+
+def reserve_bytes(config: RunConfig) -> int:
+    """What the cache leaves free of the disk of its folder; see the top of this file."""
+    existing, of_run = _existing(cache_folder(config)), _existing(Path(config.output.folder))
+    if existing.stat().st_dev != of_run.stat().st_dev:
+        return _OTHER_RESERVE
+    share = int(shutil.disk_usage(existing).total * _RESERVE_SHARE)
+    return max(_LEAST_RESERVE, min(share, _MOST_RESERVE))
 
 
 def token_bytes(cache: PrefixCacheConfig, model: Any) -> int:
@@ -52,7 +98,8 @@ def check_prefix_cache(config: RunConfig, model: Any, lengths: Sequence[int]) ->
         lengths: tokens of each training sample.
 
     Raises:
-        InputError: the layers of the model are not known, or are random in training, or the disk is too small.
+        InputError: the layers of the model are not known, or are random in training, the folder is of something else,
+            or the disk is too small.
     """
     cache = config.training.prefix_cache
     if cache is None:
@@ -66,13 +113,15 @@ def check_prefix_cache(config: RunConfig, model: Any, lengths: Sequence[int]) ->
     check_not_random(model, 1)
     folder, per_token = cache_folder(config), token_bytes(cache, model)
     check_can_write_in(folder, f"training.prefix_cache.folder is {folder}")
+    read_meta(folder)
     needed = sum(lengths[: num_storable(lengths, per_token, cache.max_bytes)]) * per_token
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
+    existing, reserve = _existing(folder), reserve_bytes(config)
     # What lies there is the run's own, or is thrown away.
     free = shutil.disk_usage(existing).free + stored_bytes(folder)
-    if needed > free:
+    if needed + reserve > free:
         raise InputError(
-            f"training.prefix_cache needs {format_bytes(needed)} ({sum(lengths):,} tokens of {per_token:,} bytes), and "
-            f"{existing} has {format_bytes(free)}: bound it by training.prefix_cache.max_gib, name another "
-            "training.prefix_cache.folder, or set training.prefix_cache.dtype to float8"
+            f"training.prefix_cache needs {format_bytes(needed)} ({sum(lengths):,} tokens of {per_token:,} bytes) and "
+            f"leaves {format_bytes(reserve)} free, and {existing} has {format_bytes(free)}: bound it by "
+            "training.prefix_cache.max_gib, name another training.prefix_cache.folder, or set "
+            "training.prefix_cache.dtype to float8"
         )

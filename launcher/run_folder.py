@@ -16,7 +16,8 @@ from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text
 
 # Sections and settings in which a start may differ from the run that it continues: they change how it runs and what
-# is measured, not what is learned. (Stored state is converted to another ZeRO stage or placement.)
+# is measured, not what is learned. (Stored state is converted to another ZeRO stage or placement. A prefix_cache at
+# bfloat16 or float8 rounds what later epochs read: as much a choice of the start as the kernels are.)
 FREE_KEYS = (
     "checkpoint",
     "output",

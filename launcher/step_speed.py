@@ -8,6 +8,7 @@ import torch
 
 from launcher.device_peaks import Precision, peak_flops_per_second
 from sparse_zero.flops import FlopShape, flop_shape, step_flops
+from sparse_zero.layers.kernels import allows_tf32
 from sparse_zero.module_map import ModuleMap
 
 
@@ -20,7 +21,7 @@ def device_peak(device: torch.device, precision: Precision) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = peak_flops_per_second(name, precision, tf32=torch.get_float32_matmul_precision() != "highest")
+    found = peak_flops_per_second(name, precision, tf32=allows_tf32())
     if found is None:
         warnings.warn(
             f"the peak speed of {name} in {precision} is not known: metrics have flops_per_second, and no mfu",

@@ -92,6 +92,11 @@ class TrainingConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"training.{name} is {getattr(self, name)}: it must lie in [0, 1)")
+        if self.kernels == "liger" and self.loss_chunk is not None:
+            raise InputError(
+                f"training.loss_chunk is {self.loss_chunk} with training.kernels liger, whose loss chooses its own "
+                "chunks: leave loss_chunk out, or set kernels to torch"
+            )
         if self.micro_batch_size > self.global_batch_size:
             raise InputError(
                 f"training.micro_batch_size is {self.micro_batch_size}, more than training.global_batch_size "

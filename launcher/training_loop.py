@@ -17,7 +17,7 @@ from launcher.config import RunConfig
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.metrics import MetricsLog
-from launcher.prefix_caching import RunPrefixCache
+from launcher.prefix_caching import RunPrefixCache, remove_left_cache
 from launcher.progress import TrainingProgress, training_progress
 from launcher.reselecting import check_selection_now, describe_check
 from launcher.run_folder import RunFolder
@@ -330,8 +330,6 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                     f"{skipped_in_a_row} steps in a row up to step {step + 1} had a non-finite loss or gradient: "
                     "lower training.learning_rate, or check the data"
                 )
-            if cache is not None and (step + 1) % sampler.steps_per_epoch == 0:
-                cache.end_epoch()
             due, every = checkpoints.is_due(step + 1), config.training.validation_every
             if state.validation and (step + 1 == num_steps or (every and (step + 1) % every == 0)):
                 value, tokens = validation_loss(state)
@@ -343,10 +341,17 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             if due or result.stopped_by or step + 1 == num_steps:
                 extra = gather_json(result.to_json())[0]
                 with memory.saving(), pulse.phase("save"):
-                    if cache is not None:
-                        cache.sync()
                     checkpoints.save(state.engine, result.step, extra)
                 pulse.tick(checkpoint=result.step)
+            # After the checkpoint, and not at a stop, whose time may be short: the cache can be computed again.
+            # At a stop and behind the last step `finish` syncs, when the checkpoint is on the disk.
+            if cache is not None and not result.stopped_by and step + 1 < num_steps:
+                if (step + 1) % sampler.steps_per_epoch == 0:
+                    with pulse.phase("prefix cache"):
+                        cache.end_epoch()
+                elif due:
+                    with pulse.phase("prefix cache"):
+                        cache.sync()
             if result.stopped_by and step + 1 < num_steps:
                 checkpoints.wait()
                 if metrics is not None:
@@ -358,4 +363,6 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
     result.checkpoint_stall_seconds = checkpoints.stall_seconds
     if cache is not None:
         result.prefix_cache = cache.finish(is_complete=not result.stopped_by)
+    if not result.stopped_by:
+        remove_left_cache(config, world, is_on=cache is not None)
     return result

@@ -6,7 +6,8 @@ same batches, and train (nearly) as many parameters of the same modules. Ours is
 Trainer as it comes, with its collator that pads to the longest of a batch, and logits at all positions. Between them
 stand runs of ours without some of its parts. Less padding comes in one of two ways: samples packed into one row (best
 with kernels that know of samples; others compute the pairs of tokens that the mask hides, too), or a step cut into
-small micro-batches of like length, over which gradients are accumulated.
+small micro-batches, over which gradients are accumulated (ours: of like length). Trainer has a flag for small
+micro-batches, too: LoRA runs with them as well, and ours with them is compared with that.
 
 Every method is a process of its own, and they take turns: one step each in random order, while all others wait. A turn
 is all that a step needs, the data, the optimizer and the log too. Afterwards each model has seen the same samples, and
@@ -28,23 +29,31 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
-from scripts.training_in_turns import METHODS, PARTS, PREVIOUS, SMALL, Settings, child, read_samples
+from scripts.training_in_turns import LORA, METHODS, PARTS, PREVIOUS, SMALL, Settings, child, read_samples
+from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 
 TITLES = {
     "lora": "LoRA, Trainer",
+    "lora_small": "LoRA, {small}",
     "sparse": "sparse layers",
     "logits": "+ label logits",
     "packing": "+ packing",
-    "lengths": "or: by length",
+    "lengths": "or: {small}",
     "depth": "+ upper half",
 }
+
+
+def title_of(method: str, small_batch: int) -> str:
+    """The method in words; small micro-batches of more than one sample are sorted by length."""
+    return TITLES[method].format(small=f"micro-batches of {'one' if small_batch == 1 else small_batch}")
 
 
 def lora_parameters(settings: Settings, model: Any) -> int:
@@ -66,8 +75,8 @@ def operations(settings: Settings, model: Any, samples: Any, lowest: Mapping[str
     for method, layer in lowest.items():
         parts = PARTS.get(method, frozenset())
         places = [product for product in shape.products if product.layer is not None and product.layer >= layer]
-        of_method = shape.with_values({places[0].name: num_values}, is_delta=method not in PARTS)
-        size = settings.small_batch if "lengths" in parts else settings.micro_batch
+        of_method = shape.with_values({places[0].name: num_values}, is_delta=method in LORA)
+        size = settings.micro_batch_of(method)
         total = 0
         for start in range(0, len(order), settings.batch):
             step = [train[at] for at in order[start : start + settings.batch]]
@@ -90,12 +99,16 @@ def operations(settings: Settings, model: Any, samples: Any, lowest: Mapping[str
 
 
 def measure(methods: Sequence[str], settings: Settings, folder: str, num_values: int) -> dict[str, Any]:
-    """By method: what it said when it was ready, the seconds of its timed steps, and its loss at the end."""
+    """By method: what it said when it was ready, the seconds of its timed steps, and its loss at the end.
+
+    Raises:
+        RuntimeError: a method ended early; with the end of its log. The others are ended.
+    """
     context = multiprocessing.get_context("spawn")
     # Read when torch is loaded.
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     connections: dict[str, Connection] = {}
-    processes = []
+    processes: dict[str, SpawnProcess] = {}
     found: dict[str, Any] = {}
 
     def hear(method: str) -> Any:
@@ -111,7 +124,7 @@ def measure(methods: Sequence[str], settings: Settings, folder: str, num_values:
             process = context.Process(target=child, args=(method, settings, folder, num_values, other), daemon=True)
             process.start()
             other.close()
-            processes.append(process)
+            processes[method] = process
             # One after the other, so that none computes while another takes its turn.
             found[method] = {**hear(method), "seconds": []}
         shuffler = random.Random(settings.seed)
@@ -125,10 +138,14 @@ def measure(methods: Sequence[str], settings: Settings, folder: str, num_values:
                     found[method]["seconds"].append(seconds)
                 if number + 1 == settings.steps:
                     found[method]["loss"] = hear(method)
+                    # What it does at its end is no part of the others' turns.
+                    processes[method].join(60)
     finally:
-        for process in processes:
-            process.join(60 if len(found) == len(methods) else 0)
+        # Only those that are late, or whose comparison has failed, are still there.
+        for process in processes.values():
             process.kill()
+        for process in processes.values():
+            process.join()
     return found
 
 
@@ -138,12 +155,14 @@ def summarize(found: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, dict
     Args:
         found: as from :func:`measure`.
         tokens: useful ones of the timed steps.
+
+    ``speedup_over_previous`` is None where the method before was not run.
     """
     summary: dict[str, dict[str, Any]] = {}
     first = next(iter(found.values()))["seconds"]
     for method, row in found.items():
         seconds = row["seconds"]
-        before = found.get(PREVIOUS.get(method, ""), {"seconds": first})["seconds"]
+        before = found.get(PREVIOUS.get(method, ""))
         ratios = sorted(slow / own for slow, own in zip(first, seconds, strict=True))
         summary[method] = {
             "trained": row["trained"],
@@ -152,13 +171,15 @@ def summarize(found: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, dict
             "tokens_per_second": sum(tokens) / sum(seconds),
             "speedup": statistics.median(ratios),
             "speedup_range": (ratios[0], ratios[-1]),
-            "speedup_over_previous": statistics.median(slow / own for slow, own in zip(before, seconds, strict=True)),
+            "speedup_over_previous": None
+            if before is None
+            else statistics.median(slow / own for slow, own in zip(before["seconds"], seconds, strict=True)),
             "validation_loss": row["loss"],
         }
     return summary
 
 
-def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[float]) -> None:
+def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[float], small_batch: int) -> None:
     """The table that people read, in 110 columns."""
     from rich import box
     from rich.console import Console
@@ -172,15 +193,16 @@ def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[
     table.add_column("loss", justify="right")
     for (method, row), modelled in zip(summary.items(), predicted, strict=True):
         low, high = row["speedup_range"]
+        over_previous = row["speedup_over_previous"]
         table.add_row(
-            TITLES[method],
+            title_of(method, small_batch),
             f"{row['trained'] / 1e6:.2f}M",
             str(row["lowest_layer"]),
             f"{row['median_seconds']:.2f} s",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['speedup']:.2f}",
             f"{low:.2f}-{high:.2f}",
-            f"{row['speedup_over_previous']:.2f}",
+            "-" if over_previous is None else f"{over_previous:.2f}",
             f"{1 / modelled:.2f}",
             f"{row['validation_loss']:.4f}",
         )
@@ -216,6 +238,8 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print and write what the command line asks for."""
     settings = read_settings(options, Settings(), SMALL)
     methods = chosen_names(options.methods, METHODS, "--methods")
+    if methods[0] != "lora":
+        raise InputError(f"--methods begins with {methods[0]!r}: begin with lora, over which the ratios are")
     with tempfile.TemporaryDirectory(prefix="sparse_zero_end_to_end_") as folder:
         settings = make_inputs(settings, folder, options.small)
         from models.loading import ModelConfig
@@ -247,7 +271,7 @@ def run(options: argparse.Namespace) -> None:
         f"{len(order)} samples of {statistics.mean(lengths):.0f} tokens; padded batches are full to "
         f"{sum(lengths) / (settings.micro_batch * sum(longest)):.2f}"
     )
-    print_summary(summary, predicted)
+    print_summary(summary, predicted, settings.small_batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

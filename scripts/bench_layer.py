@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import sparse_zero as sz
 from scripts.benchmarking import check_clock, chosen_names, exit_code, machine, make_parser, read_settings, take_turns
 from scripts.benchmarks.methods import DELTA, OURS, PUBLISHED
-from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear
+from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear, Peer
 from scripts.benchmarks.ratios import Ratio, noise_line, paired
 from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
@@ -143,7 +143,8 @@ def prepare(method: str, in_features: int, out_features: int, settings: Settings
         for parameter in trained:
             parameter.grad = None
 
-    num_trained = part if method == "masked" else sum(parameter.numel() for parameter in trained)
+    peer = model["proj"]
+    num_trained = peer.num_trained if isinstance(peer, Peer) else sum(parameter.numel() for parameter in trained)
     return Layer(call, model, num_trained, flops)
 
 

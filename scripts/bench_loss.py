@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.chunked_loss import chunked_nll
 from scripts.benchmarking import exit_code, machine, make_parser, read_settings, take_turns
+from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 from sparse_zero.memory.simulation.recorder import MemoryRecorder
 
@@ -43,6 +44,22 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _numbers(self.vocabularies, "--vocabularies")
+        _numbers(self.chunks, "--chunks")
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    """The numbers in ``text``, joined by commas.
+
+    Raises:
+        InputError: one of them is no positive integer.
+    """
+    for number in text.split(","):
+        if not number.isdecimal() or int(number) == 0:
+            raise InputError(f"{flag} has {number!r}: give positive integers, joined by commas")
+    return [int(number) for number in text.split(",")]
 
 
 SMALL = Settings(hidden=16, vocabularies="64,96", positions=24, chunks="5,8", steps=2)
@@ -79,14 +96,14 @@ def recomputed(chunk: int) -> Loss:
 
 def losses(settings: Settings) -> dict[str, Loss]:
     """What is compared, by name."""
-    chunks = [int(text) for text in settings.chunks.split(",")]
+    chunks = _numbers(settings.chunks, "--chunks")
     found: dict[str, Loss] = {"at once": at_once}
     found |= {f"chunk {chunk}": in_chunks(chunk) for chunk in chunks}
     return found | {f"again {chunk}": recomputed(chunk) for chunk in chunks[-1:]}
 
 
 def measure(settings: Settings, vocabulary: int) -> list[dict[str, Any]]:
-    """A row of each loss: median seconds, the ratio of minima to all at once, and the peak of tensors beside inputs."""
+    """A row of each loss: its seconds, the ratio of minima to all at once, and the peak of tensors beside inputs."""
     torch.manual_seed(settings.seed)
     place: dict[str, Any] = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
     hidden = torch.randn(settings.positions, settings.hidden, **place).requires_grad_()
@@ -123,6 +140,7 @@ def measure(settings: Settings, vocabulary: int) -> list[dict[str, Any]]:
             "median_seconds": statistics.median(seconds[name]),
             "ratio_of_minima": min(seconds[name]) / least,
             "peak_bytes": peaks[name],
+            "step_seconds": seconds[name],
         }
         for name in steps
     ]
@@ -148,8 +166,8 @@ def run(options: argparse.Namespace) -> None:
     settings = read_settings(options, Settings(), SMALL)
     torch.set_num_threads(settings.threads)
     rows: list[dict[str, Any]] = []
-    for text in settings.vocabularies.split(","):
-        found = measure(settings, int(text))
+    for vocabulary in _numbers(settings.vocabularies, "--vocabularies"):
+        found = measure(settings, vocabulary)
         print_rows(found)
         rows += found
     if options.json is not None:

@@ -5,7 +5,8 @@ A random Llama without a dominating head, of which rows in the upper layers are 
 three turns, in random order: with all layers and no cache (plain), with all layers and its hidden states stored (the
 first epoch), and from the stored hidden states (a later epoch). The samples of a round are those of no other. What
 remains of a step by its operations (sparse_zero/flops.py: forward, gradients of inputs and values, head) is the
-prediction; the table shows what was measured over it.
+prediction, as a share of a plain step's; the table shows what was measured over it, as the median over the rounds of
+the ratio within a round.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 import sparse_zero as sz
 from models.loss import response_nll
 from scripts.benchmarking import exit_code, machine, make_parser, random_llama, read_settings, take_turns
+from scripts.benchmarks.ratios import paired
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 from sparse_zero.flops import flop_shape, step_flops
@@ -160,14 +162,20 @@ def predicted_share(settings: Settings) -> float:
 
 
 def summarize(seconds: Mapping[str, Sequence[float]], predicted: float) -> dict[str, float]:
-    """Medians, and ratios of medians and of minima; ``predicted`` is the share of the operations that remain."""
+    """Medians, ratios of medians, of minima and within rounds, and what is measured over what is predicted.
+
+    Args:
+        seconds: of every timed step, by way; one entry per round.
+        predicted: share of the operations of a plain step that remain.
+    """
     found: dict[str, float] = {f"{way}_seconds": statistics.median(own) for way, own in seconds.items()}
     found["predicted"] = predicted
     for way in ("plain", "first"):
         for name, of in (("median", statistics.median), ("min", min)):
             found[f"{name}_later_over_{way}"] = of(seconds["later"]) / of(seconds[way])
     found["first_over_plain"] = found["first_seconds"] / found["plain_seconds"]
-    found["measured_over_predicted"] = found["median_later_over_first"] / predicted
+    found["paired_later_over_plain"] = paired(seconds["later"], seconds["plain"]).median
+    found["measured_over_predicted"] = found["paired_later_over_plain"] / predicted
     return found
 
 

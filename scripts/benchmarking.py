@@ -117,7 +117,26 @@ def exit_code(work: Callable[[], None]) -> int:
 
 def machine() -> dict[str, str]:
     """What the numbers were made on, for their file."""
-    return {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    found = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cores": str(os.cpu_count()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_name() -> str:
+    """As Linux tells it; what Python knows elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _flag(name: str) -> str:

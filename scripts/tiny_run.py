@@ -271,7 +271,7 @@ def _tensors_of(path: Path) -> tuple[dict[str, Any], bytes]:
 def result_of(run: Path) -> dict[str, Any]:
     """What two runs must have in common: bytes of weights, and every number that does not measure time or memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "peak_memory_bytes", "seconds")
+    timed = ("tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes", "seconds")
     summary = json.loads((run / "summary.json").read_text())
     counts = {**summary["parameters"], "peak_memory_bytes": None}
     return {

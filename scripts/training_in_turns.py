@@ -1,8 +1,8 @@
 """How does each side of an end-to-end comparison train, one step whenever it is its turn?
 
 Each in a process of its own: ours is the real `sparse-zero train`, whose log of metrics waits after every step; the
-other is PEFT's LoRA under transformers' Trainer as it comes, with a callback that waits. Both see the same samples in
-the same batches.
+other is PEFT's LoRA under transformers' Trainer, with a callback that waits: as it comes, and with micro-batches as
+small as ours. All see the same samples in the same batches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from scripts.benchmarking import check_clock
 from sparse_zero.errors import InputError
 
 # What each method of ours has.
@@ -27,9 +31,23 @@ PARTS: Mapping[str, frozenset[str]] = {
     "lengths": frozenset({"logits", "lengths"}),
     "depth": frozenset({"logits", "lengths", "depth"}),
 }
+# LoRA under Trainer; with small micro-batches, as those of the method lengths, whose flag Trainer has too.
+LORA = ("lora", "lora_small")
 # The method that each is the next one after.
-PREVIOUS = {"sparse": "lora", "logits": "sparse", "packing": "logits", "lengths": "logits", "depth": "lengths"}
-METHODS = ("lora", *PARTS)
+PREVIOUS = {
+    "lora_small": "lora",
+    "sparse": "lora",
+    "logits": "sparse",
+    "packing": "logits",
+    "lengths": "lora_small",
+    "depth": "lengths",
+}
+METHODS = (*LORA, *PARTS)
+
+
+def device() -> str:
+    """Where every side trains: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +65,7 @@ class Settings:
     calibration_batches: int = 8  # of two samples
     batch: int = 8  # samples of a step
     micro_batch: int = 8  # samples of a forward pass
-    small_batch: int = 1  # the same where a step is cut by length
+    small_batch: int = 1  # the same of the methods lora_small, lengths and depth
     max_length: int = 512
     steps: int = 12  # of every method
     warmup: int = 2  # of them, not timed
@@ -56,19 +74,23 @@ class Settings:
     lora_learning_rate: float = 1e-3  # of LoRA, constant
     threads: int = 2
     # wall: the time of a turn. cpu: what the process has computed in it, without what others do on the machine; on a
-    # machine of one's own, and with one thread, the two are alike.
+    # machine of one's own the two are alike. For one thread, and without a GPU.
     clock: str = "wall"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
             raise InputError(f"--warmup {self.warmup} of --steps {self.steps} leaves nothing to time: raise --steps")
-        if self.clock not in ("wall", "cpu"):
-            raise InputError(f"--clock is {self.clock!r}: choose one of wall, cpu")
+        check_clock(self.clock, self.threads, device())
         for name in ("micro_batch", "small_batch"):
             if self.batch % getattr(self, name):
                 flag = name.replace("_", "-")
                 raise InputError(f"--batch {self.batch} is no multiple of --{flag} {getattr(self, name)}: make it one")
+
+    def micro_batch_of(self, method: str) -> int:
+        """Samples of a forward pass."""
+        is_small = method == "lora_small" or "lengths" in PARTS.get(method, frozenset())
+        return self.small_batch if is_small else self.micro_batch
 
 
 SMALL = Settings(rank=4, block_size=8, batch=4, micro_batch=2, steps=3, warmup=1, validation=4, threads=1)
@@ -86,7 +108,9 @@ class Turns:
         self._wait()
 
     def step(self) -> None:
-        """A step is over."""
+        """A step is over, the GPU's part of it too."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.done += 1
         self.connection.send(time.process_time() - self._began)
         if self.done < self.num_steps:
@@ -122,7 +146,7 @@ def run_config(settings: Settings, folder: str, method: str, num_values: int) ->
         "training": {
             "steps": settings.steps,
             "global_batch_size": settings.batch,
-            "micro_batch_size": settings.small_batch if "lengths" in parts else settings.micro_batch,
+            "micro_batch_size": settings.micro_batch_of(method),
             "learning_rate": settings.learning_rate,
             "schedule": "constant",
             "warmup_fraction": 0.0,
@@ -147,11 +171,16 @@ def data_section(settings: Settings, batching: str = "pad") -> dict[str, Any]:
     }
 
 
-def _replace(module: Any, name: str, value: Any) -> None:
+def replace_in(module: Any, name: str, value: Any) -> None:
     """Let a module use something else under a name that it has imported."""
     if name not in vars(module):
         raise RuntimeError(f"{module.__name__} has no {name} any more: this benchmark must be mended")
     vars(module)[name] = value
+
+
+def all_positions(labels_BL: Tensor) -> Tensor:
+    """[L - 1] int64: every position that has a next one, in the place of `models.loss.label_positions`."""
+    return torch.arange(labels_BL.shape[1] - 1, device=labels_BL.device)
 
 
 def train_ours(method: str, settings: Settings, folder: str, num_values: int, turns: Turns) -> float:
@@ -162,7 +191,6 @@ def train_ours(method: str, settings: Settings, folder: str, num_values: int, tu
     import launcher.training_loop as loop
     from launcher.config import load_config
     from launcher.metrics import MetricsLog
-    from models.loss import nll_at
     from sparse_zero import Selection
 
     run = run_config(settings, folder, method, num_values)
@@ -183,22 +211,16 @@ def train_ours(method: str, settings: Settings, folder: str, num_values: int, tu
             elif row["kind"] == "validation":
                 losses.append(float(row["loss"]))  # type: ignore[arg-type]
 
-    _replace(worker, "MetricsLog", LogThatWaits)
+    replace_in(worker, "MetricsLog", LogThatWaits)
     if "logits" not in PARTS[method]:
-        import torch
-
-        def nll_of_all(model: Any, batch: Mapping[str, Any]) -> Any:
-            return nll_at(model, batch, torch.arange(batch["labels"].shape[1] - 1))
-
-        _replace(loop, "response_nll", nll_of_all)
+        replace_in(loop, "label_positions", all_positions)
     if worker.run(load_config(path, [])) != 0:
         raise RuntimeError(f"{method} failed")
     return losses[-1]
 
 
-def train_lora(settings: Settings, folder: str, samples: Any, turns: Turns) -> float:
+def train_lora(method: str, settings: Settings, folder: str, samples: Any, turns: Turns) -> float:
     """PEFT's LoRA under Trainer on the same batches; its validation loss."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -227,11 +249,12 @@ def train_lora(settings: Settings, folder: str, samples: Any, turns: Turns) -> f
         def on_step_end(self, *_: Any, **__: Any) -> None:
             turns.step()
 
+    size = settings.micro_batch_of(method)
     arguments = TrainingArguments(
-        f"{folder}/lora",
+        f"{folder}/{method}",
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch // settings.micro_batch,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=settings.batch // size,
         learning_rate=settings.lora_learning_rate,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
@@ -239,7 +262,7 @@ def train_lora(settings: Settings, folder: str, samples: Any, turns: Turns) -> f
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device() == "cpu",
         disable_tqdm=True,
         seed=settings.seed,
     )
@@ -274,13 +297,11 @@ def read_samples(settings: Settings) -> tuple[Any, Any, Any, list[int]]:
 
 def child(method: str, settings: Settings, folder: str, num_values: int, connection: Connection) -> None:
     """What the process of a method does."""
-    import torch
-
     torch.set_num_threads(settings.threads)
     sys.stdout = sys.stderr = open(Path(folder) / f"{method}.log", "w")  # noqa: SIM115
     turns = Turns(connection, settings.steps)
     if method in PARTS:
         loss = train_ours(method, settings, folder, num_values, turns)
     else:
-        loss = train_lora(settings, folder, read_samples(settings), turns)
+        loss = train_lora(method, settings, folder, read_samples(settings), turns)
     connection.send(loss)

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparse_zero.backward_steps import StepInBackward, step_in_backward
     from sparse_zero.checkpoint.adapter import save_adapter
     from sparse_zero.checkpoint.adapter_set import load_adapter, set_adapter
     from sparse_zero.checkpoint.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from sparse_zero.selection.scores import ScoreRule, resolve_score
     from sparse_zero.selection.select import SelectionWarning, choose_regions, score_regions, select
     from sparse_zero.selection.selection import Selection
-    from sparse_zero.step_in_backward import StepInBackward, step_in_backward
     from sparse_zero.zero.config import ZeroConfig
     from sparse_zero.zero.engine import attach, initialize
     from sparse_zero.zero.optimizers import KindOptimizerConfig, OptimizerConfig, PerKindConfig, build_optimizer
@@ -108,6 +108,7 @@ __all__ = [
 # Where the public names live. They are imported when they are asked for: torch takes seconds, which errors and settings
 # (sparse_zero.errors, sparse_zero.selection.config) do not need.
 _HOMES = {
+    "backward_steps": ("StepInBackward", "step_in_backward"),
     "checkpoint.adapter": ("save_adapter",),
     "checkpoint.adapter_set": ("load_adapter", "set_adapter"),
     "checkpoint.checkpoint": ("load_checkpoint", "read_checkpoint", "save_checkpoint"),
@@ -137,7 +138,6 @@ _HOMES = {
     "selection.scores": ("ScoreRule", "resolve_score"),
     "selection.select": ("SelectionWarning", "choose_regions", "score_regions", "select"),
     "selection.selection": ("Selection",),
-    "step_in_backward": ("StepInBackward", "step_in_backward"),
     "zero.config": ("ZeroConfig",),
     "zero.engine": ("attach", "initialize"),
     "zero.optimizers": ("KindOptimizerConfig", "OptimizerConfig", "PerKindConfig", "build_optimizer"),

@@ -17,12 +17,19 @@ that is no work of the model. Norms, activations, softmax, sums, the optimizer a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_zero.layers.carriers import carriers, parameter_name, split_weight_name
-from sparse_zero.module_map import Matrix, ModuleMap, default_module_map, layer_index, parameter_shape
+from sparse_zero.module_map import (
+    Matrix,
+    ModuleMap,
+    default_module_map,
+    layer_index,
+    parameter_shape,
+    role_from_name,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,7 +156,7 @@ def flop_shape(model: nn.Module, module_map: ModuleMap | None = None) -> FlopSha
         products.append(replace(_product(matrix, found, place, trained, None), role="head", layer=None))
     return FlopShape(
         products=tuple(products),
-        lowest_trained=_lowest(products, trained, found),
+        lowest_trained=lowest_place(trained, products, found),
         windows=_windows(config, found.num_layers),
         is_delta=is_delta,
     )
@@ -198,28 +205,43 @@ def _numel(parameter: nn.Parameter) -> int:
     return number
 
 
-def _lowest(products: Sequence[Product], trained: Mapping[str, int], found: ModuleMap) -> int | None:
-    """Place of the earliest trained parameter."""
+def lowest_place(parameters: Iterable[str], products: Sequence[Product], module_map: ModuleMap) -> int | None:
+    """Place of the earliest of some parameters, as ``lowest_trained`` of a shape has it; None of none.
+
+    Args:
+        parameters: by their fully qualified names, of whatever is trained.
+        products: of the model, in its order.
+        module_map: of the model.
+    """
     of_name: dict[str, int] = {}
     of_module: dict[str, int] = {}
-    of_layer: dict[int | None, int] = {}
-    for product in products:
-        of_name[product.name] = product.place
-        of_module.setdefault(product.name.rpartition(".")[0], product.place)
-        of_layer.setdefault(product.layer, product.place)
+    # None: what follows the layers.
+    of_layer: dict[int | None, int] = {None: products[-1].place + 2 if products else 0}
+    for product in reversed(products):
+        of_name[product.name] = of_module[product.name.rpartition(".")[0]] = product.place
+        if product.layer is not None or product.role == "head":
+            of_layer[product.layer] = product.place
     embeddings = {
-        matrix.parameter for matrix in found.matrices for name in matrix.names() if found.role_of[name] == "embedding"
+        matrix.parameter
+        for matrix in module_map.matrices
+        for name in matrix.names()
+        if module_map.role_of[name] == "embedding"
     }
-    places = []
-    for name in trained:
-        module = name.rpartition(".")[0]
+
+    def place(name: str) -> int:
+        module, layer = name.rpartition(".")[0], layer_index(name)
         if name in embeddings:
-            places.append(-1)
-        elif name in of_name or module in of_module:
-            places.append(of_name.get(name, of_module.get(module, 0)))
-        else:  # A norm: of a layer it counts as its first one, outside of them as the last one.
-            places.append(of_layer.get(layer_index(name), of_layer.get(None, 0)) - 1)
-    return min(places, default=None)
+            return -1
+        if name in of_name:
+            return of_name[name]
+        if module in of_module:  # A bias, which is added to the product.
+            return of_module[module]
+        if layer is None and role_from_name(module) == "embedding":  # A norm of it, say.
+            return -1
+        # A norm: of a layer it counts as before its first product, outside of them as before the head.
+        return of_layer.get(layer, of_layer[None]) - 1
+
+    return min(map(place, parameters), default=None)
 
 
 def _windows(config: Any, num_layers: int) -> dict[int, int]:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,7 +184,10 @@ def test_public_names_are_imported_when_asked_for() -> None:
         set(sparse_zero.__all__) - {"__version__"}
     )
     for name in sparse_zero.__all__:
-        assert getattr(sparse_zero, name) is not None
+        assert not isinstance(getattr(sparse_zero, name), types.ModuleType)
+        # Importing a module of that name would put it in the name's place.
+        assert not (ROOT / "sparse_zero" / name).exists()
+        assert not (ROOT / "sparse_zero" / f"{name}.py").exists()
     assert set(sparse_zero.__all__) <= set(dir(sparse_zero))
     with pytest.raises(AttributeError, match="no attribute 'selekt'"):
         _ = sparse_zero.selekt  # type: ignore[attr-defined]

@@ -32,6 +32,12 @@ class Shapes:
 
     def forecast(self, job: MemoryJob, selection: Selection | None) -> Forecast:
         """Of a job; see :func:`~sparse_zero.memory.closed_form.forecast.forecast_memory`."""
+        from models.chunked_loss import PLAIN_HEADS
+
+        if self.shape.model_type not in PLAIN_HEADS:
+            # As a run does it, with a warning.
+            calibration = job.calibration and dataclasses.replace(job.calibration, loss_chunk=None)
+            job = dataclasses.replace(job, loss_chunk=None, calibration=calibration)
         return forecast_memory(self.shape, job, selection, module_map=self.module_map)
 
 

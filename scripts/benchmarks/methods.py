@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import sparse_zero as sz
 from scripts.benchmarking import check_clock, random_llama
-from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear
+from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear, Peer
 from sparse_zero.errors import InputError
 from sparse_zero.optional import require
 from sparse_zero.zero.config import Placement
@@ -80,6 +80,11 @@ class Settings:
                     f"--rows {rows} of {self.hidden} entries must be a multiple of 4 and make an even "
                     f"number of blocks of {self.block_size}: choose another --rows or --block-size"
                 )
+        if self.hidden % self.rows:
+            raise InputError(
+                f"--rows {self.rows} is no divisor of --hidden {self.hidden}, so that no diagonal of equal blocks has "
+                "as many entries: choose another of them"
+            )
         if self.own(self.small_blocks) > (self.hidden // self.block_size) ** 2:
             raise InputError(
                 f"--small-blocks {self.own(self.small_blocks)} of side {self.block_size} do not fit into "
@@ -159,7 +164,9 @@ def ready(model: Any, *, write_back: bool, decay: bool = True, num_trained: int 
         num_trained: parameters; default: all that require a gradient.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01 if decay else 0.0) if trained else None
+    # As runs have it (sparse_zero.zero.optimizers), for every method.
+    settings: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01 if decay else 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(trained, **settings) if trained else None
 
     def learn(tokens: Tensor) -> Tensor:
         loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -227,14 +234,15 @@ def _with_published(method: str, model: Any, settings: Settings) -> int:
     model.requires_grad_(False)
     found = [(name, module) for name, module in model.named_modules() if name.endswith(MODULES)]
     generator = torch.Generator().manual_seed(settings.seed)
-    for name, linear in found:
-        model.set_submodule(name, published(method, linear, settings.rows, settings.block_size, generator))
-    return len(found) * settings.rows * settings.hidden
+    peers = [published(method, linear, settings.rows, settings.block_size, generator) for _, linear in found]
+    for (name, _), peer in zip(found, peers, strict=True):
+        model.set_submodule(name, peer)
+    return sum(peer.num_trained for peer in peers)
 
 
 def published(
     method: str, linear: nn.Linear, num_rows: int, block_size: int, generator: torch.Generator | None = None
-) -> nn.Module:
+) -> Peer:
     """One of the published ways in the place of a square ``linear``, training as many entries as ``num_rows`` rows."""
     if method == "concat":
         return ConcatenatedRows(linear, num_rows)

@@ -29,6 +29,11 @@ class Peer(nn.Module):
         """The entries of ``dense`` [O, I] that the values stand for, in their shape."""
         raise NotImplementedError
 
+    @property
+    def num_trained(self) -> int:
+        """Entries of the weight that are trained."""
+        return self.values.numel()
+
 
 class _LinearOfBlocks(torch.autograd.Function):
     """``x @ W.T``; backward forms one product for every block, one after the other."""
@@ -123,6 +128,10 @@ class MaskedLinear(Peer):
 
     def pick(self, dense: Tensor) -> Tensor:
         return dense * self.mask
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.mask.count_nonzero())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""

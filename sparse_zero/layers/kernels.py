@@ -17,7 +17,8 @@ KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 # What the kernels take; they add up in fp32, which would be too few bits for fp64.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_chosen: Kernels = "auto"
+# They have not run on a GPU yet.
+_chosen: Kernels = "plain"
 
 
 class KernelWarning(UserWarning):
@@ -28,10 +29,10 @@ def set_kernels(kernels: Kernels) -> None:
     """Choose the kernels for the products with selected blocks, in this process, from the next forward on.
 
     Args:
-        kernels: "plain" for torch's products; "triton" for kernels that read strips of the operands where they lie,
-            and add up in fp32; "auto", as it is from the start, for Triton's on CUDA, where Triton is installed, with
-            a :class:`KernelWarning` where it is not. fp64, other devices, and what torch.compile traces, are always
-            computed plainly.
+        kernels: "plain", as it is from the start, for torch's products; "triton" for kernels that read strips of the
+            operands where they lie, and add up in fp32; "auto" for Triton's on CUDA, where Triton is installed, with
+            a :class:`KernelWarning` where it is not, or is older than 3.4. fp64, other devices, and what torch.compile
+            traces, are always computed plainly.
 
     Raises:
         InputError: there are no such kernels, or Triton is not installed.
@@ -41,7 +42,8 @@ def set_kernels(kernels: Kernels) -> None:
         raise InputError(f"kernels is {kernels!r}: choose one of {', '.join(KERNELS)}")
     if kernels == "triton" and not _is_installed():
         raise InputError(
-            "kernels is 'triton', which is not installed: pip install 'triton>=3.4', or choose 'auto' or 'plain'"
+            "kernels is 'triton', of which 3.4 or newer is not installed (it comes with torch for CUDA from 2.8 on): "
+            "choose 'auto' or 'plain'"
         )
     _chosen = kernels
 
@@ -67,6 +69,15 @@ def _interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def allows_tf32() -> bool:
+    """Whether torch may multiply fp32 as TF32 on CUDA: by the older settings or, where torch has them, the newer ones.
+
+    To read the older ones after the newer were set is an error.
+    """
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 @functools.cache
 def _warn(message: str) -> None:
     warnings.warn(message, KernelWarning, stacklevel=3)
@@ -83,6 +94,6 @@ def runs_triton(x: Tensor) -> bool:
     if not x.is_cuda:
         return _chosen == "triton" and _interprets()
     if not _is_installed():
-        _warn("Triton is not installed: selected blocks are multiplied by torch; pip install 'triton>=3.4'")
+        _warn("Triton 3.4 or newer is not installed (torch brings it from 2.8 on): torch multiplies selected blocks")
         return False
     return True

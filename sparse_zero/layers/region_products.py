@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_zero.layers.kernels import runs_triton
 
 # Most blocks of one weight that are multiplied one by one.
-MOST_VIEWS = 64
+MOST_VIEWS = 32
 
 
 class Cell(NamedTuple):

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_zero.layers.kernels import allows_tf32
+
 if TYPE_CHECKING:
     from sparse_zero.layers.region_products import BlockPlan
 
@@ -141,7 +143,7 @@ def _how() -> dict[str, Any]:
     """How tiles are multiplied."""
     return {
         # fp32, as torch's own products are allowed to.
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if allows_tf32() else "ieee",
         # The interpreter multiplies tiles in bf16 as if their bits were whole numbers.
         "WIDENS": triton.knobs.runtime.interpret,
         # As Triton does of itself until 3.9, which warns where it is not said.

@@ -49,7 +49,8 @@ def device_overhead(shape: DecoderShape, job: MemoryJob) -> DeviceOverhead:
         job: what trains it.
     """
     widest = max([linear.out_features for linear in shape.linears], default=shape.hidden_size)
-    logits = min(job.logit_rows, job.loss_chunk or job.logit_rows)
+    chunk = None if job.method == "full" else job.loss_chunk
+    logits = min(job.logit_rows, chunk or job.logit_rows)
     largest = [4 * logits * shape.vocab_size, job.tokens * widest * job.element_bytes]
     if job.method == "full" and job.stage:
         largest.append(job.element_bytes * min(shape.num_parameters, int(5e8)))

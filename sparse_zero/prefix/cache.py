@@ -100,8 +100,8 @@ class PrefixCache:
             return
         # One copy to the host for all.
         rows = encode(torch.cat([states[number] for number in wanted]), self._stored).cpu()
-        for number, own in zip(wanted, rows.split([len(states[number]) for number in wanted]), strict=True):
-            self._counts[2] += self.store.write(indices[number], own)
+        own = rows.split([len(states[number]) for number in wanted])
+        self._counts[2] += self.store.write(dict(zip((indices[number] for number in wanted), own, strict=True)))
 
     def take_counts(self) -> list[int]:
         """Samples of this rank since the last call: [left out, computed, stored]."""

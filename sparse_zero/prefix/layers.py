@@ -117,8 +117,8 @@ class PrefixLayers:
             self._is_known = True
 
         def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if found:  # Gradient checkpointing comes by again.
-                return
+            # Gradient checkpointing comes by again in backward only, which is behind the block.
+            assert not found, "a layer has run twice in one forward pass"
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.requires_grad:
                 raise InputError(

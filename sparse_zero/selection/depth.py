@@ -12,7 +12,7 @@ import torch
 
 from sparse_zero.collectives import of_rank_zero
 from sparse_zero.errors import InputError
-from sparse_zero.flops import FlopShape, step_flops
+from sparse_zero.flops import FlopShape, lowest_place, step_flops
 from sparse_zero.layers.carriers import split_weight_name
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.budget import Choice
@@ -39,23 +39,11 @@ def depth_of_weights(weights: Iterable[str], shape: FlopShape, module_map: Modul
         module_map: of the model.
     """
     matrices = module_map.by_parameter()
-    products = {product.name: product for product in shape.products}
-    first_place: dict[int | None, int] = {}
-    for product in shape.products:
-        first_place.setdefault(product.layer, product.place)
-    last_place = shape.products[-1].place if shape.products else 0
-    lowest_layer, lowest_place = module_map.num_layers, last_place
-    for weight in weights:
-        parameter, _ = split_weight_name(weight)
-        names = matrices[parameter].names() if parameter in matrices else [parameter]
-        layer = depth_of(names, module_map)
-        if layer < 0:
-            place = -1
-        elif parameter in products:
-            place = products[parameter].place
-        else:  # A norm, say, before what reads it.
-            place = first_place.get(layer, last_place) - 1
-        lowest_layer, lowest_place = min(lowest_layer, layer), min(lowest_place, place)
+    parameters = {split_weight_name(weight)[0] for weight in weights}
+    names = {name: matrices[name].names() if name in matrices else [name] for name in parameters}
+    lowest_layer = min(depth_of(each, module_map) for each in names.values())
+    lowest = lowest_place(parameters, shape.products, module_map)
+    assert lowest is not None
 
     def operations(place: int) -> int:
         # Of one token: attention, whose share grows with the length, is a like part of all layers.
@@ -63,7 +51,7 @@ def depth_of_weights(weights: Iterable[str], shape: FlopShape, module_map: Modul
         return step_flops(reaching, sample_lengths=(1,), num_head_positions=1).total
 
     # Without a product (embeddings alone, say) there is nothing to save.
-    share = operations(lowest_place) / operations(-1) if shape.products else 1.0
+    share = operations(lowest) / operations(-1) if shape.products else 1.0
     return Depth(lowest_layer=lowest_layer, step_operations=share)
 
 

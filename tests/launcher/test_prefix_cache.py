@@ -219,10 +219,20 @@ def test_a_cache_of_something_else_is_thrown_away_by_name(base, kept, tmp_path):
             "set selection.min_depth, to 0.75 for the upper",
         ),
         ({"training__steps": PER_EPOCH}, "the run has no second epoch"),
+        (
+            {"cache": {"max_gib": 1e-7}},
+            "training.prefix_cache.max_gib is 1e-07, which has no room for the first sample",
+        ),
     ],
 )
 def test_a_cache_of_no_use_stays_off_with_a_warning(changes, says, base, tmp_path):
-    said = start(write_run(base, tmp_path / "off", cache={}, **changes), tmp_path / "off")
+    config = write_run(base, tmp_path / "off", **{"cache": {}, **changes})
+    # Of an earlier start, say, which had one.
+    left = tmp_path / "off" / "run" / "prefix_cache"
+    left.mkdir(parents=True)
+    (left / "meta.json").write_text(json.dumps({"format": "sparse_zero prefix cache 1"}))
+    (left / "rank-00002.bin").write_bytes(b"states")
+    said = start(config, tmp_path / "off")
     assert "warning: training.prefix_cache is off: " in said
     assert says in said
     assert "cached_samples" not in rows(tmp_path / "off")[0]

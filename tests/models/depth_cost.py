@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_zero as sz
 from models.collate import collate
@@ -13,6 +12,7 @@ from models.data import IGNORED, TokenizedSample
 from models.loading import checkpoint_activations
 from models.loss import response_nll
 from sparse_zero.zero.config import Placement
+from tests.flop_counting import flop_counter
 from tests.models.tiny import tiny_llama
 
 NUM_LAYERS = 5
@@ -51,7 +51,7 @@ def make_batch(batching: Literal["pad", "pack"]) -> dict[str, Tensor]:
 def backward_flops(model: Any, batch: dict[str, Tensor], backward: Callable[[Tensor], object]) -> int:
     """Floating-point operations of the matrix products from the loss down, what is recomputed among them."""
     loss = response_nll(model, batch)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         backward(loss)
     return int(counter.get_total_flops())
 

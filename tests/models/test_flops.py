@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_zero as sz
 from models.families import KNOWN_FAMILIES, module_map
@@ -16,6 +15,7 @@ from models.loss import nll_at
 from sparse_zero.flops import FlopShape, flop_shape, step_flops
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.zero.config import Placement
+from tests.flop_counting import flop_counter
 from tests.models.tiny_families import EXPERTS, FAMILIES, TinyFamily
 
 LENGTH, ROWS = 32, 2
@@ -34,7 +34,7 @@ def tiny(kind: str, **changes: Any) -> Any:
 def counted(model: Any, *, positions: int | None = None, backward: bool = True) -> int:
     """What torch counts in a step over rows without padding; logits at so many positions of each row, or all."""
     ids = torch.randint(3, 48, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         if positions is None:
             loss = model(input_ids=ids).logits.sum()
         else:

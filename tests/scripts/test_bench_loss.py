@@ -25,10 +25,18 @@ def test_every_loss_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rows = json.loads(out.read_text())["losses"]
     assert [row["loss"] for row in rows] == ["at once", "chunk 5", "chunk 8", "again 8"] * 2
     assert [row["vocabulary"] for row in rows] == [64] * 4 + [96] * 4
+    assert all(len(row["step_seconds"]) == bench.SMALL.steps for row in rows)
     peaks = [row["peak_bytes"] for row in rows[:3]]
     assert peaks[1] < peaks[2] < peaks[0]
     printed = capsys.readouterr().out
     assert all(row["loss"] in printed for row in rows)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--chunks", "x"), ("--vocabularies", "32,-1"), ("--chunks", "0")])
+def test_bad_input_is_one_line(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--small", flag, value]) == 2
+    wrong = value.rpartition(",")[2]
+    assert capsys.readouterr().err == f"error: {flag} has {wrong!r}: give positive integers, joined by commas\n"
 
 
 def test_all_of_them_are_one_loss() -> None:

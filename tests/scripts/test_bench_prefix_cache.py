@@ -48,4 +48,6 @@ def test_ratios() -> None:
     assert found["min_later_over_first"] == 0.25
     assert found["median_later_over_plain"] == 0.6
     assert found["first_over_plain"] == 1.2
-    assert found["measured_over_predicted"] == 1.25
+    # Of the same round, 1/4, 3/5 and 4/9, as predicted for a step of which nothing is left out.
+    assert found["paired_later_over_plain"] == pytest.approx(4 / 9)
+    assert found["measured_over_predicted"] == pytest.approx(4 / 9 / 0.4)

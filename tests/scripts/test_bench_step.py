@@ -161,6 +161,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
     with pytest.raises(InputError, match="--rows 6 of 64 entries"):
         methods.Settings(hidden=64, rows=6)
+    with pytest.raises(InputError, match="--rows 12 is no divisor of --hidden 64"):
+        methods.Settings(hidden=64, rows=12, block_size=8, layers=2)
     with pytest.raises(InputError, match=r"--depth-from 1.0 must be a share"):
         methods.Settings(depth_from=1.0)
     with pytest.raises(InputError, match=r"--depth-from 0.6 leaves 3 of 8 layers"):

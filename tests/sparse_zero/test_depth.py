@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_zero as sz
 from sparse_zero.errors import InputError
@@ -14,7 +13,9 @@ from sparse_zero.module_map import default_module_map
 from sparse_zero.selection.depth import depth_of_weights
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.select import choose_regions, score_regions
+from tests.flop_counting import flop_counter
 from tests.models.tiny import tiny_llama
+from tests.models.tiny_families import FAMILIES
 from tests.sparse_zero.helpers import TinyModel, tiny_loss
 
 LAYERS = 6
@@ -191,7 +192,7 @@ def test_the_modelled_operations_are_those_that_are_counted(lowest):
     whole.embed_tokens.weight.requires_grad_(True)
     counts = []
     for each in (model, whole):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             tiny_loss(each, torch.arange(18).reshape(2, 9)).backward()
         counts.append(counter.get_total_flops())
     module_map = default_module_map(make_model())
@@ -216,6 +217,32 @@ def test_a_norm_in_the_lowest_layer_and_an_embedding_count():
     assert depth("model.embed_tokens.weight", queries) == (-1, 1.0)
     assert depth("model.norm.weight")[0] == depth("lm_head.weight")[0] == 4
     assert depth("lm_head.weight")[1] < depth("model.norm.weight")[1] < depth(queries)[1]
+
+
+def test_a_bias_reaches_as_far_as_its_matrix():
+    model = FAMILIES["llama"].make(attention_bias=True, mlp_bias=True)
+    shape, module_map = flop_shape(model), default_module_map(model)
+    depths = []
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        model.requires_grad_(False)
+        bias = f"model.layers.1.{name}.bias"
+        model.get_parameter(bias).requires_grad_(True)
+        (place,) = (each.place for each in shape.products if each.name == f"model.layers.1.{name}.weight")
+        assert flop_shape(model, module_map).lowest_trained == place
+        depths.append(depth_of_weights([bias], shape, module_map))
+        assert depths[-1] == depth_of_weights([f"model.layers.1.{name}.weight"], shape, module_map)
+    assert [each.lowest_layer for each in depths] == [1, 1, 1]
+    assert depths[0].step_operations > depths[1].step_operations > depths[2].step_operations
+
+
+def test_a_norm_of_the_embeddings_reaches_through_all_layers():
+    model = FAMILIES["bloom"].make()
+    shape, module_map = flop_shape(model), default_module_map(model)
+    model.requires_grad_(False)
+    model.transformer.word_embeddings_layernorm.bias.requires_grad_(True)
+    assert flop_shape(model, module_map).lowest_trained == -1
+    found = depth_of_weights(["transformer.word_embeddings_layernorm.bias"], shape, module_map)
+    assert (found.lowest_layer, found.step_operations) == (-1, 1.0)
 
 
 @pytest.mark.parametrize(

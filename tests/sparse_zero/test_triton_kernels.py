@@ -82,6 +82,14 @@ def test_on_the_host_and_in_fp64_nothing_is_left_to_triton(name, monkeypatch):
 ON_GPU: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True)
 
 
+@pytest.mark.parametrize("newer", [False, True], ids=["older settings", "newer settings"])
+def test_tf32_is_read_by_whichever_setting_it_was_allowed(newer, tmp_path):
+    """In a process of its own: the one setting cannot be read after the other was made."""
+    how = "torch.backends.cuda.matmul." + ("fp32_precision = 'tf32'" if newer else "allow_tf32 = True")
+    code = f"import torch\nfrom sparse_zero.layers.kernels import allows_tf32\nassert not allows_tf32()\n{how}\nassert allows_tf32()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
 @pytest.mark.parametrize(("name", "expected"), [("auto", True), ("triton", True), ("plain", False)])
 def test_on_a_gpu_triton_is_used_where_it_is_installed(name, expected, monkeypatch):
     monkeypatch.setattr(kernels, "_is_installed", lambda: True)
@@ -98,7 +106,7 @@ def test_tensors_without_data_are_left_to_torch(monkeypatch):
 
 def test_without_triton_a_gpu_says_once_that_torch_computes(monkeypatch):
     monkeypatch.setattr(kernels, "_is_installed", lambda: False)
-    with pytest.warns(sz.KernelWarning, match="Triton is not installed"):
+    with pytest.warns(sz.KernelWarning, match=r"Triton 3\.4 or newer is not installed"):
         assert not runs_triton(ON_GPU)
     assert not runs_triton(ON_GPU)
     sz.set_kernels("plain")
@@ -109,6 +117,6 @@ def test_kernels_that_cannot_be_are_refused(monkeypatch):
     with pytest.raises(sz.InputError, match="kernels is 'cuda': choose one of auto, plain, triton"):
         sz.set_kernels("cuda")  # type: ignore[arg-type]
     monkeypatch.setattr(kernels, "_is_installed", lambda: False)
-    with pytest.raises(sz.InputError, match=r"kernels is 'triton', which is not installed: .*'auto' or 'plain'"):
+    with pytest.raises(sz.InputError, match=r"kernels is 'triton', of which 3\.4 or newer is not .*'auto' or 'plain'"):
         sz.set_kernels("triton")
     assert kernels.get_kernels() == "auto"
