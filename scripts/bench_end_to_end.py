@@ -52,8 +52,8 @@ TITLES = {
 
 
 def title_of(method: str, small_batch: int) -> str:
-    """The method in words; small micro-batches of more than one sample are sorted by length."""
-    return TITLES[method].format(small=f"micro-batches of {'one' if small_batch == 1 else small_batch}")
+    """The method in two lines, for the table; small micro-batches of more than one are sorted by length."""
+    return TITLES[method].format(small=f"micro-\nbatches of {'one' if small_batch == 1 else small_batch}")
 
 
 def lora_parameters(settings: Settings, model: Any) -> int:
