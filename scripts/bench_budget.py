@@ -32,6 +32,7 @@ import sparse_zero as sz
 from scripts.bench_step import batch_of
 from scripts.benchmarking import (
     CLOCKS,
+    LlamaSettings,
     check_clock,
     chosen_names,
     exit_code,
@@ -40,7 +41,7 @@ from scripts.benchmarking import (
     read_settings,
     take_turns,
 )
-from scripts.benchmarks.methods import FLOORS, MODULES, Prepared, build_models, ready
+from scripts.benchmarks.methods import FLOORS, MODULES, Prepared, build_models, prepare_floor, ready
 from scripts.benchmarks.plots import draw_budget, save_png
 from scripts.benchmarks.ratios import Ratio, noise_line, paired
 from scripts.benchmarks.tables import Table
@@ -53,26 +54,16 @@ TARGET = 0.05  # how far measured and predicted may be apart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(LlamaSettings):
     """The model, the batch, the budgets, and how often they are measured."""
 
-    hidden: int = 1024
     layers: int = 4
-    heads: int = 16
-    intermediate: int = 2816
-    vocab: int = 8192
-    batch: int = 2  # samples in a step
-    length: int = 256  # tokens in a sample
     budgets: str = "0.001,0.01,0.05,0.2"  # shares of all parameters, joined by commas
     block_size: int = 64
     steps: int = 15  # timed steps per point
     warmup: int = 2  # steps before, not counted
     max_seconds: float = 0.0  # no further round is begun after so many; 0: no limit
-    threads: int = 2
     clock: str = "wall"  # cpu: what the process worked; steadier beside other processes, for one thread
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_clock(self.clock, self.threads, self.device)
@@ -150,13 +141,6 @@ def points_of(kinds: Sequence[str], settings: Settings) -> list[Point]:
     ]
 
 
-def floor_model(model: Any) -> Prepared:
-    """Forward, and the gradients of the activations down to the embeddings."""
-    model.requires_grad_(False)
-    model.enable_input_require_grads()
-    return ready(model, write_back=False)
-
-
 def flops_of(learn: Callable[[Tensor], Tensor], tokens: Tensor) -> int:
     """What torch counts in one forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -179,7 +163,7 @@ def measure(
     own: dict[str, tuple[str, ...]] = dict.fromkeys(FLOORS, ())
     own |= {p.name: tuple(f"*.{m}.*" for m in p.modules) for p in points}
     models = build_models(own, settings)
-    prepared = {name: floor_model(models.pop(name)) for name in FLOORS}
+    prepared = {name: prepare_floor(models.pop(name)) for name in FLOORS}
     prepared |= {point.name: point.prepare(models.pop(point.name), settings) for point in points}
     updates: dict[str, list[float]] = {name: [] for name in prepared}
 

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 import sparse_zero as sz
-from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, random_llama, read_settings, take_turns
+from scripts.benchmarking import (
+    LlamaSettings,
+    chosen_names,
+    exit_code,
+    machine,
+    make_parser,
+    random_llama,
+    read_settings,
+    take_turns,
+)
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 from sparse_zero.selection.calibration import calibrate
@@ -48,25 +57,15 @@ METHODS: Mapping[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """One comparison: the model, the micro-batches, and how often it is measured."""
+class Settings(LlamaSettings):
+    """One comparison: the model, the micro-batches (of ``batch`` samples), and how often it is measured."""
 
-    hidden: int = 1024
     layers: int = 4
-    heads: int = 16
-    intermediate: int = 2816
-    vocab: int = 8192
-    batch: int = 2  # samples in a micro-batch
-    length: int = 256  # tokens in a sample
     micro_batches: int = 4  # of a round; what is timed is a round
     block_size: int = 64
     accumulate: str = "per_step"  # of the rules that read the whole gradient: sum or per_step
     rounds: int = 10  # timed rounds per method
     warmup: int = 2  # rounds before, not counted
-    threads: int = 2
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size > self.hidden:

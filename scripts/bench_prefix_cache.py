@@ -28,7 +28,7 @@ from torch import Tensor
 
 import sparse_zero as sz
 from models.loss import response_nll
-from scripts.benchmarking import exit_code, machine, make_parser, random_llama, read_settings, take_turns
+from scripts.benchmarking import LlamaSettings, exit_code, machine, make_parser, random_llama, read_settings, take_turns
 from scripts.benchmarks.ratios import paired
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
@@ -42,7 +42,7 @@ WAYS = ("plain", "first", "later")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(LlamaSettings):
     """The model, the batch, what is trained, and how often it is measured."""
 
     hidden: int = 512
@@ -50,17 +50,13 @@ class Settings:
     heads: int = 8
     intermediate: int = 1408
     vocab: int = 2048
-    batch: int = 4  # samples in a step
-    length: int = 128  # tokens in a sample
+    batch: int = 4
+    length: int = 128
     min_layer: int = 9  # the lowest trained layer
     rows: int = 16  # rows trained of every q, k and v from there on
     stored: str = "compute"  # compute, bfloat16 or float8
     steps: int = 20  # timed rounds
     warmup: int = 3  # rounds before, not counted
-    threads: int = 2
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.min_layer < self.layers:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +29,29 @@ Settings = TypeVar("Settings")
 Input = TypeVar("Input")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LlamaSettings:
+    """The random Llama of a benchmark, and its batches; each benchmark adds what it asks, and has its own sizes."""
+
+    hidden: int = 1024
+    layers: int = 8
+    heads: int = 16
+    intermediate: int = 2816
+    vocab: int = 8192
+    batch: int = 2  # samples in a step
+    length: int = 256  # tokens in a sample
+    threads: int = 2
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+
 def random_llama(settings: Any) -> Any:
     """A random Llama in training mode.
 
     Args:
-        settings: has hidden, layers, heads, intermediate, vocab, length, device, dtype and seed.
+        settings: :class:`LlamaSettings`, or what else has hidden, layers, heads, intermediate, vocab, length, device,
+            dtype and seed.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_zero as sz
-from scripts.benchmarking import check_clock, random_llama
+from scripts.benchmarking import LlamaSettings, check_clock, random_llama
 from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear, Peer
 from sparse_zero.errors import InputError
 from sparse_zero.optional import require
@@ -40,16 +40,9 @@ MODULES = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(LlamaSettings):
     """One comparison: the model, the batch, how much is trained, and how often it is measured."""
 
-    hidden: int = 1024
-    layers: int = 8
-    heads: int = 16
-    intermediate: int = 2816
-    vocab: int = 8192
-    batch: int = 2  # samples in a step
-    length: int = 256  # tokens in a sample
     rows: int = 64  # rows trained per matrix; the other methods train as many parameters
     block_size: int = 64
     small_blocks: int = 32  # blocks of that size per matrix, for the method small_blocks, whatever they add up to
@@ -58,11 +51,7 @@ class Settings:
     warmup: int = 3  # steps before, not counted
     max_seconds: float = 0.0  # no further round is begun after so many; 0: no limit
     memory_steps: int = 3  # steps in the process that measures memory
-    threads: int = 2
     clock: str = "wall"  # cpu: what the process worked; steadier beside other processes, for one thread
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_clock(self.clock, self.threads, self.device)
@@ -141,9 +130,8 @@ def prepare(method: str, model: Any, settings: Settings) -> Prepared:
     """Make ``model``, which is changed, ready for a method."""
     num_trained: int | None = None
     if method in FLOORS:
-        model.requires_grad_(False)
-        model.enable_input_require_grads()
-    elif method in PEFT:
+        return prepare_floor(model)
+    if method in PEFT:
         model = _with_peft(method, model, settings)
     elif method in PUBLISHED:
         num_trained = _with_published(method, model, settings)
@@ -152,6 +140,13 @@ def prepare(method: str, model: Any, settings: Settings) -> Prepared:
         config = sz.SelectionConfig(regions=regions(method.removesuffix("_delta"), settings), seed=settings.seed)
         sz.sparsify(model, sz.select(model, None, config), placement=placement)
     return ready(model, write_back=method in (*OURS, *DELTA), decay=method != "masked", num_trained=num_trained)
+
+
+def prepare_floor(model: Any) -> Prepared:
+    """Forward, and the gradients of the activations down to the embeddings."""
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    return ready(model, write_back=False)
 
 
 def ready(model: Any, *, write_back: bool, decay: bool = True, num_trained: int | None = None) -> Prepared:

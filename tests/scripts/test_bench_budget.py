@@ -10,7 +10,7 @@ import torch
 
 from scripts import bench_budget as bench
 from scripts.bench_step import batch_of
-from scripts.benchmarks.methods import MODULES, build_models
+from scripts.benchmarks.methods import MODULES, build_models, prepare_floor
 from sparse_zero.errors import InputError
 
 
@@ -44,7 +44,7 @@ def test_the_prediction_counts_the_products_that_are_made() -> None:
     points = bench.points_of(tuple(bench.KINDS), settings)
     models = build_models({"floor": (), **{p.name: ("*",) for p in points}}, settings)
     tokens = batch_of(settings, 0)
-    floor = bench.flops_of(bench.floor_model(models["floor"]).learn, tokens)
+    floor = bench.flops_of(prepare_floor(models["floor"]).learn, tokens)
     for point in points:
         ready = point.prepare(models[point.name], settings)
         counted = bench.flops_of(ready.learn, tokens) / floor
