@@ -55,6 +55,7 @@ from sparse_zero.checkpoint.folders import MANIFEST, file_sha256
 from sparse_zero.checkpoint.identity import BaseIdentity
 from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
+from sparse_zero.layers.kernels import check_kernels_here, set_kernels
 from sparse_zero.layers.sparsify import check_fits, sparsify
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.optional import require
@@ -145,6 +146,7 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
     check_can_train_here(config)
     if config.training.kernels == "liger":
         check_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_kernels_here(config.training.region_kernels)
     wanted = DTYPE_OF_PRECISION[config.training.precision]
     if config.model.dtype != wanted:
         raise InputError(
@@ -342,6 +344,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         model.to(world.device)
     if config.training.kernels == "liger":
         use_kernels(model)
+    set_kernels(config.training.region_kernels)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
     return Prepared(

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "training.gradient_checkpointing",
     "training.loss_chunk",
     "training.kernels",
+    "training.region_kernels",
     "training.max_nonfinite_steps",
     "training.validation_every",
     "training.prefix_cache",

@@ -62,6 +62,9 @@ class TrainingConfig:
     # liger: Triton kernels of the package of that name (extra "liger") for norms, MLP, rotary positions and the loss of
     # a frozen head; on GPUs only. torch: none.
     kernels: Literal["torch", "liger"] = "torch"
+    # What multiplies selected blocks. triton: our Triton kernels, on CUDA; auto: these where Triton is installed, else
+    # torch, with a warning. plain: torch, for the kernels have not been timed on a GPU.
+    region_kernels: Literal["plain", "auto", "triton"] = "plain"
     # Computation dtype of the engine. fp32 is the choice on CPUs; bf16 on GPUs.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     # Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops. fp16 skips some

@@ -38,14 +38,32 @@ def set_kernels(kernels: Kernels) -> None:
         InputError: there are no such kernels, or Triton is not installed.
     """
     global _chosen
+    _check(kernels, "kernels")
+    _chosen = kernels
+
+
+def check_kernels_here(kernels: Kernels) -> None:
+    """Refuse, before anything is loaded, a run's kernels that could not run on this machine.
+
+    Args:
+        kernels: training.region_kernels.
+
+    Raises:
+        InputError: Triton is not installed, or there is no GPU for it.
+    """
+    _check(kernels, "training.region_kernels")
+    if kernels == "triton" and not torch.cuda.is_available() and not _interprets():
+        raise InputError("training.region_kernels is 'triton', which needs a GPU, and there is none: set it to plain")
+
+
+def _check(kernels: Kernels, field: str) -> None:
     if kernels not in KERNELS:
-        raise InputError(f"kernels is {kernels!r}: choose one of {', '.join(KERNELS)}")
+        raise InputError(f"{field} is {kernels!r}: choose one of {', '.join(KERNELS)}")
     if kernels == "triton" and not _is_installed():
         raise InputError(
-            "kernels is 'triton', of which 3.4 or newer is not installed (it comes with torch for CUDA from 2.8 on): "
+            f"{field} is 'triton', of which 3.4 or newer is not installed (it comes with torch for CUDA from 2.8 on): "
             "choose 'auto' or 'plain'"
         )
-    _chosen = kernels
 
 
 def get_kernels() -> Kernels:

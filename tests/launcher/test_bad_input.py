@@ -138,6 +138,8 @@ CONFIG_CASES = [
     Case(name="learning rate not a number", overrides=["--training.learning_rate=.nan"], says=["training.learning_rate is nan"]),
     Case(name="chunk of no positions", overrides=["--training.loss_chunk=0"], says=["training.loss_chunk is 0", "at least 1"]),
     Case(name="kernels for GPUs", overrides=["--training.kernels=liger"], says=["training.kernels is 'liger'", "GPU", "use torch"]),
+    Case(name="Triton's kernels without a GPU", overrides=["--training.region_kernels=triton"], says=["training.region_kernels is 'triton'", "set it to plain"]),
+    Case(name="region kernels that nobody knows", overrides=["--training.region_kernels=fast"], says=["training.region_kernels is 'fast'", "plain, auto, triton"]),
     Case(name="two ways to cut the loss", overrides=["--training.kernels=liger", "--training.loss_chunk=8"], says=["training.loss_chunk is 8", "liger", "leave loss_chunk out"]),
     Case(name="kernels that nobody knows", overrides=["--training.kernels=triton"], says=["training.kernels is 'triton'", "torch, liger"]),
     Case(name="micro batch above global batch", overrides=["--training.micro_batch_size=99"], says=["training.micro_batch_size is 99", "16"]),

@@ -143,6 +143,7 @@ FREE = [
     "training.gradient_checkpointing=true",
     "training.loss_chunk=64",
     "training.kernels=liger",
+    "training.region_kernels=auto",
     "training.max_nonfinite_steps=3",
     "training.validation_every=2",
     "training.prefix_cache={max_gib: 2}",
