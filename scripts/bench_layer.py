@@ -6,7 +6,8 @@ that trains a part trains a sixteenth of the entries. The floor is the frozen li
 the input. `products` are the floor's two products alone, outside of autograd: their GFLOP/s are the roofline, and a
 method's share of it is its own products' GFLOP/s over that.
 
-All methods take turns in random order, as in bench_step.py. Ours include what puts the values into the weight.
+All methods take turns in random order, as in bench_step.py. Ours include what puts the values into the weight; what
+that takes alone is the column `write-back`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,7 @@ class Layer:
     module: nn.Module
     num_trained: int
     flops: int  # of its products
+    write_back: Callable[[], None] | None = None  # puts the values into the weight; None: nothing does
 
 
 def prepare(method: str, in_features: int, out_features: int, settings: Settings) -> Layer:
@@ -103,7 +106,7 @@ def prepare(method: str, in_features: int, out_features: int, settings: Settings
     flops = 2 * product + 2 * settings.tokens * part
     # A container, for what replaces a linear by its name.
     model: Any = nn.ModuleDict({"proj": linear.requires_grad_(False)})
-    num_rows, write_back = out_features // PARTS, False
+    num_rows, write_back = out_features // PARTS, None
     if method == "products":
         weight = linear.weight.detach()
         return Layer(lambda x, dy: _products(x.detach(), dy, weight), linear, 0, 2 * product)
@@ -130,14 +133,14 @@ def prepare(method: str, in_features: int, out_features: int, settings: Settings
         regions = _regions(method.removesuffix("_delta"), in_features, out_features)
         selection = sz.select(model, None, sz.SelectionConfig(regions=regions, seed=settings.seed))
         sz.sparsify(model, selection, placement=placement)
-        write_back = True
+        write_back = partial(sz.write_back, model)
         if placement == "delta":
             flops += 2 * 2 * settings.tokens * part
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def call(x: Tensor, dy: Tensor) -> None:
-        if write_back:
-            sz.write_back(model)
+        if write_back is not None:
+            write_back()
         model["proj"](x).backward(dy)
         x.grad = None
         for parameter in trained:
@@ -145,7 +148,7 @@ def prepare(method: str, in_features: int, out_features: int, settings: Settings
 
     peer = model["proj"]
     num_trained = peer.num_trained if isinstance(peer, Peer) else sum(parameter.numel() for parameter in trained)
-    return Layer(call, model, num_trained, flops)
+    return Layer(call, model, num_trained, flops, write_back)
 
 
 def _products(x: Tensor, dy: Tensor, weight: Tensor) -> None:
@@ -210,26 +213,34 @@ def measure(methods: Sequence[str], in_features: int, out_features: int, setting
     slowest = max(_seconds_of(layer.call, x, dy, settings.turn_seconds) for layer in layers.values())
     repeats = max(1, round(settings.turn_seconds / slowest))
 
-    def turn(call: Callable[[Tensor, Tensor], None]) -> Callable[[int], None]:
-        def repeat(number: int) -> None:
-            for _ in range(repeats):
-                call(x, dy)
+    def turns(calls: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
+        def turn(call: Callable[[], None]) -> Callable[[int], None]:
+            def repeat(number: int) -> None:
+                for _ in range(repeats):
+                    call()
 
-        return repeat
+            return repeat
 
-    seconds = take_turns(
-        {method: turn(layer.call) for method, layer in layers.items()},
-        lambda number: number,
-        warmup=settings.warmup,
-        rounds=settings.rounds,
-        seed=settings.seed,
-        device=settings.device,
-        on_round=lambda number: None,
-        max_seconds=settings.max_seconds,
-        clock=settings.clock,
-    )
-    own = {method: [each / repeats for each in turns] for method, turns in seconds.items()}
-    return {"repeats": repeats, "seconds": own, "methods": summarize(own, layers)}
+        seconds = take_turns(
+            {method: turn(call) for method, call in calls.items()},
+            lambda number: number,
+            warmup=settings.warmup,
+            rounds=settings.rounds,
+            seed=settings.seed,
+            device=settings.device,
+            on_round=lambda number: None,
+            max_seconds=settings.max_seconds,
+            clock=settings.clock,
+        )
+        return {method: [each / repeats for each in own] for method, own in seconds.items()}
+
+    own = turns({method: partial(layer.call, x, dy) for method, layer in layers.items()})
+    writes = {method: layer.write_back for method, layer in layers.items() if layer.write_back is not None}
+    written = turns(writes) if writes else {}
+    found = summarize(own, layers)
+    for method, seconds in written.items():
+        found[method]["write_back_seconds"] = statistics.median(seconds)
+    return {"repeats": repeats, "seconds": own, "write_back_seconds": written, "methods": found}
 
 
 def _seconds_of(call: Callable[[Tensor, Tensor], None], x: Tensor, dy: Tensor, enough: float) -> float:
@@ -272,9 +283,11 @@ def tables_of(result: Mapping[str, Any]) -> list[Table]:
             share = f"{row['roofline_share']:.0%}" if "roofline_share" in row else "-"
             trained = f"{row['trained_parameters']:,}"
             time_ms = f"{row['median_seconds'] * 1e3:,.3f} ms"
-            rows.append([method, trained, time_ms, over, f"{row['gflops_per_second']:,.1f}", share])
+            written = f"{row['write_back_seconds'] * 1e3:,.3f} ms" if "write_back_seconds" in row else "-"
+            rows.append([method, trained, time_ms, over, f"{row['gflops_per_second']:,.1f}", share, written])
         heading = f"One linear {size}, forward and backward, {result['settings']['tokens']} tokens"
-        tables.append(Table(heading, ("method", "trained", "time", "time / floor", "GFLOP/s", "of roofline"), rows))
+        columns = ("method", "trained", "time", "time / floor", "GFLOP/s", "of roofline", "write-back")
+        tables.append(Table(heading, columns, rows))
     return tables
 
 

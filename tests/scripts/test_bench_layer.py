@@ -36,6 +36,7 @@ def test_every_method_is_timed_at_every_size(tmp_path: Path, capsys: pytest.Capt
         assert all(len(seconds) == bench.SMALL.rounds for seconds in found["seconds"].values())
         assert rows["floor"]["over_floor"]["median"] == 1.0
         assert rows["products"]["roofline_share"] == pytest.approx(1.0)
+        assert [method for method in rows if "write_back_seconds" in rows[method]] == [*OURS, *DELTA]
     printed = capsys.readouterr().out
     assert all(method in printed for method in METHODS)
     assert "only 3 rounds" in printed
