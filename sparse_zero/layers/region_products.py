@@ -1,14 +1,16 @@
 """How are the products with the selected blocks of a weight formed: one by one on views, or many at once on copies?
 
     views      one product per block, on strips of the operands where they lie: no copies; for few blocks
-    gathered   strips copied side by side, one batched product: for many blocks, where one by one would cost more to
-               start than to compute; and under torch.compile, whose graph would get a node for each block
+    strips     one product per block, on strips that were each copied once; for many blocks, on CPUs, where a product is
+               quicker on contiguous operands by more than the copies cost
+    gathered   strips copied for each block, one batched product: for many blocks on other devices, where one by one
+               would cost more to start than to compute; and under torch.compile, whose graph would get a node for each
     triton     one kernel for all blocks that reads strips where they lie, see :mod:`.triton_kernels`
 
 Which one is a matter of the plan and of the device, never of the data: nothing here waits for a GPU.
 
 Legend: T = tokens, O = out features, I = in features, F = either, N = blocks, U = distinct column strips of the blocks,
-H, W = height and width of a block, S = either.
+G = strips of all of a matrix, H, W = height and width of a block, S = either.
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from sparse_zero.layers.kernels import runs_triton
 
-# Most blocks of one weight that are multiplied one by one.
+# Most blocks of one weight that are multiplied on views.
 MOST_VIEWS = 32
 
 
@@ -39,15 +41,21 @@ class BlockPlan(NamedTuple):
     columns: Tensor  # [N] grid column of each block
     strips: Tensor  # [U] distinct grid columns
     strip_of_block: Tensor  # [N] which of the strips each block reads
-    # [N], or empty where they are too many for views.
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...]  # [N]
     # Whether a block is cut off at the last row, and at the last column, of the weight.
     is_cut: tuple[bool, bool]
 
     @property
     def on_views(self) -> bool:
-        """Whether the products are formed one by one."""
-        return bool(self.cells) and not torch.compiler.is_compiling()
+        """Whether the products are formed one by one, without copies."""
+        return len(self.cells) <= MOST_VIEWS and not torch.compiler.is_compiling()
+
+    def on_strips(self, x: Tensor) -> bool:
+        """Whether operands like ``x`` are copied strip by strip, for products that are formed one by one.
+
+        Simulations are of GPUs.
+        """
+        return x.device.type == "cpu" and not (self.on_views or _is_simulated(x) or torch.compiler.is_compiling())
 
 
 def _is_simulated(x: Tensor) -> bool:
@@ -85,12 +93,13 @@ def block_gradients(dy_TO: Tensor, x_TI: Tensor | None, x_strips_UTW: Tensor | N
         from sparse_zero.layers import triton_kernels
 
         return triton_kernels.block_gradients(dy_TO, x_TI, x_strips_UTW, plan)
-    if plan.on_views:
+    on_strips = plan.on_strips(dy_TO)
+    if plan.on_views or on_strips:
         gradients = dy_TO.new_empty(len(plan.cells), plan.height, plan.width)
         if _is_simulated(gradients):
             return gradients
-        dy_strips = dy_TO.split(plan.height, dim=1)
-        x_strips = _strips_of(x_TI, plan.width) if x_strips_UTW is None else x_strips_UTW.unbind()
+        dy_strips = _strips_of(dy_TO, plan.height, copied=on_strips)
+        x_strips = _strips_of(x_TI, plan.width, copied=on_strips) if x_strips_UTW is None else x_strips_UTW.unbind()
         for gradient, cell in zip(gradients.unbind(), plan.cells, strict=True):
             dy_TH = dy_strips[cell.row]
             x_TW = x_strips[cell.column if x_strips_UTW is None else cell.strip]
@@ -105,10 +114,16 @@ def block_gradients(dy_TO: Tensor, x_TI: Tensor | None, x_strips_UTW: Tensor | N
     return torch.bmm(dy_NTH.transpose(1, 2), x_NTW)
 
 
-def _strips_of(x_TF: Tensor | None, size: int) -> tuple[Tensor, ...]:
-    """Views; the last may be narrower."""
+def _strips_of(x_TF: Tensor | None, size: int, *, copied: bool) -> tuple[Tensor, ...]:
+    """[T, S] each, the last may be narrower: views, or contiguous copies of as many bytes as ``x_TF``."""
     assert x_TF is not None
-    return x_TF.split(size, dim=1)
+    strips = x_TF.split(size, dim=1)
+    if not copied:
+        return strips
+    num_tokens, features = x_TF.shape
+    whole = features // size
+    copies_GTS = x_TF[:, : whole * size].reshape(num_tokens, whole, size).transpose(0, 1).contiguous()
+    return (*copies_GTS.unbind(), *strips[whole:])
 
 
 def add_block_outputs(y_TO: Tensor, x_TI: Tensor, blocks_NHW: Tensor, plan: BlockPlan) -> None:
@@ -121,8 +136,8 @@ def add_block_outputs(y_TO: Tensor, x_TI: Tensor, blocks_NHW: Tensor, plan: Bloc
         )
     elif _is_simulated(y_TO) and plan.on_views:
         pass
-    elif plan.on_views:
-        y_strips, x_strips = y_TO.split(plan.height, dim=1), x_TI.split(plan.width, dim=1)
+    elif plan.on_views or plan.on_strips(y_TO):
+        y_strips, x_strips = y_TO.split(plan.height, dim=1), _strips_of(x_TI, plan.width, copied=plan.on_strips(y_TO))
         for block, cell in zip(blocks_NHW.unbind(), plan.cells, strict=True):
             y_TH, x_TW = y_strips[cell.row], x_strips[cell.column]
             y_TH.addmm_(x_TW, block[: y_TH.shape[1], : x_TW.shape[1]].T)
@@ -139,8 +154,9 @@ def add_block_input_gradients(dx_TI: Tensor, dy_TO: Tensor, blocks_NHW: Tensor, 
         triton_kernels.add_block_products(dx_TI, dy_TO, blocks_NHW, target_strips=plan.columns, source_strips=plan.rows)
     elif _is_simulated(dx_TI) and plan.on_views:
         pass
-    elif plan.on_views:
-        dx_strips, dy_strips = dx_TI.split(plan.width, dim=1), dy_TO.split(plan.height, dim=1)
+    elif plan.on_views or plan.on_strips(dx_TI):
+        copied = plan.on_strips(dx_TI)
+        dx_strips, dy_strips = dx_TI.split(plan.width, dim=1), _strips_of(dy_TO, plan.height, copied=copied)
         for block, cell in zip(blocks_NHW.unbind(), plan.cells, strict=True):
             dx_TW, dy_TH = dx_strips[cell.column], dy_strips[cell.row]
             dx_TW.addmm_(dy_TH, block[: dy_TH.shape[1], : dx_TW.shape[1]])

@@ -8,7 +8,7 @@ from sparse_zero.layers.entries import Places, add_wide, gather_at, scatter_at, 
 from sparse_zero.layers.functional import PLAIN, Plan, sparse_linear
 from sparse_zero.layers.quantized import Quantization, dense_form
 from sparse_zero.layers.quantized_linear import QuantizedLinear
-from sparse_zero.layers.region_products import MOST_VIEWS, BlockPlan, Cell
+from sparse_zero.layers.region_products import BlockPlan, Cell
 from sparse_zero.layers.retired import RetiredEntries, RetiredProduct, retired_product
 from sparse_zero.layers.values_module import ValuesModule
 from sparse_zero.module_map import VALUES_PREFIX
@@ -104,7 +104,7 @@ class SparseLinear(ValuesModule):
         register("rows", selection.rows if "row" in present else None)
         register("columns", selection.columns if "column" in present else None)
         places = torch.cat([selection.blocks, strip_of_block.unsqueeze(1)], 1).tolist()
-        self._cells = tuple(Cell(*place) for place in places) if len(places) <= MOST_VIEWS else ()
+        self._cells = tuple(Cell(*place) for place in places)
         # Of the last strips only, whether anything is chosen there: known here, so that no forward need ask.
         ends = [(selection.blocks[:, side] + 1) * selection.block_shape[side] for side in (0, 1)]
         self._is_cut = (bool((ends[0] > self.out_features).any()), bool((ends[1] > self.in_features).any()))
@@ -118,7 +118,9 @@ class SparseLinear(ValuesModule):
         blocks = None
         if self.block_rows is not None:
             places = (self.block_rows, self.block_columns, self.strips, self.strip_of_block)
-            blocks = BlockPlan(*self.selection.block_shape, *places, self._cells, self._is_cut)
+            # What is traced reads none of them, and would be guarded by each.
+            cells = () if torch.compiler.is_compiling() else self._cells
+            blocks = BlockPlan(*self.selection.block_shape, *places, cells, self._is_cut)
         return Plan(
             blocks=blocks,
             rows=self.rows,

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_zero.layers import sparse_linear
+from sparse_zero.layers import region_products
 from sparse_zero.layers.entries import gather_entries, scatter_entries
-from sparse_zero.layers.region_products import MOST_VIEWS
+from sparse_zero.layers.region_products import MOST_VIEWS, BlockPlan
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.selection.regions import WeightSelection, grid_shape
 from tests.sparse_zero.helpers import owner_matrix, plain_entries
@@ -52,12 +52,12 @@ def dense_weight_gradient(
     leading=st.sampled_from([(), (1,), (3,), (2, 3), (1, 2, 3)]),
     placement=st.sampled_from(["inplace", "delta"]),
     keep_input=st.booleans(),
-    most_views=st.sampled_from([0, MOST_VIEWS]),
+    way=st.sampled_from(["views", "strips", "gathered"]),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=250, deadline=None)
 def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
-    selection, dtype, bias, leading, placement, keep_input, most_views, seed
+    selection, dtype, bias, leading, placement, keep_input, way, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,10 +71,7 @@ def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
     original = linear.weight.detach().clone()
     x, upstream = randn(*leading, in_features), randn(*leading, out_features)
     delta = torch.zeros_like(original)
-    with pytest.MonkeyPatch.context() as patch:
-        # Blocks one by one, or all at once, however many they are.
-        patch.setattr(sparse_linear, "MOST_VIEWS", most_views)
-        layer = SparseLinear(linear, selection, placement, keep_input=keep_input)
+    layer = SparseLinear(linear, selection, placement, keep_input=keep_input)
     if placement == "delta":
         for kind, values in layer.values().items():
             fresh = randn(values.numel())
@@ -86,8 +83,13 @@ def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
     )
 
     inputs = x.clone().requires_grad_(True)
-    y = layer(inputs)
-    (y * upstream).sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        # However many blocks there are.
+        patch.setattr(region_products, "MOST_VIEWS", MOST_VIEWS if way == "views" else 0)
+        if way == "gathered":
+            patch.setattr(BlockPlan, "on_strips", lambda plan, x: False)
+        y = layer(inputs)
+        (y * upstream).sum().backward()
 
     tolerance = {"atol": TOLERANCES[dtype] * max(1, in_features) ** 0.5 * 4, "rtol": TOLERANCES[dtype]}
     torch.testing.assert_close(y, nn.functional.linear(x, original + delta, linear.bias), **tolerance)
