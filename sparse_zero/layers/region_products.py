@@ -3,8 +3,9 @@
     views      one product per block, on strips of the operands where they lie: no copies; for few blocks
     strips     one product per block, on strips that were each copied once; for many blocks, on CPUs, where a product is
                quicker on contiguous operands by more than the copies cost
-    gathered   strips copied for each block, one batched product: for many blocks on other devices, where one by one
-               would cost more to start than to compute; and under torch.compile, whose graph would get a node for each
+    gathered   strips copied for each block, one batched product: where products one by one would cost more to start
+               than to compute, for many blocks on other devices and tiny ones on CPUs; and under torch.compile, whose
+               graph would get a node for each
     triton     one kernel for all blocks that reads strips where they lie, see :mod:`.triton_kernels`
 
 Which one is a matter of the plan and of the device, never of the data: nothing here waits for a GPU.
@@ -13,7 +14,7 @@ Legend: T = tokens, O = out features, I = in features, F = either, N = blocks, U
 G = strips of all of a matrix, H, W = height and width of a block, S = either.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from sparse_zero.layers.kernels import runs_triton
 
 # Most blocks of one weight that are multiplied on views.
 MOST_VIEWS = 32
+# Bytes of the strips of all blocks up to which a CPU copies them for one batched product: they stay in its cache.
+MOST_GATHERED_BYTES = 2 * 2**20
+
+Way = Literal["views", "strips", "gathered"]
 
 
 class Cell(NamedTuple):
@@ -45,17 +50,17 @@ class BlockPlan(NamedTuple):
     # Whether a block is cut off at the last row, and at the last column, of the weight.
     is_cut: tuple[bool, bool]
 
-    @property
-    def on_views(self) -> bool:
-        """Whether the products are formed one by one, without copies."""
-        return len(self.cells) <= MOST_VIEWS and not torch.compiler.is_compiling()
-
-    def on_strips(self, x: Tensor) -> bool:
-        """Whether operands like ``x`` are copied strip by strip, for products that are formed one by one.
-
-        Simulations are of GPUs.
-        """
-        return x.device.type == "cpu" and not (self.on_views or _is_simulated(x) or torch.compiler.is_compiling())
+    def way(self, x_TF: Tensor) -> Way:
+        """How products with operands like ``x_TF`` are formed by torch. Simulations are of GPUs."""
+        if torch.compiler.is_compiling():
+            return "gathered"
+        few = len(self.cells) <= MOST_VIEWS
+        if x_TF.device.type != "cpu" or _is_simulated(x_TF):
+            return "views" if few else "gathered"
+        copied = len(self.cells) * x_TF.shape[0] * (self.height + self.width) * x_TF.element_size()
+        if copied <= MOST_GATHERED_BYTES:
+            return "gathered"
+        return "views" if few else "strips"
 
 
 def _is_simulated(x: Tensor) -> bool:
@@ -93,13 +98,13 @@ def block_gradients(dy_TO: Tensor, x_TI: Tensor | None, x_strips_UTW: Tensor | N
         from sparse_zero.layers import triton_kernels
 
         return triton_kernels.block_gradients(dy_TO, x_TI, x_strips_UTW, plan)
-    on_strips = plan.on_strips(dy_TO)
-    if plan.on_views or on_strips:
+    way = plan.way(dy_TO)
+    if way != "gathered":
         gradients = dy_TO.new_empty(len(plan.cells), plan.height, plan.width)
         if _is_simulated(gradients):
             return gradients
-        dy_strips = _strips_of(dy_TO, plan.height, copied=on_strips)
-        x_strips = _strips_of(x_TI, plan.width, copied=on_strips) if x_strips_UTW is None else x_strips_UTW.unbind()
+        dy_strips = _strips_of(dy_TO, plan.height, way)
+        x_strips = _strips_of(x_TI, plan.width, way) if x_strips_UTW is None else x_strips_UTW.unbind()
         for gradient, cell in zip(gradients.unbind(), plan.cells, strict=True):
             dy_TH = dy_strips[cell.row]
             x_TW = x_strips[cell.column if x_strips_UTW is None else cell.strip]
@@ -114,11 +119,11 @@ def block_gradients(dy_TO: Tensor, x_TI: Tensor | None, x_strips_UTW: Tensor | N
     return torch.bmm(dy_NTH.transpose(1, 2), x_NTW)
 
 
-def _strips_of(x_TF: Tensor | None, size: int, *, copied: bool) -> tuple[Tensor, ...]:
+def _strips_of(x_TF: Tensor | None, size: int, way: Way) -> tuple[Tensor, ...]:
     """[T, S] each, the last may be narrower: views, or contiguous copies of as many bytes as ``x_TF``."""
     assert x_TF is not None
     strips = x_TF.split(size, dim=1)
-    if not copied:
+    if way == "views":
         return strips
     num_tokens, features = x_TF.shape
     whole = features // size
@@ -134,10 +139,10 @@ def add_block_outputs(y_TO: Tensor, x_TI: Tensor, blocks_NHW: Tensor, plan: Bloc
         triton_kernels.add_block_products(
             y_TO, x_TI, blocks_NHW.transpose(1, 2), target_strips=plan.rows, source_strips=plan.columns
         )
-    elif _is_simulated(y_TO) and plan.on_views:
-        pass
-    elif plan.on_views or plan.on_strips(y_TO):
-        y_strips, x_strips = y_TO.split(plan.height, dim=1), _strips_of(x_TI, plan.width, copied=plan.on_strips(y_TO))
+    elif (way := plan.way(y_TO)) != "gathered":
+        if _is_simulated(y_TO):
+            return
+        y_strips, x_strips = y_TO.split(plan.height, dim=1), _strips_of(x_TI, plan.width, way)
         for block, cell in zip(blocks_NHW.unbind(), plan.cells, strict=True):
             y_TH, x_TW = y_strips[cell.row], x_strips[cell.column]
             y_TH.addmm_(x_TW, block[: y_TH.shape[1], : x_TW.shape[1]].T)
@@ -152,11 +157,10 @@ def add_block_input_gradients(dx_TI: Tensor, dy_TO: Tensor, blocks_NHW: Tensor, 
         from sparse_zero.layers import triton_kernels
 
         triton_kernels.add_block_products(dx_TI, dy_TO, blocks_NHW, target_strips=plan.columns, source_strips=plan.rows)
-    elif _is_simulated(dx_TI) and plan.on_views:
-        pass
-    elif plan.on_views or plan.on_strips(dx_TI):
-        copied = plan.on_strips(dx_TI)
-        dx_strips, dy_strips = dx_TI.split(plan.width, dim=1), _strips_of(dy_TO, plan.height, copied=copied)
+    elif (way := plan.way(dx_TI)) != "gathered":
+        if _is_simulated(dx_TI):
+            return
+        dx_strips, dy_strips = dx_TI.split(plan.width, dim=1), _strips_of(dy_TO, plan.height, way)
         for block, cell in zip(blocks_NHW.unbind(), plan.cells, strict=True):
             dx_TW, dy_TH = dx_strips[cell.column], dy_strips[cell.row]
             dx_TW.addmm_(dy_TH, block[: dy_TH.shape[1], : dx_TW.shape[1]])

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_zero.layers import region_products
 from sparse_zero.layers.entries import gather_entries, scatter_entries
-from sparse_zero.layers.region_products import MOST_VIEWS, BlockPlan
+from sparse_zero.layers.region_products import BlockPlan
 from sparse_zero.layers.sparse_linear import SparseLinear
 from sparse_zero.selection.regions import WeightSelection, grid_shape
 from tests.sparse_zero.helpers import owner_matrix, plain_entries
@@ -85,9 +84,7 @@ def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
     inputs = x.clone().requires_grad_(True)
     with pytest.MonkeyPatch.context() as patch:
         # However many blocks there are.
-        patch.setattr(region_products, "MOST_VIEWS", MOST_VIEWS if way == "views" else 0)
-        if way == "gathered":
-            patch.setattr(BlockPlan, "on_strips", lambda plan, x: False)
+        patch.setattr(BlockPlan, "way", lambda plan, x: way)
         y = layer(inputs)
         (y * upstream).sum().backward()
 
