@@ -9,6 +9,7 @@ from launcher.process_ranks import find_ranks
 from launcher.selection_terminal import save_choice
 from models.base_identity import base_identity
 from models.families import module_map
+from models.heads import head_text
 from models.loading import model_folder
 from models.skeleton import load_skeleton
 from sparse_zero.checkpoint.identity import BaseIdentity
@@ -39,7 +40,9 @@ def choose_from_scores(config: RunConfig, scores_file: Path, out: Path, scores_o
     stored = scores.metadata.get("base")
     source = model_of(config, BaseIdentity(**stored) if stored else None)
     if stored:
-        found = base_identity(model_folder(source), source.gguf_file)
+        folder = model_folder(source)
+        head = head_text(source, folder, config.training.seed)
+        found = base_identity(folder, source.gguf_file, head=head)
         if found.sha256 != stored["sha256"]:
             raise InputError(
                 f"--from-scores {scores_file} has scores of the base {stored['name']} ({stored['sha256'][:12]}), and "

@@ -73,6 +73,7 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
+        self._check_task()
         if self.output.evaluate and self.data.test is None:
             raise InputError("output.evaluate is true but data.test is missing: name the data, or set it to false")
         if self.training.validation_every is not None and self.data.validation is None:
@@ -90,6 +91,46 @@ class RunConfig:
                 "checkpoint.keep_best is 'validation_loss' but data.validation is missing: name the data, or set it to "
                 "none"
             )
+
+    def _check_task(self) -> None:
+        """Refuse what does not go with what the model does."""
+        kind = self.data.evaluation.kind
+        if not self.model.classifies:
+            if self.data.fields.classifies:
+                raise InputError(
+                    f"data.fields.label is {self.data.fields.label!r} with model.task {self.model.task}: set model.task "
+                    "to sequence_classification, or leave the label out"
+                )
+            if kind == "classify":
+                raise InputError(
+                    f"data.evaluation.kind is 'classify' with model.task {self.model.task}: set model.task to "
+                    "sequence_classification, or use generate or choice"
+                )
+            return
+        if not self.data.fields.classifies:
+            raise InputError(
+                "data.fields.label is missing, and model.task is 'sequence_classification': name the fields of a "
+                "record, data.fields.text and data.fields.label"
+            )
+        if self.data.labels is not None and len(self.data.labels) != self.model.num_labels:
+            raise InputError(
+                f"data.labels has {len(self.data.labels)} words and model.num_labels is {self.model.num_labels}: give "
+                "one for each class, and none for numbers"
+            )
+        for name, value, allowed in (
+            ("data.batching", self.data.batching, ("pad",)),
+            ("data.template", self.data.template, ("alpaca", "plain")),
+            ("data.evaluation.kind", kind, (None, "classify")),
+            ("data.evaluation.options", self.data.evaluation.options, (None,)),
+            ("training.loss_chunk", self.training.loss_chunk, (None,)),
+            ("training.kernels", self.training.kernels, ("torch",)),
+            ("training.prefix_cache", self.training.prefix_cache and "set", (None,)),
+        ):
+            if value not in allowed:
+                raise InputError(
+                    f"{name} is {value!r} with model.task sequence_classification, where it has no meaning or is not "
+                    "supported: leave it out"
+                )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

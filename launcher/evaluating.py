@@ -7,9 +7,11 @@ from typing import Any
 
 from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
-from launcher.exporting import load_merged_shards, load_with_adapter
+from launcher.exporting import labels_of, load_merged_shards, load_with_adapter
 from launcher.run_folder import RunFolder, check_out_file
 from launcher.world import World, join_world
+from models.classified_data import Labels
+from models.classified_evaluation import evaluate_classify
 from models.data import load_records
 from models.evaluation import EvaluationResult, evaluate, write_result
 from sparse_zero.collectives import PeerError, failing_together, leave_process_group
@@ -29,8 +31,12 @@ def evaluate_model(
     records: Sequence[dict[str, str]],
     out: Path,
     title: str,
+    labels: Labels | None = None,
 ) -> EvaluationResult:
-    """Answer ``records`` with the ranks together; rank 0 writes ``out``. Collective."""
+    """Answer ``records`` with the ranks together; rank 0 writes ``out``. Collective.
+
+    ``labels`` are those of a classifier's data.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -45,18 +51,16 @@ def evaluate_model(
             progress.update(task, completed=done, total=total)
             world.pulse.tick()
 
-        result = evaluate(
-            model,
-            tokenizer,
-            records,
-            config.data.evaluation,
-            template=config.data.template,
-            fields=config.data.fields,
-            rank=world.rank,
-            world_size=world.world_size,
-            lockstep=sharded,
-            progress=tell,
-        )
+        shared: dict[str, Any] = {
+            "rank": world.rank, "world_size": world.world_size, "lockstep": sharded, "progress": tell,
+        }  # fmt: skip
+        if labels is not None:
+            result = evaluate_classify(model, tokenizer, records, config.data, labels, **shared)
+        else:
+            data = config.data
+            result = evaluate(
+                model, tokenizer, records, data.evaluation, template=data.template, fields=data.fields, **shared
+            )
     if world.is_main:
         write_result(out, result)
     return result
@@ -112,15 +116,18 @@ def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, ou
     sharded = config.zero.stage == 3 and config.model.quantization == "none" and world.world_size > 1
     model: Any = None
     tokenizer: Any = None
+    labels: Labels | None = None
     with failing_together():
         records = load_records(config.data, "test")
+        if config.model.classifies:
+            labels = labels_of(config, config.model)
         if not sharded:
             model, tokenizer = load_with_adapter(config, adapter)
     if sharded:
         model, tokenizer = load_merged_shards(config, adapter, world.world_size)
     model.to(world.device)
     name = "base" if adapter is None else str(adapter)
-    result = evaluate_model(config, world, model, tokenizer, records, out, f"evaluating {name}")
+    result = evaluate_model(config, world, model, tokenizer, records, out, f"evaluating {name}", labels)
     if world.is_main:
         print(
             f"{name}: {result.correct} of {result.num_problems} correct ({100 * result.accuracy:.1f}%); "

@@ -1,5 +1,6 @@
 """How does an adapter become a plain model folder, which transformers loads without this package, or one to upload?"""
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.kept_base import model_of
 from models.base_identity import base_identity
+from models.classification import set_up_classifier
+from models.classified_data import Labels, find_labels, stored_labels
+from models.heads import head_is_new, head_text
 from models.loading import ModelConfig, load_model, load_tokenizer, model_folder, validate_model_source
 from models.sharded_loading import load_sharded
 from models.sharded_saving import save_sharded
@@ -33,11 +37,14 @@ def _source(config: RunConfig, adapter: Path | None) -> ModelConfig:
     source = model_of(config, stored)
     validate_model_source(source)
     if stored is not None:
-        found = base_identity(model_folder(source), source.gguf_file)
+        folder = model_folder(source)
+        head = head_text(source, folder, config.training.seed)
+        found = base_identity(folder, source.gguf_file, head=head)
         if found.sha256 != stored.sha256:
+            made = "" if head is None else f" with the {head} (training.seed)"
             raise InputError(
                 f"{adapter} was trained on the base {stored.name} ({stored.sha256[:12]}), and "
-                f"model.name_or_path is {found.name} ({found.sha256[:12]}): name the base it was trained on"
+                f"model.name_or_path is {found.name}{made} ({found.sha256[:12]}): name the base it was trained on"
             )
     return source
 
@@ -53,13 +60,34 @@ def load_with_adapter(config: RunConfig, adapter: Path | None) -> tuple[Any, Any
         InputError: the base or the adapter cannot be loaded, or they do not belong together.
     """
     source = _source(config, adapter)
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model, tokenizer = load_model(source, head_seed=config.training.seed), load_tokenizer(source)
+    _set_up(config, source, model, tokenizer)
     if adapter is not None:
         quantized = source.quantization != "none"
         load_adapter(model, adapter, placement="delta" if quantized else "inplace")
         if not quantized:
             merge(model)
     return model, tokenizer
+
+
+def _set_up(config: RunConfig, source: ModelConfig, model: Any, tokenizer: Any) -> None:
+    if config.model.classifies:
+        set_up_classifier(model, tokenizer, labels_of(config, source))
+
+
+def labels_of(config: RunConfig, source: ModelConfig, records: Sequence[Mapping[str, str]] | None = None) -> Labels:
+    """What the labels of a classifier's data mean.
+
+    Args:
+        config: of the run.
+        source: the model that is loaded.
+        records: of data.train; None: they are read if it takes them.
+
+    Raises:
+        InputError: see :func:`models.classified_data.find_labels`.
+    """
+    assert config.model.num_labels is not None
+    return find_labels(config.data, config.model.num_labels, records, stored_labels(model_folder(source)))
 
 
 def load_merged(config: RunConfig, adapter: Path | None) -> tuple[Any, Any]:
@@ -79,7 +107,9 @@ def load_merged_shards(config: RunConfig, adapter: Path | None, world_size: int)
     with failing_together():
         source = _source(config, adapter)
         tokenizer = load_tokenizer(source)
-    model = load_sharded(source, deepspeed_config(config, world_size))
+    model = load_sharded(source, deepspeed_config(config, world_size), head_seed=config.training.seed)
+    with failing_together():
+        _set_up(config, source, model, tokenizer)
     if adapter is not None:
         load_adapter(model, adapter, placement="inplace")
         merge(model)
@@ -148,6 +178,11 @@ def export_adapter(config: RunConfig, adapter: Path, folder: Path, base_model: s
     """
     _check_names(config, adapter)
     found = read_adapter(adapter)
+    if config.model.classifies and found.placement == "delta" and head_is_new(config.model, model_folder(config.model)):
+        raise InputError(
+            f"{adapter} is of placement delta, over a head that training.seed made and that nobody else has: export the "
+            "merged model instead, without --adapter-only"
+        )
     name = base_model_name(config.model, found.base, base_model)
     source = model_of(config, found.base)
     # A base that calibration has trained is on no hub, unless somebody says so.
@@ -156,7 +191,9 @@ def export_adapter(config: RunConfig, adapter: Path, folder: Path, base_model: s
     base_folder = local_folder(source.name_or_path, field="model.name_or_path")
     shown = for_others(found, name)
     card = adapter_card(config, shown, name, base_folder)
-    write_adapter(folder, shown, peft_config(base_model=name, task_type="CAUSAL_LM"))
+    write_adapter(
+        folder, shown, peft_config(base_model=name, task_type="SEQ_CLS" if config.model.classifies else "CAUSAL_LM")
+    )
     # Not in the manifest: cards are edited.
     atomic_write_text(folder / "README.md", card)
     print(f"adapter to upload written to {folder}")

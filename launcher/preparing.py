@@ -19,7 +19,7 @@ from launcher.deepspeed_config import (
     deepspeed_config,
     validate_with_deepspeed,
 )
-from launcher.exporting import save_model_folder
+from launcher.exporting import labels_of, save_model_folder
 from launcher.kept_base import begin_kept, check_is_base_of, check_kept, earlier_selection, kept_model
 from launcher.loss_chunks import calibration_chunk
 from launcher.memory.measuring import RunMemory
@@ -33,12 +33,16 @@ from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
 from models.base_identity import base_identity, begin_base_identity
 from models.chunked_loss import warn_of_chunks
+from models.classification import position_offset, set_up_classifier
+from models.classified_data import Labels, load_classified, targets_of
 from models.collate import collate
-from models.data import IGNORED, SampleSet, TokenizedSample, load_records, load_samples
+from models.data import Sample, SampleSet, load_records, load_samples
 from models.families import check_not_fused, mixes_packed, module_map
 from models.gather import gather_json
+from models.heads import check_head_trained, head_text, trained_entirely
 from models.liger import check_kernels, use_kernels
 from models.loading import (
+    ModelConfig,
     check_tokenizer_fits,
     checkpoint_activations,
     load_model,
@@ -47,7 +51,7 @@ from models.loading import (
     pad_token_id,
     validate_model_source,
 )
-from models.loss import response_nll
+from models.loss import batch_loss, batch_targets
 from models.sampler import BatchSampler
 from models.sharded_loading import ShardedLoadingWarning, load_sharded
 from sparse_zero.checkpoint.checkpoint import Checkpoint
@@ -64,7 +68,7 @@ from sparse_zero.selection.config import Kind, SelectionConfig
 from sparse_zero.selection.full_calibration import check_world_size
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.scores import resolve_score
-from sparse_zero.selection.select import check_selection, choose_regions, score_regions
+from sparse_zero.selection.select import check_selection, choose_regions, entire_names, score_regions
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.engine import initialize
 from sparse_zero.zero.inference import sharded_forward
@@ -109,6 +113,8 @@ class Prepared:
     checkpoint: Checkpoint | None
     # Of an earlier start without a checkpoint, where calibration is not to be done twice since its weights were kept.
     selection: Selection | None
+    # Of a classifier's data.
+    labels: Labels | None = None
 
     @property
     def resumes(self) -> bool:
@@ -191,11 +197,25 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
 def _check_context(model: Any, samples: SampleSet) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max(samples.lengths)
-    if context is not None and longest > context:
+    if context is not None and longest > context - position_offset(model):
         raise InputError(
-            f"data.max_length lets samples have up to {longest} tokens, and the model has room for {context}: "
-            "lower data.max_length"
+            f"data.max_length lets samples have up to {longest} tokens, and the model has room for "
+            f"{context - position_offset(model)}: lower data.max_length"
         )
+
+
+def _load_data(
+    config: RunConfig, source: ModelConfig, tokenizer: Any
+) -> tuple[SampleSet, SampleSet | None, Labels | None]:
+    """Training and validation samples, and of a classifier what their labels mean."""
+    data = config.data
+    if not source.classifies:
+        validation = load_samples(data, tokenizer, "validation") if data.validation else None
+        return load_samples(data, tokenizer, "train"), validation, None
+    records = load_records(data, "train")
+    labels = labels_of(config, source, records)
+    validation = load_classified(data, tokenizer, "validation", labels) if data.validation else None
+    return load_classified(data, tokenizer, "train", labels, records), validation, labels
 
 
 def _check_packing(config: RunConfig, model: Any) -> None:
@@ -303,18 +323,24 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
     with failing_together():
         tokenizer = load_tokenizer(config.model)
         # Beside data and model, which it does not wait for.
-        identity = begin_base_identity(model_folder(source), source.gguf_file) if world.is_main else None
-        train = load_samples(config.data, tokenizer, "train")
-        validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
+        base_folder = model_folder(source)
+        head = head_text(source, base_folder, config.training.seed)
+        identity = begin_base_identity(base_folder, source.gguf_file, head=head) if world.is_main else None
+        train, validation, labels = _load_data(config, source, tokenizer)
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
+        if labels is not None:
+            targets_of(config.data, test, "test", labels)
     if world.world_size > 1:
         check_same_input(config, source, {"data.train": train, "data.validation": validation})
     with failing_together():
-        model = None if sharded else load_model(source)
+        model = None if sharded else load_model(source, head_seed=config.training.seed)
     if sharded:
-        model = load_sharded(source, deepspeed_config(config, world.world_size))
+        settings = deepspeed_config(config, world.world_size)
+        model = load_sharded(source, settings, head_seed=config.training.seed)
     with failing_together():
         check_tokenizer_fits(model, tokenizer)
+        if labels is not None:
+            set_up_classifier(model, tokenizer, labels)
         _check_packing(config, model)
         for samples in (train, validation):
             if samples is not None:
@@ -327,9 +353,11 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         elif config.selection.file is not None:
             chosen = Selection.load(config.selection.file)
             check_fits(model, chosen, sharded=sharded)
+            check_head_trained(model, trained_entirely(chosen))
             check_kinds(config.training.optimizer_config(), sorted(kinds_of(chosen)))
         else:
             check_selection(model, config.selection, family)
+            check_head_trained(model, entire_names(model, config.selection, family))
         if identity is not None:
             base = identity()
     base = _agree_on_base(base)
@@ -359,11 +387,12 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         base=base,
         checkpoint=checkpoint,
         selection=earlier,
+        labels=labels,
     )
 
 
 def calibration_batches(
-    config: RunConfig, samples: Sequence[TokenizedSample], pad_id: int, device: torch.device
+    config: RunConfig, samples: Sequence[Sample], pad_id: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of training data, the same on every rank and at every world size."""
     selection = config.selection
@@ -376,12 +405,11 @@ def calibration_batches(
 
 
 def calibration_loss(config: RunConfig) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
-    """What gives the mean loss per response token of a micro-batch."""
+    """What gives the mean loss per response token, or per classified sample, of a micro-batch."""
     chunk = calibration_chunk(config)
 
     def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        nll = response_nll(model, batch, chunk=chunk)
-        return nll / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        return batch_loss(model, batch, chunk=chunk) / batch_targets(batch).clamp(min=1)
 
     return loss
 
@@ -468,7 +496,11 @@ def make_engine(prepared: Prepared, selection: Selection, world: World, memory: 
 
 def _kinds(config: RunConfig) -> list[Kind] | None:
     """Kinds of region that the run may train, at any of its selections; None where a file says."""
-    return None if config.selection.file is not None else [region.kind for region in config.selection.regions]
+    if config.selection.file is not None:
+        return None
+    kinds = [region.kind for region in config.selection.regions]
+    # A head that is trained entirely is trained as its rows.
+    return [*kinds, "row"] if config.model.classifies and "whole" in kinds else kinds
 
 
 def new_engine(model: Any, config: RunConfig, world_size: int, *, broadcast_weights: bool = False) -> Any:

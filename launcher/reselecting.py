@@ -10,7 +10,7 @@ from launcher.preparing import calibration_batches, calibration_loss
 from launcher.run_folder import RunFolder
 from launcher.summary import ABSENT, format_percent
 from launcher.world import World
-from models.data import TokenizedSample
+from models.data import Sample
 from sparse_zero.layers.sparsify import selection_of
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.reselection.reselect import Reselection, config_at, reselect
@@ -22,7 +22,7 @@ def check_selection_now(
     engine: Any,
     step: int,
     *,
-    samples: Sequence[TokenizedSample],
+    samples: Sequence[Sample],
     pad_token_id: int,
     folder: RunFolder,
     module_map: ModuleMap,

@@ -5,7 +5,6 @@ compared here; the weights themselves are when the engine is made (:mod:`sparse_
 """
 
 import hashlib
-from array import array
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def samples_digest(samples: SampleSet) -> str:
     """Hash of all token ids and labels: of the records, the template and the tokenizer at once."""
     digest = hashlib.sha256()
     for sample in samples.samples:
-        digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
+        digest.update(sample.numbers())
     return digest.hexdigest()
 
 

@@ -73,7 +73,14 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{out} is no evaluation ({error!r}): delete it, and it is made again") from error
     result = evaluate_model(
-        prepared.config, world, model, prepared.tokenizer, prepared.test, out, f"evaluating the {name} model"
+        prepared.config,
+        world,
+        model,
+        prepared.tokenizer,
+        prepared.test,
+        out,
+        f"evaluating the {name} model",
+        prepared.labels,
     )
     _say(world, f"{name} model: {result.correct} of {result.num_problems} test problems correct")
     return result.accuracy, result.num_problems

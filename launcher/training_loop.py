@@ -26,8 +26,9 @@ from launcher.step_speed import StepSpeed, device_peak
 from launcher.step_times import StepTimes
 from launcher.stopping import stop_requests
 from launcher.world import World
+from models.classification import classified_loss
 from models.collate import collate, micro_batch, response_tokens
-from models.data import TokenizedSample
+from models.data import Sample
 from models.gather import gather_json
 from models.loss import label_positions, nll_at
 from models.sampler import BatchSampler, StepPlan
@@ -86,8 +87,8 @@ class LoopState:
     make_engine: Callable[[Any], Any]
     # Of the base, which the model was before it was sparse.
     module_map: ModuleMap
-    train: Sequence[TokenizedSample]
-    validation: Sequence[TokenizedSample]
+    train: Sequence[Sample]
+    validation: Sequence[Sample]
     pad_token_id: int
     folder: RunFolder
     base: BaseIdentity | None
@@ -134,10 +135,17 @@ def count_steps(config: RunConfig, steps_per_epoch: int) -> int:
     return max(1, math.ceil(config.training.epochs * steps_per_epoch))
 
 
-def _nll(state: LoopState, samples: Sequence[TokenizedSample], indices: Sequence[int] | None = None) -> torch.Tensor:
+def _unit(config: RunConfig) -> str:
+    """What metrics call that which a loss is a mean over."""
+    return "classified_samples" if config.model.classifies else "response_tokens"
+
+
+def _nll(state: LoopState, samples: Sequence[Sample], indices: Sequence[int] | None = None) -> torch.Tensor:
     """Summed loss of a micro-batch; the numbers of training samples let the frozen-prefix cache serve it."""
     data, training, cache = state.config.data, state.config.training, state.prefix_cache
     batch = collate(samples, batching=data.batching, pad_token_id=state.pad_token_id)
+    if "targets" in batch:
+        return classified_loss(state.engine, to_device(batch, state.world.device))
     batch = to_device({**batch, "positions": label_positions(batch["labels"])}, state.world.device)
     positions = batch.pop("positions")
     with nullcontext() if cache is None or indices is None else cache.forward(indices, batch["input_ids"]):
@@ -308,7 +316,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 "gradient_norm": None if norm is None else float(norm),
                 "tokens_per_second": float(sums[1]) / seconds,
                 **flops,
-                "response_tokens": num_response_tokens,
+                _unit(config): num_response_tokens,
                 "step_seconds": seconds,
                 **{f"{name}_seconds": found for name, found in parts.items()},
                 "peak_memory_bytes": max(result.peak_memory_bytes),
@@ -336,7 +344,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 due = checkpoints.is_best(step + 1, value) or due
                 progress.message(f"step {step + 1}: validation loss {value:.4f}")
                 if metrics is not None:
-                    metrics.write({"kind": "validation", "step": step + 1, "loss": value, "response_tokens": tokens})
+                    metrics.write({"kind": "validation", "step": step + 1, "loss": value, _unit(config): tokens})
             result.stopped_by = int(everyone[:, 2].max())
             if due or result.stopped_by or step + 1 == num_steps:
                 extra = gather_json(result.to_json())[0]

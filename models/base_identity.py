@@ -18,7 +18,9 @@ def default_hash_cache() -> Path:
     return Path("~/.cache/sparse_zero/hashes.json").expanduser()
 
 
-def base_identity(folder: Path, gguf_file: str | None = None, *, cache: Path | None = None) -> BaseIdentity:
+def base_identity(
+    folder: Path, gguf_file: str | None = None, *, head: str | None = None, cache: Path | None = None
+) -> BaseIdentity:
     """The identity of the base model in a folder: a hash over its weight files and ``config.json``.
 
     Two folders with the same files have the same hash, wherever they lie and whatever else they hold. The
@@ -28,6 +30,7 @@ def base_identity(folder: Path, gguf_file: str | None = None, *, cache: Path | N
     Args:
         folder: a model folder.
         gguf_file: name of the GGUF file in it that holds the weights, if that is what is loaded.
+        head: of :func:`models.heads.head_text`: what a head is made from that the files lack, which makes another base.
         cache: where hashes are remembered; None is the user's cache. A cache that cannot be read or written
             is not used.
 
@@ -41,13 +44,14 @@ def base_identity(folder: Path, gguf_file: str | None = None, *, cache: Path | N
     known = _read_cache(cache)
     num_known = len(known)
     lines = sorted(f"{file.name} {_file_hash(file, known)}\n" for file in files)
+    lines += [] if head is None else [head]
     if len(known) > num_known:
         _write_cache(cache, known)
     return BaseIdentity(name=_name(folder), sha256=hashlib.sha256("".join(lines).encode()).hexdigest())
 
 
 def begin_base_identity(
-    folder: Path, gguf_file: str | None = None, *, cache: Path | None = None
+    folder: Path, gguf_file: str | None = None, *, head: str | None = None, cache: Path | None = None
 ) -> Callable[[], BaseIdentity]:
     """Begin to find :func:`base_identity` in a thread, and return what waits for it and gives it, or raises as it does.
 
@@ -58,7 +62,7 @@ def begin_base_identity(
 
     def work() -> None:
         try:
-            found.append(base_identity(folder, gguf_file, cache=cache))
+            found.append(base_identity(folder, gguf_file, head=head, cache=cache))
         except BaseException as error:  # raised where it is waited for
             found.append(error)
 

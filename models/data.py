@@ -1,6 +1,7 @@
 """Which data is trained on, and how do its records become samples of token ids and labels?"""
 
 import warnings
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,14 +40,35 @@ class FieldConfig:
     # The bare answer that an evaluation compares with; needed in test records.
     answer: str = "answer"
     # Train on this field as plain text, loss on all of its tokens, without a template; None: instruction
-    # records.
+    # records. With model.task sequence_classification: the text (of two, the first) that is classified.
     text: str | None = None
+    # The second of two texts that are classified as a pair; None: there is one only.
+    second_text: str | None = None
+    # What the text is classified as: a word, the number of a class, or a number (regression); None: nothing is
+    # classified.
+    label: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("instruction", "input", "output", "answer", "text"):
+        for name in ("instruction", "input", "output", "answer", "text", "second_text", "label"):
             value = getattr(self, name)
-            if not (isinstance(value, str) and value) and not (name == "text" and value is None):
+            if not (isinstance(value, str) and value) and not (
+                name in ("text", "second_text", "label") and value is None
+            ):
                 raise InputError(f"data.fields.{name} is {value!r}: give the name of a field of the records")
+        if self.text is None and self.label is not None:
+            raise InputError(
+                f"data.fields.label is {self.label!r} without data.fields.text: name the field of the text too"
+            )
+        if self.second_text is not None and self.label is None:
+            raise InputError(
+                f"data.fields.second_text is {self.second_text!r} without data.fields.label: only a text that is "
+                "classified has a second one; name the label's field, or leave it out"
+            )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a record is a text and its label."""
+        return self.label is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +76,7 @@ class DataConfig:
     """Where the records are, and how they become batches.
 
     ``train``, ``validation`` and ``test`` each name a file, a folder that holds ``<split>.json`` (or .jsonl,
-    .csv, .parquet), or a hub data set ``owner/name`` or ``owner/name:subset``. Relative paths start at the
+    .csv, .tsv, .parquet), or a hub data set ``owner/name`` or ``owner/name:subset``. Relative paths start at the
     current directory; ``~`` is expanded.
     """
 
@@ -66,7 +88,7 @@ class DataConfig:
     # Records whose loss is measured during training; None: no validation.
     validation: str | None = None
     validation_split: str = "validation"
-    # Problems answered before and after training; None: no evaluation. Not with fields.text, which has no prompts.
+    # Problems answered before and after training; None: no evaluation. Not with plain text, which has no prompts.
     test: str | None = None
     test_split: str = "test"
     # How files are parsed. auto goes by the suffix, and takes owner/name for a hub name if no such path
@@ -83,6 +105,9 @@ class DataConfig:
     group_by_length: bool = True
     # Training records used, from the start of the data; None: all.
     limit: int | None = None
+    # Of a classifier whose labels are words: the words in the order of the classes. None: those of a model that has
+    # been saved with words, else the words of data.train in alphabetical order.
+    labels: tuple[str, ...] | None = None
     # Names of the fields of a record.
     fields: FieldConfig = field(default_factory=FieldConfig)
     # How the test problems are answered.
@@ -100,7 +125,14 @@ class DataConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"data.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if self.fields.text is not None and self.test is not None:
+        if self.labels is not None and not self.fields.classifies:
+            raise InputError(
+                f"data.labels is {', '.join(self.labels)} without data.fields.label: name the label's field, or leave "
+                "data.labels out"
+            )
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise InputError(f"data.labels is {', '.join(self.labels)}: name every class once")
+        if self.fields.text is not None and self.test is not None and not self.fields.classifies:
             raise InputError(
                 f"data.test is {self.test!r} but data.fields.text is {self.fields.text!r}: a model of plain text has "
                 "no prompt to answer; leave data.test out"
@@ -118,13 +150,44 @@ class TokenizedSample:
     input_ids: list[int]  # [length]
     labels: list[int]  # [length] IGNORED on the prompt, the token ids on the response and its end of sequence
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the loss sums over; never the first one, which nothing before it predicts."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    def numbers(self) -> bytes:
+        """Everything in it: equal of equal samples only."""
+        return array("q", [len(self.input_ids), *self.input_ids, *self.labels]).tobytes()
+
+
+@dataclass(frozen=True)
+class ClassifiedSample:
+    """One text, or a pair of texts, and what it is classified as."""
+
+    input_ids: list[int]  # [length]
+    target: float | None  # number of the class, or the number to predict; None: the loss ignores the sample
+    token_type_ids: list[int]  # [length] 0 on the first text, 1 on the second; empty where the tokenizer gives none
+
+    @property
+    def num_targets(self) -> int:
+        """Samples that the loss sums over."""
+        return int(self.target is not None)
+
+    def numbers(self) -> bytes:
+        """Everything in it: equal of equal samples only."""
+        whole = array("q", [len(self.input_ids), *self.input_ids, *self.token_type_ids]).tobytes()
+        return whole + array("d", [] if self.target is None else [self.target]).tobytes()
+
+
+Sample = TokenizedSample | ClassifiedSample
+
 
 @dataclass(frozen=True)
 class SampleSet:
     """The samples of one split in the order of the records, and what the maximum length cost."""
 
-    samples: Sequence[TokenizedSample]
-    num_truncated_responses: int  # samples whose response was cut
+    samples: Sequence[Sample]
+    num_truncated_responses: int  # samples whose response (of classified ones: whose text) was cut
     num_dropped: int  # records without a sample: no room for a response token
 
     @cached_property
@@ -137,8 +200,8 @@ def load_records(config: DataConfig, split: Split) -> list[dict[str, str]]:
     """Read the records of a split under their own field names, scalars as text.
 
     Training and validation records have ``instruction`` and ``output`` (or ``text``), test records
-    ``instruction`` and ``answer``, each under the name that ``config.fields`` gives; all else a record holds
-    is optional.
+    ``instruction`` and ``answer``, each under the name that ``config.fields`` gives; of a classifier, all have
+    ``text``, ``label`` and, if it is named, ``second_text``. All else a record holds is optional.
 
     Raises:
         InputError: the split is not configured, cannot be read or is empty, or a record lacks a needed field.
@@ -156,7 +219,9 @@ def load_records(config: DataConfig, split: Split) -> list[dict[str, str]]:
     if split == "train" and config.limit is not None:
         raw = raw[: config.limit]
     names = config.fields
-    if split == "test":
+    if names.classifies:
+        needed = [name for name in (names.text, names.second_text, names.label) if name is not None]
+    elif split == "test":
         needed = [names.instruction, names.answer]
     else:
         needed = [names.instruction, names.output] if names.text is None else [names.text]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from models.data import FieldConfig
 
-KINDS = ("generate", "choice")
+KINDS = ("generate", "choice", "classify")
+Kind = Literal["generate", "choice", "classify"]
 # Called after every batch with the problems that this rank has answered and those that it has in all.
 Progress = Callable[[int, int], None]
 
@@ -30,8 +31,9 @@ Progress = Callable[[int, int], None]
 class EvaluationConfig:
     """How the test problems are answered."""
 
-    # generate: greedy text, whose answer is compared. choice: the likeliest of the record's options.
-    kind: Literal["generate", "choice"] = "generate"
+    # generate: greedy text, whose answer is compared. choice: the likeliest of the record's options. classify: the
+    # class that a classifier gives. None: classify with model.task sequence_classification, else generate.
+    kind: Kind | None = None
     # Problems answered at once by one rank (with choice: each with all of its options). Decoding is bound by
     # reading the weights, so more is faster until memory ends.
     batch_size: int = 32
@@ -43,7 +45,7 @@ class EvaluationConfig:
     options: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if self.kind is not None and self.kind not in KINDS:
             raise InputError(f"data.evaluation.kind is {self.kind!r}: use one of {', '.join(KINDS)}")
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
@@ -61,7 +63,7 @@ class Prediction:
     instruction: str
     answer: str  # the right one
     prediction: str  # the one read from the text, or the chosen option
-    text: str  # what was generated; for a choice the response that was likeliest
+    text: str  # what was generated; for a choice the response that was likeliest; of a class its probability
     correct: bool
 
 
@@ -69,8 +71,10 @@ class Prediction:
 class EvaluationResult:
     """The answers to all problems, in the order of the data; the same on every rank."""
 
-    kind: Literal["generate", "choice"]
+    kind: Kind
     predictions: tuple[Prediction, ...]
+    # Of a classifier: see models.classification.classification_metrics.
+    metrics: Mapping[str, float | None] | None = None
 
     @property
     def num_problems(self) -> int:
@@ -118,7 +122,9 @@ def evaluate(
     Raises:
         InputError: there is no problem, a prompt exceeds the model's context, or a choice lacks its options.
     """
-    run = evaluate_generate if config.kind == "generate" else evaluate_choice
+    if config.kind == "classify":
+        raise ValueError("classify has a function of its own, models.classified_evaluation.evaluate_classify")
+    run = evaluate_choice if config.kind == "choice" else evaluate_generate
     return run(
         model,
         tokenizer,
@@ -161,10 +167,10 @@ def evaluate_generate(
         eos_token_id=_stop_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
     )
-    batches = _batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
+    batches = batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
     predictions = []
-    with _evaluating(model, greedy), _without_gradients(lockstep):
-        for batch, is_real in _with_progress(batches, progress):
+    with evaluating(model, greedy), without_gradients(lockstep):
+        for batch, is_real in with_progress(batches, progress):
             input_ids, mask = _left_padded(
                 [prompt_ids[index] for index in batch], pad_token_id(tokenizer), model.device
             )
@@ -207,10 +213,10 @@ def evaluate_choice(
         rows.append(list(zip(prompt_ids, response_ids, responses, strict=True)))
     lengths = [max(len(prompt) + len(response) for prompt, response, _ in row) for row in rows]
     _check_context(model, max(lengths))
-    batches = _batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
+    batches = batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
     predictions = []
-    with _evaluating(model, None), _without_gradients(lockstep):
-        for batch, is_real in _with_progress(batches, progress):
+    with evaluating(model, None), without_gradients(lockstep):
+        for batch, is_real in with_progress(batches, progress):
             flat = [(prompt, response) for index in batch for prompt, response, _ in rows[index]]
             scores = _log_likelihoods(model, flat, pad_token_id(tokenizer))
             for index in batch if is_real else ():
@@ -222,12 +228,14 @@ def evaluate_choice(
 
 def write_result(path: Path, result: EvaluationResult) -> None:
     """Write a result with every prediction as JSON; the file appears complete or not at all."""
-    totals = {
+    totals: dict[str, Any] = {
         "kind": result.kind,
         "accuracy": result.accuracy,
         "num_problems": result.num_problems,
         "correct": result.correct,
     }
+    if result.metrics is not None:
+        totals["metrics"] = dict(result.metrics)
     atomic_write_json(path, totals | {"predictions": [asdict(each) for each in result.predictions]})
 
 
@@ -300,7 +308,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     return sorted({int(each) for each in [*own, tokenizer.eos_token_id] if each is not None})
 
 
-def _batches_of_rank(
+def batches_of_rank(
     lengths: Sequence[int], batch_size: int, rank: int, world_size: int, lockstep: bool
 ) -> list[tuple[list[int], bool]]:
     """Batches of problems, and whether they count. Longest first: memory runs out at once or never."""
@@ -313,7 +321,7 @@ def _batches_of_rank(
     return batches
 
 
-def _with_progress(
+def with_progress(
     batches: Sequence[tuple[list[int], bool]], progress: Progress | None
 ) -> Iterator[tuple[list[int], bool]]:
     total = sum(len(batch) for batch, is_real in batches if is_real)
@@ -357,7 +365,7 @@ def _log_likelihoods(
     return [float(score) for score in token_scores.where(is_response, 0.0).double().sum(1)]
 
 
-def _without_gradients(lockstep: bool) -> AbstractContextManager[None]:
+def without_gradients(lockstep: bool) -> AbstractContextManager[None]:
     import torch
 
     # Weights gathered in inference mode could not be saved for a backward later.
@@ -365,20 +373,22 @@ def _without_gradients(lockstep: bool) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel, generation_config: Any) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, generation_config: Any) -> Iterator[None]:
     """Evaluation mode, and our generation settings alone: a model's own (penalties, ...) would be added."""
-    was_training, own = model.training, model.generation_config
+    # Classifiers have none.
+    was_training, own = model.training, getattr(model, "generation_config", None)
     model.eval()
     if generation_config is not None:
         model.generation_config = generation_config
     try:
         yield
     finally:
-        model.generation_config = own
+        if generation_config is not None:
+            model.generation_config = own
         model.train(was_training)
 
 
-def _gathered(kind: Literal["generate", "choice"], predictions: Sequence[Prediction]) -> EvaluationResult:
+def _gathered(kind: Kind, predictions: Sequence[Prediction]) -> EvaluationResult:
     from models.gather import gather_json  # heavy: torch
 
     of_ranks = gather_json([asdict(each) for each in predictions])

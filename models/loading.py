@@ -1,4 +1,4 @@
-"""How does a causal language model and its tokenizer come from a folder, a hub name or a GGUF file?"""
+"""How does a model, causal or a classifier, and its tokenizer come from a folder, a hub name or a GGUF file?"""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.heads import head_is_new, label_settings, make_head, not_of_head
 from models.quantization import Quantized, adopt_quantized, check_quantization, loading_options, need_package
-from models.source import check_model_folder, download, local_folder
+from models.source import Task, check_model_folder, download, local_folder
 from models.weight_files import read_json_object
 from sparse_zero.errors import InputError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+TASKS: tuple[Task, ...] = ("causal_lm", "sequence_classification")
 # Words, digits, bytes outside the vocabulary and a first word: where tokenizer conversions go wrong.
 TOKENIZER_PROBE = "The 12 pears, 3.5 żółw and\nmore."
 
@@ -33,6 +35,11 @@ class ModelConfig:
     name_or_path: str
     # Branch, tag or commit of a hub name; None: the hub's default branch. A folder has none.
     revision: str | None = None
+    # What the model does: predict tokens, or tell the class of a text (BERT, RoBERTa; Llama with a head "score"). A
+    # head that the files lack is made from training.seed, and must be trained entirely.
+    task: Task = "causal_lm"
+    # Classes of a sequence_classification; 1: a number is predicted instead (regression).
+    num_labels: int | None = None
     # File of the folder (or hub repository) to load instead of safetensors; it is dequantised.
     gguf_file: str | None = None
     # Folder or hub name of the tokenizer; None: the model's own.
@@ -63,6 +70,34 @@ class ModelConfig:
                 f"model.gguf_file is {self.gguf_file!r}: give the name of a .gguf file in model.name_or_path"
             )
         check_quantization(self.quantization, self.double_quantization, self.gguf_file)
+        self._check_task()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model tells the class of a text."""
+        return self.task == "sequence_classification"
+
+    def _check_task(self) -> None:
+        if self.task not in TASKS:
+            raise InputError(f"model.task is {self.task!r}: use one of {', '.join(TASKS)}")
+        if not self.classifies:
+            if self.num_labels is not None:
+                raise InputError(
+                    f"model.num_labels is {self.num_labels} with model.task {self.task}: set model.task to "
+                    "sequence_classification, or leave num_labels out"
+                )
+            return
+        if not isinstance(self.num_labels, int) or isinstance(self.num_labels, bool) or self.num_labels < 1:
+            raise InputError(
+                f"model.num_labels is {self.num_labels} with model.task sequence_classification: give the number of "
+                "classes, or 1 to predict a number"
+            )
+        for name, value, off in (("quantization", self.quantization, "none"), ("gguf_file", self.gguf_file, None)):
+            if value != off:
+                raise InputError(
+                    f"model.{name} is {value!r} with model.task sequence_classification, which is not supported: leave "
+                    f"{name} out"
+                )
 
 
 def validate_model_source(config: ModelConfig) -> None:
@@ -75,7 +110,7 @@ def validate_model_source(config: ModelConfig) -> None:
     if folder is not None:
         if config.revision is not None:
             raise InputError(f"model.revision is {config.revision!r}, but {folder} is a folder: leave it out")
-        check_model_folder(folder, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code)
+        _check_folder(config, folder)
     if config.tokenizer is not None:
         local_folder(config.tokenizer, field="model.tokenizer")
     if config.attention == "flash_attention_2":
@@ -98,12 +133,29 @@ def model_folder(config: ModelConfig) -> Path:
             gguf_file=config.gguf_file,
             weights=True,
         )
-        check_model_folder(folder, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code)
+        _check_folder(config, folder)
     return folder
 
 
-def load_model(config: ModelConfig, *, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Load a causal language model, dense or quantized, in evaluation mode, on ``device``.
+def _check_folder(config: ModelConfig, folder: Path) -> None:
+    check_model_folder(
+        folder,
+        gguf_file=config.gguf_file,
+        trust_remote_code=config.trust_remote_code,
+        task=config.task,
+        num_labels=config.num_labels,
+    )
+
+
+def load_model(
+    config: ModelConfig, *, device: str | torch.device = "cpu", head_seed: int | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, dense or quantized, or a classifier, in evaluation mode, on ``device``.
+
+    Args:
+        config: which model.
+        device: where it is put.
+        head_seed: of the head that a classifier's files lack (:func:`models.heads.fresh_head` names its weights).
 
     Raises:
         InputError: the source is missing, incomplete, of another kind, or its weights do not fit its config.
@@ -111,12 +163,13 @@ def load_model(config: ModelConfig, *, device: str | torch.device = "cpu") -> Pr
     folder = model_folder(config)
     with _no_progress_bars():
         model, info = _from_pretrained(config, folder, device)
-    check_weights_fit(
-        folder,
-        missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
-        mismatched=info["mismatched_keys"],
-    )
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    if head_is_new(config, folder):
+        if head_seed is None:
+            raise ValueError(f"{folder} has no head of its own: give head_seed")
+        new, (missing, unexpected) = missing, not_of_head(model, missing, unexpected)
+        make_head(model, set(new) - set(missing), head_seed)
+    check_weights_fit(folder, missing=missing, unexpected=unexpected, mismatched=info["mismatched_keys"])
     if config.quantization != "none":
         adopt_quantized(model)
         _leave_the_file(model)
@@ -161,7 +214,7 @@ def check_weights_fit(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; it always has an end-of-sequence and a padding token.
+    """Load the tokenizer of a model; it always has a padding token, and one that ends a sequence, but for a classifier.
 
     A tokenizer without a padding token pads with its unknown token, else with its end-of-sequence token:
     masks and labels go by position, so no token is ever taken for padding because of its id.
@@ -184,10 +237,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if gguf_file is None and not _has_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer.json or tokenizer.model: set model.tokenizer")
     tokenizer = _read_tokenizer(folder, gguf_file, config.trust_remote_code)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not config.classifies:
         raise InputError(f"the tokenizer of {folder} has no end-of-sequence token: set model.tokenizer to one that has")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"the tokenizer of {folder} has no padding token: set model.tokenizer to one that has")
     return tokenizer
 
 
@@ -216,7 +271,7 @@ def _need(module: str, package: str, setting: str, otherwise: str) -> None:
 
 def _from_pretrained(config: ModelConfig, folder: Path, device: str | torch.device) -> tuple[Any, dict[str, Any]]:
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig
 
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
@@ -231,12 +286,18 @@ def _from_pretrained(config: ModelConfig, folder: Path, device: str | torch.devi
         # Without dequantize the weights stay in GGUF blocks: they cannot be trained, and saving is refused.
         options |= {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
+        if config.classifies:
+            described = AutoConfig.from_pretrained(
+                folder, trust_remote_code=config.trust_remote_code, **label_settings(config)
+            )
+            return AutoModelForSequenceClassification.from_pretrained(folder, config=described, **options)
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a damaged file or config: anything from struct.error to RuntimeError
         detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{folder} cannot be loaded as a causal language model ({detail})") from error
+        what = "classifier" if config.classifies else "causal language model"
+        raise InputError(f"{folder} cannot be loaded as a {what} ({detail})") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -8,7 +8,22 @@ from torch import Tensor
 
 from models import liger
 from models.chunked_loss import chunked_nll, loss_in_head, why_at_once
+from models.classification import classified_loss
 from models.data import IGNORED
+
+
+def batch_loss(model: Any, batch: Mapping[str, Tensor], *, chunk: int | None = None, fused: bool = False) -> Tensor:
+    """Summed loss of a batch of :func:`models.collate.collate`: of tokens by :func:`response_nll`, or of classes."""
+    if "targets" in batch:
+        return classified_loss(model, batch)
+    return response_nll(model, batch, chunk=chunk, fused=fused)
+
+
+def batch_targets(batch: Mapping[str, Tensor]) -> Tensor:
+    """What the loss of a batch is a sum over: its response tokens, or its samples; scalar int64."""
+    if "targets" in batch:
+        return (~batch["targets"].isnan()).sum()
+    return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 def response_nll(model: Any, batch: Mapping[str, Tensor], *, chunk: int | None = None, fused: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""How do records come out of a JSON, JSONL, CSV or parquet file, a folder of them, or the hub?
+"""How do records come out of a JSON, JSONL, CSV, TSV or parquet file, a folder of them, or the hub?
 
 Parquet files and hub names are read by ``datasets``. JSON and CSV are parsed here, value by value: a columnar
 reader infers one type per column, which turns the answers 5 and 2.5 into 5.0 and 2.5, the text "2020-01-01"
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sparse_zero.errors import InputError
 
-DataFormat = Literal["auto", "json", "jsonl", "csv", "parquet", "hub"]
+DataFormat = Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "hub"]
 Record = Mapping[str, Any]
 
 SUFFIXES: dict[str, DataFormat] = {
@@ -24,6 +24,7 @@ SUFFIXES: dict[str, DataFormat] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
 }
 # owner/name, or owner/name:subset where the data set has several configurations.
@@ -121,6 +122,7 @@ def _read_file(path: Path, field: str, data_format: DataFormat) -> list[Record]:
         "json": _read_json,
         "jsonl": _read_jsonl,
         "csv": _read_csv,
+        "tsv": _read_tsv,
         "parquet": _read_parquet,
     }
     if kind not in readers:
@@ -189,6 +191,23 @@ def _read_csv(path: Path) -> list[Record]:
                 raise ValueError(f"line {reader.line_num} has {len(row)} values for {len(header)} columns")
             if row:
                 records.append(dict(zip(header, row, strict=True)))
+    return records
+
+
+def _read_tsv(path: Path) -> list[Record]:
+    """Lines of values with tabs between them, below a header, as GLUE has them: quotes are characters like others."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    header = lines[0].removesuffix("\r").split("\t")
+    if len(set(header)) < len(header):
+        raise ValueError("a column name occurs twice in the header (the first line must be one)")
+    records: list[Record] = []
+    for number, line in enumerate(lines[1:], start=2):
+        row = line.removesuffix("\r").split("\t")
+        if row == [""]:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"line {number} has {len(row)} values for {len(header)} columns")
+        records.append(dict(zip(header, row, strict=True)))
     return records
 
 

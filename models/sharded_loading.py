@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.compat import ignored_names, keeps_float32, transformers_names
 from models.gather import gather_json
+from models.heads import deviation_of, fresh_head, head_is_new, new_weight, not_of_head, remember_head
 from models.loading import ModelConfig, check_weights_fit, load_model, model_folder
 from models.skeleton import load_empty
 from models.weight_files import StoredTensor, check_weights, stored_tensors
@@ -49,8 +50,9 @@ class ShardedLoadingWarning(UserWarning):
 class _Plan:
     """What is read from where; or why the shards have to come from rank 0."""
 
-    # Names in the model that are one parameter, and where it lies. The first name has been found in the files.
-    parameters: tuple[tuple[tuple[str, ...], StoredTensor], ...] = ()
+    # Names in the model that are one parameter, and where it lies. The first name has been found in the files. None: it
+    # is a weight of the head, which the files lack.
+    parameters: tuple[tuple[tuple[str, ...], StoredTensor | None], ...] = ()
     # Names in the model of persistent buffers, and where they lie.
     buffers: tuple[tuple[str, StoredTensor], ...] = ()
     # None: every rank can read its own part.
@@ -58,7 +60,11 @@ class _Plan:
 
 
 def load_sharded(
-    config: ModelConfig, deepspeed_config: Mapping[str, Any], *, read: Reader | None = None
+    config: ModelConfig,
+    deepspeed_config: Mapping[str, Any],
+    *,
+    read: Reader | None = None,
+    head_seed: int | None = None,
 ) -> PreTrainedModel:
     """The model that :func:`models.loading.load_model` gives, frozen, and in shards from the start. Collective.
 
@@ -73,6 +79,7 @@ def load_sharded(
         config: which model.
         deepspeed_config: of the engine that will train it, at stage 3.
         read: reads a part of a tensor; default: :func:`read_part`.
+        head_seed: see :func:`~models.loading.load_model`.
 
     Raises:
         InputError: on all ranks together, as :func:`~models.loading.load_model` does.
@@ -91,14 +98,15 @@ def load_sharded(
     reason = next((each for each in reasons if each is not None), None)
     init = compat.start_sharding(deepspeed_config)
     if reason is not None:
-        return _load_on_rank_zero(config, folder, model, init, reason)
+        return _load_on_rank_zero(config, folder, model, init, reason, head_seed)
     _agree_on_ties(plan)
     with failing_together():
         owners = _owners(model)
         for names, stored in plan.parameters:
             described = owners[names[0]][0]._parameters[names[0].rpartition(".")[2]]
             assert described is not None
-            _put(owners, names, compat.new_shards(init, described.shape, described.dtype, _part_of(read, stored)))
+            part = _part_made(model, names[0], described.shape, head_seed) if stored is None else _part_of(read, stored)
+            _put(owners, names, compat.new_shards(init, described.shape, described.dtype, part))
         for name, stored in plan.buffers:
             buffer = model.get_buffer(name)
             whole = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -106,6 +114,7 @@ def load_sharded(
             buffer.copy_(whole)
     for buffer_owner, name, buffer in _buffers(model):
         buffer_owner._buffers[name] = buffer.to(init.local_device)
+    remember_head(model, [names[0] for names, stored in plan.parameters if stored is None])
     return model.eval()
 
 
@@ -142,6 +151,18 @@ def _read_exactly(file: Any, out: Tensor) -> None:
 def _part_of(read: Reader, stored: StoredTensor) -> Callable[[Tensor, int], None]:
     def part(out: Tensor, start: int) -> None:
         read(stored, out, start)
+
+    return part
+
+
+def _part_made(
+    model: PreTrainedModel, name: str, shape: Sequence[int], seed: int | None
+) -> Callable[[Tensor, int], None]:
+    assert seed is not None, "a head that the files lack needs head_seed"
+    whole = new_weight(name, shape, seed, deviation_of(model)).view(-1)
+
+    def part(out: Tensor, start: int) -> None:
+        out.copy_(whole[start : start + len(out)])
 
     return part
 
@@ -199,6 +220,11 @@ def _plan(config: ModelConfig, folder: Path, model: PreTrainedModel) -> _Plan:
     missing += [name for name in buffers if name not in stored]
     unexpected = [name for name in stored if name not in own and not _matches(unexpected_allowed, name)]
     mismatched = [name for name in own if name in stored and stored[name].shape != tuple(own[name].shape)]
+    made: set[str] = set()
+    if head_is_new(config, folder):
+        lacking, unexpected = not_of_head(model, missing, unexpected)
+        made = {name for name in missing if name not in lacking and name not in buffers}
+        missing = [name for name in missing if name not in made]
     check_weights_fit(
         folder,
         missing=[name for name in missing if not _matches(missing_allowed, name)],
@@ -207,12 +233,16 @@ def _plan(config: ModelConfig, folder: Path, model: PreTrainedModel) -> _Plan:
     )
     if missing:
         return _Plan(reason=f"its files lack {missing[0]}, which transformers then makes")
+    groups, new = [group for group in groups if group[0] not in made], [group for group in groups if group[0] in made]
     used = {name: _DTYPES for group in groups for name in group} | dict.fromkeys(buffers, _BUFFER_DTYPES)
     strange = [name for name, known in used.items() if name in stored and stored[name].dtype not in known]
     if strange:
         return _Plan(reason=f"{strange[0]} is stored as {stored[strange[0]].dtype}")
     return _Plan(
-        parameters=tuple((tuple(each), stored[each[0]]) for group in groups for each in _untied(group, stored)),
+        parameters=tuple(
+            [(tuple(each), stored[each[0]]) for group in groups for each in _untied(group, stored)]
+            + [(tuple(group), None) for group in new]
+        ),
         buffers=tuple((name, stored[name]) for name in buffers),
     )
 
@@ -255,7 +285,7 @@ def _agree_on_ties(plan: _Plan) -> None:
 
 
 def _load_on_rank_zero(
-    config: ModelConfig, folder: Path, model: PreTrainedModel, init: Any, reason: str
+    config: ModelConfig, folder: Path, model: PreTrainedModel, init: Any, reason: str, head_seed: int | None
 ) -> PreTrainedModel:
     """Load on rank 0's host, and give every rank its shards from there, one weight at a time. Collective."""
     is_main = dist.get_rank() == 0
@@ -266,7 +296,7 @@ def _load_on_rank_zero(
     )
     with failing_together():
         if is_main:
-            model = load_model(config)
+            model = load_model(config, head_seed=head_seed)
     groups: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[id(parameter)].append(name)
@@ -290,4 +320,5 @@ def _load_on_rank_zero(
         real = torch.empty_like(buffer, device=init.local_device) if buffer.is_meta else buffer.to(init.local_device)
         dist.broadcast(real, src=0)
         owner._buffers[name] = real
+    remember_head(model, gather_json(fresh_head(model))[0])
     return model.eval()

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.heads import label_settings
 from models.known_shapes import KnownShape, known_shape, transformers_config
 from models.loading import ModelConfig, model_folder
 from models.source import download, local_folder
@@ -72,7 +73,7 @@ def load_empty(config: ModelConfig) -> PreTrainedModel:
 
 def _described(config: ModelConfig, source: Path | KnownShape, **options: Any) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     gguf: dict[str, Any] = {} if config.gguf_file is None else {"gguf_file": config.gguf_file}
     try:
@@ -80,13 +81,18 @@ def _described(config: ModelConfig, source: Path | KnownShape, **options: Any) -
             described = transformers_config(source)
         else:
             described = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code, **gguf)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        if config.classifies:
+            for name, value in label_settings(config).items():
+                setattr(described, name, value)
+        kind = AutoModelForSequenceClassification if config.classifies else AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_config(
             described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, **options
         )
     except Exception as error:  # a damaged config: anything from KeyError to RuntimeError
         detail = " ".join(str(error).split())[:300] or type(error).__name__
         name = source.name if isinstance(source, KnownShape) else source
-        raise InputError(f"{name} cannot be read as a causal language model ({detail})") from error
+        what = "classifier" if config.classifies else "causal language model"
+        raise InputError(f"{name} cannot be read as a {what} ({detail})") from error
     return model.eval()
 
 

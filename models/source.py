@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from models.weight_files import check_weights, read_json_object
 from sparse_zero.errors import InputError
+
+Task = Literal["causal_lm", "sequence_classification"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 HUB_TIMEOUT_SECONDS = 10.0
@@ -79,8 +81,22 @@ def download(name: str, *, field: str, revision: str | None, gguf_file: str | No
         ) from error
 
 
-def check_model_folder(folder: Path, *, gguf_file: str | None, trust_remote_code: bool) -> None:
+def check_model_folder(
+    folder: Path,
+    *,
+    gguf_file: str | None,
+    trust_remote_code: bool,
+    task: Task = "causal_lm",
+    num_labels: int | None = None,
+) -> None:
     """Check what can be checked without reading a weight: configuration, kind of model, completeness.
+
+    Args:
+        folder: of the model.
+        gguf_file: see :class:`models.loading.ModelConfig`, as for the others.
+        trust_remote_code: whether code of the model may run.
+        task: what it is to do.
+        num_labels: classes of a classifier.
 
     Raises:
         InputError: naming the file and the remedy.
@@ -93,13 +109,15 @@ def check_model_folder(folder: Path, *, gguf_file: str | None, trust_remote_code
             if ggufs:
                 hint = f"set model.gguf_file, for example to {ggufs[0]!r}"
             raise InputError(f"{folder} has no config.json: {hint}")
-        _check_kind(folder, read_json_object(folder / "config.json"), trust_remote_code)
+        settings = read_json_object(folder / "config.json")
+        if task == "sequence_classification":
+            _check_classifier(folder, settings, trust_remote_code, num_labels)
+        else:
+            _check_kind(folder, settings, trust_remote_code)
     check_weights(folder, gguf_file)
 
 
-def _check_kind(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+def _kind_of(folder: Path, config: dict[str, Any]) -> str:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{folder / 'config.json'} has no model_type: restore the file")
@@ -109,6 +127,43 @@ def _check_kind(folder: Path, config: dict[str, Any], trust_remote_code: bool) -
         raise InputError(
             f"{folder} has quantised weights ({method or 'unknown method'}): name the model it was made from"
         )
+    return kind
+
+
+def is_classifier(config: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a model that was saved with a head for sequence classification."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+
+
+def _check_classifier(folder: Path, config: dict[str, Any], trust_remote_code: bool, num_labels: int | None) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    kind = _kind_of(folder, config)
+    own_code = "AutoModelForSequenceClassification" in (config.get("auto_map") or {})
+    if own_code and not trust_remote_code:
+        raise InputError(
+            f"{folder} needs its own Python code ({kind}): read that code, then set model.trust_remote_code"
+        )
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and not own_code:
+        raise InputError(
+            f"model.task is 'sequence_classification', which transformers does not know for {folder} ({kind}): name "
+            "another model"
+        )
+    if is_classifier(config):
+        names = config.get("id2label")
+        # transformers' default, which its files leave out.
+        stored = len(names) if isinstance(names, dict) and names else config.get("num_labels", 2)
+        if stored != num_labels:
+            raise InputError(
+                f"model.num_labels is {num_labels}, and {folder} has a head for {stored}: set it to that, or name the "
+                "encoder that it was made from"
+            )
+
+
+def _check_kind(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = _kind_of(folder, config)
     own_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
     architectures = [str(name) for name in config.get("architectures") or []]
     # Kinds that only encode (bert) can be loaded as a causal model too; the file says what it was saved as.
@@ -124,4 +179,7 @@ def _check_kind(folder: Path, config: dict[str, Any], trust_remote_code: bool) -
             f"{folder} needs its own Python code ({kind}): read that code, then set model.trust_remote_code"
         )
     shown = ", ".join(architectures) or kind
-    raise InputError(f"{folder} is a {shown}, not a causal language model that transformers knows: name another model")
+    raise InputError(
+        f"{folder} is a {shown}, not a causal language model that transformers knows: name another model, or set "
+        "model.task to sequence_classification"
+    )

@@ -17,7 +17,7 @@ from launcher.memory.memory_config import MemoryConfig
 from launcher.memory.room import held_bytes
 from launcher.memory.run_recorder import RunRecorder, named_nodes
 from launcher.starting.control_groups import oom_counter, oom_kills
-from models.data import IGNORED, TokenizedSample
+from models.data import IGNORED, ClassifiedSample, Sample, TokenizedSample
 from models.families import head_name
 from sparse_zero.memory.measure import PeakMemory
 from sparse_zero.memory.simulation.recorder import tag_model
@@ -94,15 +94,18 @@ class PhasePeaks:
                 self.reserved[name] = max(self.reserved.get(name, 0), reserved)
 
 
-def label_positions(samples: Sequence[TokenizedSample], batching: Literal["pad", "pack"]) -> int:
+def label_positions(samples: Sequence[Sample], batching: Literal["pad", "pack"]) -> int:
     """How many positions of a micro-batch's rows get logits: those that predict a label in some row, at least one."""
+    if any(isinstance(sample, ClassifiedSample) for sample in samples):
+        return 1
+    tokenized = [sample for sample in samples if isinstance(sample, TokenizedSample)]
     if batching == "pack":
-        return max(1, sum(label != IGNORED for sample in samples for label in sample.labels[1:]))
-    found = {place for sample in samples for place, label in enumerate(sample.labels) if place and label != IGNORED}
+        return max(1, sum(label != IGNORED for sample in tokenized for label in sample.labels[1:]))
+    found = {place for sample in tokenized for place, label in enumerate(sample.labels) if place and label != IGNORED}
     return max(1, len(found))
 
 
-def shape_of(samples: Sequence[TokenizedSample], batching: Literal["pad", "pack"], accumulation: int) -> dict[str, int]:
+def shape_of(samples: Sequence[Sample], batching: Literal["pad", "pack"], accumulation: int) -> dict[str, int]:
     """What of a micro-batch decides how much memory it takes; ``tokens`` are those that are no padding."""
     lengths = [len(sample.input_ids) for sample in samples]
     rows, length = (1, sum(lengths)) if batching == "pack" else (len(samples), max(lengths))
@@ -142,7 +145,7 @@ class RunMemory:
         self._head: str | None = None
         # The micro-batches that were measured in the latest step: rows, length, label positions, filled tokens.
         self.micro_batches: list[dict[str, int]] = []
-        self._latest: tuple[Sequence[TokenizedSample], Literal["pad", "pack"], int] | None = None
+        self._latest: tuple[Sequence[Sample], Literal["pad", "pack"], int] | None = None
         # By phase, as Timeline.to_json tells it.
         self.tensors: dict[str, Any] = {}
         # Of the run, also where nothing is measured.
@@ -190,9 +193,7 @@ class RunMemory:
         if self._recorder is not None:
             tag_model(self._recorder, engine.module)
 
-    def micro_batch(
-        self, samples: Sequence[TokenizedSample], batching: Literal["pad", "pack"], index: int, number: int
-    ) -> None:
+    def micro_batch(self, samples: Sequence[Sample], batching: Literal["pad", "pack"], index: int, number: int) -> None:
         """Say which micro-batch follows: the ``index``-th of ``number`` in its step."""
         # The first of a step holds no gradients of others.
         self._latest = samples, batching, 1 if index == 0 else number

@@ -98,6 +98,11 @@ def check_can_simulate(config: RunConfig, method: str = "selection") -> None:
     Raises:
         InputError: names the field.
     """
+    if config.model.classifies:
+        raise InputError(
+            "model.task is 'sequence_classification', of which memory is not simulated yet: measure a short run "
+            "(memory.measure)"
+        )
     if config.model.quantization != "none" and config.zero.stage == 3:
         raise InputError(
             f"model.quantization is {config.model.quantization!r} at zero.stage 3, which would cut packed numbers into "

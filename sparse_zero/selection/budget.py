@@ -1,6 +1,6 @@
 """Which regions are chosen, once they have scores: fixed numbers per matrix, then the ranking under a budget?
 
-What is fixed comes first: vectors of kind whole, and families with per_matrix. What it leaves of the budget is divided
+What is fixed comes first: what is of kind whole, and families with per_matrix. What it leaves of the budget is divided
 into parts: among the groups, among the matrices of each, or not at all. In every part the regions compete: the chosen
 set is the longest prefix of the part's ranking whose entries, each counted once, fit. With floors per layer, every
 layer first takes the longest prefix of a ranking of its own that fits its floor, and the others follow in the part's
@@ -159,7 +159,7 @@ def choose(
             them.
         budget: how much may be trained, overlaps counted once; None (no bound) if nothing competes.
         module_map: tells which matrices the groups' patterns match, and in which layer they lie.
-        whole: vectors that are trained entirely, by name; they count against the budget, as one region each.
+        whole: what is trained entirely, by name; it counts against the budget, as one region each.
         num_parameters_model: parameters of the model, tied ones counted once: what a fraction is a fraction of.
         bytes_per_parameter: bytes of training state of one trained entry, for a budget in bytes.
         size_neutral: whether the competing regions' score may be compared across sizes as it is.
@@ -182,7 +182,7 @@ def choose(
     if limit.unit == "regions":
         used = sum(map(len, fixed.values())) + len(whole)
     if used > limit.amount:
-        vectors = "the vectors of kind whole and " if whole else ""
+        vectors = "what is of kind whole and " if whole else ""
         raise InputError(
             f"selection.budget allows {limit.says(limit.amount)}, but {vectors}the regions with per_matrix alone are "
             f"{used:,}: raise the budget or lower per_matrix"

@@ -221,7 +221,7 @@ def _block_shape(region: RegionConfig, matrix: Matrix) -> BlockShape:
 def find_candidates(config: SelectionConfig, module_map: ModuleMap) -> list[Candidates]:
     """Everything that ``config`` lets compete or fixes by number, sorted by weight name, then kind.
 
-    Vectors of kind whole are not among them: see :func:`find_whole`.
+    What is of kind whole is not among them: see :func:`find_whole`.
 
     Raises:
         InputError: a pattern that matches nothing (above ``min_depth``), no layer left, a block larger than a matrix,
@@ -263,27 +263,48 @@ def find_candidates(config: SelectionConfig, module_map: ModuleMap) -> list[Cand
     return [found[key] for key in sorted(found, key=lambda key: (key[0], KINDS.index(key[1])))]
 
 
+def head_matrices(module_map: ModuleMap) -> dict[str, Matrix]:
+    """The matrices that may be trained entirely, by the names of their parameters: what lies above all layers."""
+    return {
+        matrix.parameter: matrix
+        for matrix in module_map.matrices
+        if depth_of(matrix.names(), module_map) == module_map.num_layers
+        and module_map.layer_of  # What has no layers has nothing above them.
+        and matrix.num_slices is None
+        and not matrix.is_quantized
+    }
+
+
 def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[str, int]) -> dict[str, WeightSelection]:
-    """The vectors that ``config`` trains entirely, by name.
+    """The vectors, and the matrices of a head, that ``config`` trains entirely, by name.
+
+    A matrix is trained as all of its rows. Patterns match the names of parameters: ``classifier.*`` stands for
+    ``classifier.weight`` and ``classifier.bias``.
 
     Args:
         config: regions of kind whole are read.
-        module_map: names the vectors.
+        module_map: names vectors and matrices.
         shapes: length of each vector, by name.
 
     Raises:
-        InputError: a pattern that matches no vector (above ``min_depth``), or no layer left.
+        InputError: a pattern that matches no vector and no matrix of a head (above ``min_depth``), or no layer left.
     """
     found: dict[str, WeightSelection] = {}
     lowest = lowest_candidate(config.min_depth, module_map.num_layers)
+    matrices = head_matrices(module_map)
     for region in config.regions:
         if region.kind == "whole":
-            names = match_names(region.modules, module_map.vectors, "selection.regions.modules", "vector")
+            known = [*module_map.vectors, *matrices]
+            names = match_names(region.modules, known, "selection.regions.modules", "vector, and no matrix of a head")
             layers = {name: at for name in names if (at := layer_index(name)) is not None}
             inside = _in_layers(region, names, replace(module_map, layer_of={**module_map.layer_of, **layers}))
             names = [name for name in names if name in inside]
             above = [name for name in names if depth_of([name], module_map) >= lowest]
             _check_depth(region, above, names, config)
             for name in above:
-                found[name] = WeightSelection(shape=(shapes[name], 1), whole=True)
+                if name in matrices:
+                    shape = matrices[name].shape
+                    found[name] = WeightSelection(shape=shape, rows=torch.arange(shape[0]))
+                else:
+                    found[name] = WeightSelection(shape=(shapes[name], 1), whole=True)
     return found

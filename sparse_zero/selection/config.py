@@ -44,11 +44,12 @@ class RegionConfig:
     """One family of candidate regions: a kind, on the matrices that the patterns match."""
 
     # block: a sub-matrix of a grid (SMT, DiaBlo); row: an output channel; column: an input channel (RoCoFT);
-    # whole: biases and norms, trained entirely.
+    # whole: biases, norms and the matrices of a head (what lies above all layers: a classifier), trained entirely.
+    # Such a matrix is trained as all of its rows, by whose settings of per_kind.
     kind: Kind
     # Patterns over names, shell style, with {a,b} alternatives: "*.self_attn.{q,k,v}_proj". A matrix that is the
     # weight of a module has the module's name; experts have their parameter's ("*.experts.down_proj"), and so do
-    # the vectors of kind whole ("*.input_layernorm.weight", "*.q_proj.bias").
+    # what is of kind whole ("*.input_layernorm.weight", "*.q_proj.bias", "classifier.*").
     modules: tuple[str, ...]
     # Side of a block, in rows and columns of the matrix. Blocks only: rows and columns have no size.
     block_size: int | None = None
@@ -59,7 +60,7 @@ class RegionConfig:
     min_layer: int | None = None
     max_layer: int | None = None
     # Exactly this many regions in every matched matrix, outside the competition for the budget.
-    # None: the regions compete under the budget. Vectors of kind whole never compete: they are always trained.
+    # None: the regions compete under the budget. What is of kind whole never competes: it is always trained.
     per_matrix: int | None = None
     # Score of these regions; None: the selection's.
     score: str | None = None
@@ -101,7 +102,7 @@ class RegionConfig:
                 if value != default:
                     raise InputError(
                         f"selection.regions.{name} is {value!r} for kind 'whole' of {named}: "
-                        "vectors are trained entirely, without scores; remove it"
+                        "what is trained entirely has no scores; remove it"
                     )
 
 
@@ -134,7 +135,7 @@ class BudgetConfig:
     bytes: int | None = None
     # Number of regions, whatever their size.
     regions: int | None = None
-    # Vectors of kind whole and regions with per_matrix come first, and count (in regions: one each). The fields
+    # What is of kind whole and regions with per_matrix come first, and count (in regions: one each). The fields
     # below divide what they leave. An amount that does not hold one region is an error.
     # all: one ranking over all matrices (SMT calls it no_restriction); matrix: every matrix (of a stack of experts:
     # every one of them) gets the same part (SMT's norm_dist).

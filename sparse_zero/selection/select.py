@@ -109,13 +109,29 @@ def _rules(candidates: Iterable[Candidates]) -> dict[str, ScoreRule]:
 def _find_regions(
     model: nn.Module, config: SelectionConfig, module_map: ModuleMap
 ) -> tuple[list[Candidates], dict[str, WeightSelection]]:
-    """What competes or is fixed by number, and the vectors that are trained entirely."""
+    """What competes or is fixed by number, and what is trained entirely: vectors, and matrices of a head."""
     if config.file is not None:
         raise InputError(f"selection.file is {config.file}: nothing is left to select; use Selection.load")
     candidates = find_candidates(config, module_map)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     lengths = {name: parameter_shape(parameters[name])[0] for name in module_map.vectors}
-    return candidates, find_whole(config, module_map, lengths)
+    entire = find_whole(config, module_map, lengths)
+    for each in candidates:
+        if each.weight in entire:
+            raise InputError(
+                f"selection.regions trains {each.weight} entirely (kind whole) and names its {each.kind}s too: take "
+                f"{each.matrix.name!r} out of one of the families"
+            )
+    return candidates, entire
+
+
+def entire_names(model: nn.Module, config: SelectionConfig, module_map: ModuleMap | None = None) -> list[str]:
+    """Names of what the families of kind whole train: vectors, and matrices of a head.
+
+    Raises:
+        InputError: a pattern that matches nothing.
+    """
+    return list(_find_regions(model, config, module_map or default_module_map(model))[1])
 
 
 @torch.no_grad()
