@@ -102,12 +102,13 @@ def adapter_card(config: RunConfig, adapter: Adapter, base_model: str | None, mo
 
     hub_data, data_words = _data_sets(config)
     inherited = _inherited(model_folder)
+    pipeline = "text-classification" if config.model.classifies else "text-generation"
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="adapter",
         library_name="sparse-zero",
-        pipeline_tag="text-generation",
-        tags=["sparse-zero", "peft", "text-generation"],
+        pipeline_tag=pipeline,
+        tags=["sparse-zero", "peft", pipeline],
         datasets=hub_data or None,
         **inherited,
     )
@@ -145,6 +146,7 @@ def adapter_card(config: RunConfig, adapter: Adapter, base_model: str | None, mo
         base=base_name,
         base_argument=base_model or "folder of the base",
         dtype=config.model.dtype,
+        auto_class="AutoModelForSequenceClassification" if config.model.classifies else "AutoModelForCausalLM",
         table=table,
         licence=licence,
         quantized=_QUANTIZED.format(form=config.model.quantization) if is_quantized else "",
@@ -173,9 +175,9 @@ The base, and the adapter's files:
 
 ```python
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("{base_argument}", dtype="{dtype}")
+model = {auto_class}.from_pretrained("{base_argument}", dtype="{dtype}")
 adapter = snapshot_download("owner/this-adapter")  # or a folder with its files
 ```
 

@@ -98,8 +98,8 @@ class RunConfig:
         if not self.model.classifies:
             if self.data.fields.classifies:
                 raise InputError(
-                    f"data.fields.label is {self.data.fields.label!r} with model.task {self.model.task}: set model.task "
-                    "to sequence_classification, or leave the label out"
+                    f"data.fields.label is {self.data.fields.label!r} with model.task {self.model.task}: set "
+                    "model.task to sequence_classification, or leave the label out"
                 )
             if kind == "classify":
                 raise InputError(

@@ -177,12 +177,12 @@ def export_adapter(config: RunConfig, adapter: Path, folder: Path, base_model: s
         InputError: the adapter cannot be read, or is none of the run's.
     """
     _check_names(config, adapter)
-    found = read_adapter(adapter)
-    if config.model.classifies and found.placement == "delta" and head_is_new(config.model, model_folder(config.model)):
+    if config.model.classifies and head_is_new(config.model, model_folder(config.model)):
         raise InputError(
-            f"{adapter} is of placement delta, over a head that training.seed made and that nobody else has: export the "
-            "merged model instead, without --adapter-only"
+            f"{adapter} stands on a head that training.seed made, which nobody else's base has: export the model "
+            "instead (--as model)"
         )
+    found = read_adapter(adapter)
     name = base_model_name(config.model, found.base, base_model)
     source = model_of(config, found.base)
     # A base that calibration has trained is on no hub, unless somebody says so.
@@ -191,9 +191,9 @@ def export_adapter(config: RunConfig, adapter: Path, folder: Path, base_model: s
     base_folder = local_folder(source.name_or_path, field="model.name_or_path")
     shown = for_others(found, name)
     card = adapter_card(config, shown, name, base_folder)
-    write_adapter(
-        folder, shown, peft_config(base_model=name, task_type="SEQ_CLS" if config.model.classifies else "CAUSAL_LM")
-    )
+    # PEFT's own classifiers would keep the head apart, whose values are here.
+    task_type = None if config.model.classifies else "CAUSAL_LM"
+    write_adapter(folder, shown, peft_config(base_model=name, task_type=task_type))
     # Not in the manifest: cards are edited.
     atomic_write_text(folder / "README.md", card)
     print(f"adapter to upload written to {folder}")

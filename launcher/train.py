@@ -42,6 +42,7 @@ from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
 from models.gather import gather_json
+from models.heads import fresh_head
 from models.loading import pad_token_id
 from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint
@@ -62,14 +63,17 @@ def _say(world: World, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[float, int]:
-    """(accuracy, problems) of ``model`` on the test records; from the file of an earlier start if it is there."""
+def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[float, int, Any]:
+    """(accuracy, problems, a classifier's metrics) of ``model`` on the test records.
+
+    From the file of an earlier start if it is there.
+    """
     out = prepared.folder.evaluation / f"{name}.json"
     reuse = name == "base" and prepared.resumes and out.is_file()
     if all(gather_json(reuse)):
         earlier = read_json(out, strict=True)
         try:
-            return float(earlier["accuracy"]), int(earlier["num_problems"])
+            return float(earlier["accuracy"]), int(earlier["num_problems"]), earlier.get("metrics")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{out} is no evaluation ({error!r}): delete it, and it is made again") from error
     result = evaluate_model(
@@ -83,7 +87,7 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
         prepared.labels,
     )
     _say(world, f"{name} model: {result.correct} of {result.num_problems} test problems correct")
-    return result.accuracy, result.num_problems
+    return result.accuracy, result.num_problems, result.metrics
 
 
 def _select(prepared: Prepared, world: World) -> Selection:
@@ -254,10 +258,14 @@ def _run_alone(
     world.pulse.tick(owns_folder=True)
     _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
     accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": 0}
+    metrics: dict[str, Any] = {}
     total = num_parameters(prepared.model)
+    if new := fresh_head(prepared.model):
+        _say(world, f"the base lacks a head: {', '.join(new)} start from training.seed {config.training.seed}")
     if prepared.test:
         with phases.measure("evaluate_base"), memory.phase("evaluate"):
-            accuracy["base"], accuracy["num_problems"] = _evaluate(prepared, world, prepared.model, "base")
+            found = _evaluate(prepared, world, prepared.model, "base")
+            accuracy["base"], accuracy["num_problems"], metrics["base"] = found
     with phases.measure("calibrate"), memory.phase("calibration"):
         selection = _select(prepared, world)
     trained = selection.num_parameters
@@ -285,11 +293,14 @@ def _run_alone(
             _save_merged(prepared, world, model)
     if prepared.test:
         with phases.measure("evaluate_tuned"), memory.phase("evaluate"):
-            accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
+            found = _evaluate(prepared, world, model.to(world.device), "tuned")
+            accuracy["tuned"], _, metrics["tuned"] = found
     if config.output.merged and is_quantized:
         with phases.measure("save"), memory.phase("save"):
             _save_merged(prepared, world, model)
     counts = {"total": total, "trained": trained, "retired": retired}
+    if config.model.classifies:
+        accuracy["metrics"] = metrics
     _write_summary(prepared, world, phases, result, accuracy, counts, communication, memory, notes)
     if world.is_main:
         print_summary(folder.path)
