@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,10 +161,11 @@ def load_model(
         InputError: the source is missing, incomplete, of another kind, or its weights do not fit its config.
     """
     folder = model_folder(config)
-    with _no_progress_bars():
+    is_new = head_is_new(config, folder)
+    with _no_progress_bars(), _no_warnings() if is_new else nullcontext():
         model, info = _from_pretrained(config, folder, device)
     missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    if head_is_new(config, folder):
+    if is_new:
         if head_seed is None:
             raise ValueError(f"{folder} has no head of its own: give head_seed")
         new, (missing, unexpected) = missing, not_of_head(model, missing, unexpected)
@@ -355,6 +356,19 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without the report of transformers that a head is missing, which is made here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
