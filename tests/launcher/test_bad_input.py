@@ -77,6 +77,14 @@ def sweep_file(**section: Any) -> dict[str, str | bytes]:
 # A selection file with one number in it and no header beyond its format.
 NO_HEADER = save({"a/rows": torch.zeros(1, dtype=torch.int32)}, {"format": "sparse_zero.selection"})
 
+# What makes a run one of a classifier.
+CLASSIFIES = [
+    "--model.task=sequence_classification",
+    "--model.num_labels=2",
+    "--data.fields={text: sentence, label: label}",
+]
+CLASSES = [*CLASSIFIES, "--data.train=classes.tsv"]
+
 CONFIG_CASES = [
     # the command line
     Case(name="no command", arguments=[], says=["COMMAND", "required", "sparse-zero --help"]),
@@ -165,6 +173,22 @@ CONFIG_CASES = [
     Case(name="selection with a broken header", arguments=["inspect", "one.safetensors"], files={"one.safetensors": NO_HEADER}, says=["one.safetensors has a header that cannot be read", "select again"]),
     Case(name="unknown score", overrides=["--selection.score=abs_of_men"], says=["selection.score is 'abs_of_men'", "did you mean 'abs_of_mean'"]),
     Case(name="score that cannot be imported", overrides=["--selection.score=gone.module:rule"], says=["selection.score is 'gone.module:rule'", "PYTHONPATH"]),
+    Case(name="classes without a number", overrides=["--model.task=sequence_classification"], says=["model.num_labels is None", "number of classes"]),
+    Case(name="classes of a language model", overrides=["--model.num_labels=2"], says=["model.num_labels is 2 with model.task causal_lm"]),
+    Case(name="task that nobody knows", overrides=["--model.task=classification"], says=["model.task is 'classification'", "sequence_classification"]),
+    Case(name="classifier without labels", overrides=[*CLASSIFIES, "--data.fields={text: sentence}"], says=["data.fields.label is missing", "sequence_classification"]),
+    Case(name="labels of a language model", overrides=["--data.fields={text: sentence, label: label}"], says=["data.fields.label is 'label' with model.task causal_lm"]),
+    Case(name="label without a text", overrides=["--data.fields={label: label}"], says=["data.fields.label is 'label' without data.fields.text"]),
+    Case(name="pair without a label", overrides=["--data.fields={text: a, second_text: b}"], says=["data.fields.second_text is 'b' without data.fields.label"]),
+    Case(name="packed classes", overrides=[*CLASSIFIES, "--data.batching=pack"], says=["data.batching is 'pack' with model.task sequence_classification", "leave it out"]),
+    Case(name="template of classes", overrides=[*CLASSIFIES, "--data.template=chat"], says=["data.template is 'chat' with model.task sequence_classification"]),
+    Case(name="generated classes", overrides=[*CLASSIFIES, "--data.evaluation.kind=generate"], says=["data.evaluation.kind is 'generate' with model.task sequence_classification"]),
+    Case(name="classes of a language model's answers", overrides=["--data.evaluation.kind=classify"], says=["data.evaluation.kind is 'classify' with model.task causal_lm"]),
+    Case(name="chunks of classes", overrides=[*CLASSIFIES, "--training.loss_chunk=8"], says=["training.loss_chunk is 8 with model.task sequence_classification"]),
+    Case(name="prefix cache of classes", overrides=[*CLASSIFIES, "--training.prefix_cache={}"], says=["training.prefix_cache is 'set' with model.task sequence_classification"]),
+    Case(name="quantized classifier", overrides=[*CLASSIFIES, "--model.quantization=nf4", "--zero.placement=delta"], says=["model.quantization is 'nf4' with model.task sequence_classification"]),
+    Case(name="words of another number", overrides=[*CLASSIFIES, "--data.labels=[a, b, c]"], says=["data.labels has 3 words and model.num_labels is 2"]),
+    Case(name="words twice", overrides=[*CLASSIFIES, "--data.labels=[a, a]"], says=["data.labels is a, a: name every class once"]),
     Case(name="score of nothing", overrides=["--selection.regions.0.pick=min", "--selection.regions.0.kind=whole", "--selection.regions.0.block_size=null"], says=["selection.regions.pick is 'min' for kind 'whole'"]),
     Case(name="groups that do not add up", overrides=["--selection.budget.groups=[{modules: ['*.q_proj'], share: 0.5}]"], says=["selection.budget.groups", "add up to 0.5"]),
     Case(name="floor above the cap", overrides=["--selection.budget.min_share_per_layer=0.5", "--selection.budget.max_share_per_layer=0.2"], says=["min_share_per_layer is 0.5", "max_share_per_layer 0.2"]),
@@ -295,6 +319,14 @@ RUN_CASES = [
     Case(name="weights cut off", overrides=["--model.name_or_path=cut"], says=["cut", "model.safetensors"]),
     Case(name="GGUF file missing", overrides=["--model.gguf_file=gone.gguf"], says=["gone.gguf"]),
     Case(name="precision against dtype", overrides=["--training.precision=bf16"], says=["training.precision is bf16", "model.dtype is float32"]),
+    # classes
+    Case(name="head left untrained", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n"}, says=["selection.regions leaves score.weight untrained", 'modules: ["score.*"]']),
+    Case(name="head trained twice", overrides=[*CLASSES, "--selection.regions=[{kind: whole, modules: ['score.*']}, {kind: row, modules: [score], per_matrix: 1}]"], files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n"}, says=["trains score.weight entirely", "names its rows too"]),
+    Case(name="class beyond the last", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\t1\nb\t2\n"}, says=["record 2 of data.train has the label '2'", "classes 0 to 1"]),
+    Case(name="number that is none", overrides=[*CLASSES, "--model.num_labels=1"], files={"classes.tsv": "sentence\tlabel\na\t1.5\nb\tmuch\n"}, says=["record 2 of data.train has the label 'much'", "model.num_labels is 1"]),
+    Case(name="words of one class too many", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\tno\nb\tyes\nc\tmaybe\n"}, says=["model.num_labels is 2", "3 different labels", "'maybe', 'no', 'yes'"]),
+    Case(name="hidden labels", overrides=[*CLASSES, "--data.validation=dev.tsv"], files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n", "dev.tsv": "sentence\tlabel\na\t-1\n"}, says=["record 1 of data.validation has the label '-1'", "hidden"]),
+    Case(name="ragged tsv", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\tb\t1\n"}, says=["classes.tsv", "line 2 has 3 values for 2 columns"]),
     # the data
     Case(name="data missing", overrides=["--data.train=./gone.json"], says=["data.train is './gone.json'"]),
     Case(name="data empty", files={"train.json": "[]"}, says=["train.json", "no records"]),

@@ -82,7 +82,8 @@ def write_config(base: Path, folder: Path, kind: Kind | str, data: str, **change
         },
         "selection": {
             "regions": DECODER if kind == "llama" else ENCODER,
-            "score": "abs_of_mean",
+            # Sums over a row or a column of BERT's gradient cancel: a LayerNorm stands before or behind it.
+            "score": "mean_of_abs",
             "calibration_batches": 3,
             "calibration_batch_size": 2,
             **({"budget": {"parameters": 2000}} if kind == "llama" else {}),

@@ -658,7 +658,7 @@ def test_fixed_regions_beyond_the_budget_are_refused() -> None:
         problem.choose()
     problem.budget = BudgetConfig(parameters=13)
     problem.whole = {"norm": WeightSelection(shape=(6, 1), whole=True)}
-    with pytest.raises(InputError, match=r"but the vectors of kind whole and the regions with per_matrix alone are 14"):
+    with pytest.raises(InputError, match=r"but what is of kind whole and the regions with per_matrix alone are 14"):
         problem.choose()
     problem.budget = BudgetConfig(parameters=14)
     assert problem.choose().num_parameters_left == 0
