@@ -29,6 +29,7 @@ from sparse_zero.collectives import failing_together
 from sparse_zero.files import write_safetensors
 from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.module_map import ModuleMap
+from sparse_zero.optional import require
 from sparse_zero.zero.communication import step_communication
 from sparse_zero.zero.unsupported import offload_device
 
@@ -67,7 +68,9 @@ class PeerTraining:
     def check_model(
         self, config: RunConfig, model: Any, family: ModuleMap, checkpoint: Checkpoint | None, *, sharded: bool
     ) -> None:
-        """Find what is to be trained."""
+        """Find what is to be trained, and PEFT."""
+        if self._config.method in ADAPTERS:
+            require("peft", extra="peft", purpose=f"train adapters ({self._config.method})")
         self._plan = plan_peer(self._config, model, family)
 
     def choose(self, prepared: Prepared, world: World, memory: RunMemory, notes: MemoryNotes | None) -> int:
