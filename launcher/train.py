@@ -78,6 +78,9 @@ def _train(
 ) -> tuple[TrainingResult, Any]:
     """Continue from the checkpoint if there is one, and train to the end or to a signal; the engine it ended with."""
     if engine is None:  # There is nothing to train.
+        if world.keeps_folder:
+            with MetricsLog(prepared.folder.path):
+                pass
         nothing = TrainingResult(
             step=0, stopped_by=0, final_loss=math.nan, tokens=0.0, seconds=0.0,
             peak_memory_bytes=[0] * world.world_size,
@@ -229,7 +232,8 @@ def _run_alone(
     # A signal that came with the last step, or after the ranks had spoken about it, has only been noted.
     stopped_by = result.stopped_by or max(gather_json(request.signal))
     if stopped_by:
-        _say(world, f"stopped by signal {stopped_by} after step {result.step}; start again to continue")
+        again = "continue" if method.has_checkpoints else "train anew"
+        _say(world, f"stopped by signal {stopped_by} after step {result.step}; start again to {again}")
         return EXIT_SIGNAL + stopped_by
     counts = {"total": total, **method.counts(engine)}
     communication = method.communication(engine)

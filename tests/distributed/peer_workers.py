@@ -1,25 +1,46 @@
-"""What a spawned rank does in the tests of peers: runs of ours and theirs, and the plain loop that they are held to."""
+"""What is started in the tests of peers: runs of ours and theirs, and the plain loop that they are held to."""
 
 import json
 import math
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launcher.config import load_config
-from launcher.train import run
+from launcher import train as launcher_train
 from scripts.accuracy import train_peer
+from tests.distributed.rank_main import become_rank
+from tests.distributed.spawn import ENVIRONMENT, preloaded_context, wait_for
 
 
-def our_run(config: str) -> None:
-    """`sparse-zero train` of a config."""
-    assert run(load_config(config)) == 0
+def _be_a_run(script: str, arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
+    """One rank of a run in this forked process, as a user would start it; ends the process with its exit code."""
+    become_rank(environment, Path(log))
+    torch.set_num_threads(1)
+    # Returns as the interpreter of a script does: threads that write are waited for.
+    sys.exit((train_peer if script == "train_peer" else launcher_train).main(arguments))
 
 
-def peer_run(config: str, overrides: list[str]) -> None:
-    """A peer's run."""
-    assert train_peer.main(["--config", config, *overrides]) == 0
+def start_run(script: str, config: Path, *overrides: str) -> None:
+    """Run a script in a process that has imported everything, until it ends well.
+
+    Args:
+        script: train (launcher/train.py) or train_peer.
+        config: its config; its output goes into a file beside it.
+        overrides: of the config.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(name, None)
+    log = config.with_suffix(".log")
+    process = preloaded_context().Process(
+        target=_be_a_run, args=(script, ["--config", str(config), *overrides], {**kept, **ENVIRONMENT}, str(log))
+    )
+    process.start()
+    assert wait_for([process], 240.0) == [0], log.read_text(errors="replace")[-6000:]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from scripts.accuracy.peer_plan import adapter_size, plan_peer, rank_within
 from scripts.accuracy.train_peer import main
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import default_module_map
-from tests.distributed.peer_workers import rows_of
+from tests.distributed.peer_workers import rows_of, start_run
 from tests.distributed.spawn import run_ranks
 from tests.models.tiny import tiny_llama, write_tiny_llama
 
@@ -61,7 +61,7 @@ def peer_config(base: Path, path: Path, **peer: Any) -> Path:
 
 def train(config: Path, *overrides: str) -> dict[str, Any]:
     """Train a peer in a process of its own; its summary."""
-    run_ranks(f"{WORKERS}:peer_run", 1, config=str(config), overrides=list(overrides))
+    start_run("train_peer", config, *overrides)
     return json.loads((config.parent / "run" / "summary.json").read_text())
 
 
@@ -70,7 +70,7 @@ def test_full_fine_tuning_of_some_modules_is_a_run_that_selects_all_of_them(base
     ours = write_config(
         base, tmp_path / "ours" / "run.yaml", selection={"regions": [every_row], "budget": {"fraction": 1.0}}
     )
-    run_ranks(f"{WORKERS}:our_run", 1, config=str(ours))
+    start_run("train", ours)
     theirs = peer_config(base, tmp_path / "theirs" / "run.yaml", method="full", modules=MODULES)
     summary = train(theirs)
     assert summary["parameters"] == {"total": 110912, "trained": ALL_OF_MODULES, "retired": 0, "head": 0}
@@ -132,13 +132,14 @@ def test_a_frozen_model_is_evaluated_and_a_complete_run_is_left_as_it_is(
     assert summary["parameters"] == {"total": 110912, "trained": 0, "retired": 0, "head": 0}
     assert (summary["steps"], summary["final_loss"], summary["adapter_bytes"]) == (0, None, 0)
     folder = tmp_path / "run"
+    assert rows_of(folder) == []
     evaluations = [json.loads((folder / "evaluation" / f"{name}.json").read_text()) for name in ("base", "tuned")]
     assert evaluations[0] == evaluations[1]
     assert evaluations[0]["num_problems"] == 6
     # Its config is one that the same command reads.
     assert load_peer_config(folder / "config.yaml") == load_peer_config(config)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    run_ranks(f"{WORKERS}:peer_run", 1, config=str(config), overrides=[])
+    start_run("train_peer", config)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert main(["--config", str(config), "--peer.method=full"]) == 2
     assert "holds another run (peer.method was 'frozen' and is now 'full')" in capsys.readouterr().err
