@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
+from launcher.config import RunConfig
 from launcher.exporting import save_model_folder
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
@@ -15,13 +15,10 @@ from sparse_zero.checkpoint.checkpoint import Checkpoint
 from sparse_zero.collectives import failing_together
 from sparse_zero.layers.merge import merge
 from sparse_zero.layers.sparsify import num_retired, selection_of
+from sparse_zero.module_map import ModuleMap
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.communication import engine_communication
 from sparse_zero.zero.compat import detach_engine, has_shards, make_plain
-
-# What checks a model that was loaded, before anything is written: with the run, the checkpoint that it continues from,
-# and whether the model lies in shards.
-CheckModel = Callable[..., None]
 
 
 class Method(Protocol):
@@ -31,8 +28,11 @@ class Method(Protocol):
     has_checkpoints: bool
     # Whether memory is forecast and simulated for it, see launcher.memory.notes.
     has_forecasts: bool
-    # See launcher.preparing.prepare.
-    check_model: CheckModel
+
+    def check_model(
+        self, config: RunConfig, model: Any, family: ModuleMap, checkpoint: Checkpoint | None, *, sharded: bool
+    ) -> None:
+        """Raise where the loaded model does not have what is to be trained, see :func:`launcher.preparing.prepare`."""
 
     def choose(self, prepared: Prepared, world: World, memory: RunMemory, notes: MemoryNotes | None) -> int:
         """Choose what is trained; its number of parameters. Collective."""
@@ -63,14 +63,19 @@ class SelectedParts:
     """Trains selected parts of the weights."""
 
     has_checkpoints = has_forecasts = True
-    check_model = staticmethod(check_can_select)
 
     def __init__(self) -> None:
         self._selection: Selection | None = None
 
+    def check_model(
+        self, config: RunConfig, model: Any, family: ModuleMap, checkpoint: Checkpoint | None, *, sharded: bool
+    ) -> None:
+        """That there is what the selection chooses among."""
+        check_can_select(config, model, family, checkpoint, sharded=sharded)
+
     def choose(self, prepared: Prepared, world: World, memory: RunMemory, notes: MemoryNotes | None) -> int:
         """The checkpoint's selection, or a new one; written to the run folder."""
-        checkpoint: Checkpoint | None = prepared.checkpoint
+        checkpoint = prepared.checkpoint
         if checkpoint is None:
             selection, scores = choose_selection(prepared, world)
         else:
