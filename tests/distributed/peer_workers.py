@@ -49,7 +49,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-def plain_lora(config: str, rank: int, modules: list[str], head: list[str]) -> list[float]:
+def plain_lora(config: str, rank: int, modules: list[str]) -> list[float]:
     """Losses of PEFT's LoRA in a plain loop: torch's AdamW, gradients clipped at 1, the schedule by hand."""
     import peft
 
@@ -65,10 +65,7 @@ def plain_lora(config: str, rank: int, modules: list[str], head: list[str]) -> l
     tokenizer, model = load_tokenizer(settings.model), load_model(settings.model)
     samples = load_samples(settings.data, tokenizer, "train").samples
     torch.manual_seed(training.seed)
-    adapted: Any = peft.get_peft_model(
-        model,
-        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, modules_to_save=head or None),
-    )
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0)
     size = training.global_batch_size

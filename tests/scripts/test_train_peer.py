@@ -91,22 +91,20 @@ def test_full_fine_tuning_of_some_modules_is_a_run_that_selects_all_of_them(base
 def test_lora_is_that_of_a_plain_loop_with_peft(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (extra: peft)")
     config = peer_config(base, tmp_path / "run.yaml", method="lora", modules=MODULES, rank=4)
-    summary = train(config, "--output.merged=true")
+    summary = train(config)
     assert summary["parameters"]["trained"] == 2 * 4 * (64 + 64 + 2 * (64 + 32))
     projections = ["q_proj", "k_proj", "v_proj"]
-    plain = run_ranks(f"{WORKERS}:plain_lora", 1, config=str(config), rank=4, modules=projections, head=[])
+    plain = run_ranks(f"{WORKERS}:plain_lora", 1, config=str(config), rank=4, modules=projections)
     losses = [row["loss"] for row in rows_of(tmp_path / "run")]
     assert losses == pytest.approx(plain, rel=2e-6)
     assert losses[0] - losses[-1] > 0.01
-    found = run_ranks(f"{WORKERS}:reloaded", 1, folder=str(tmp_path / "run"), base=str(base / "model"))
-    assert found["adapter"] < 1e-5 < 1e-3 < found["base"]
     files = {path.name: path.stat().st_size for path in (tmp_path / "run" / "adapter").iterdir()}
     assert files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
     assert summary["adapter_bytes"] == sum(files.values()) > 4 * summary["parameters"]["trained"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dora", "rslora", "shira", "trainable_tokens"])
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora", "shira", "trainable_tokens"])
 def test_the_adapters_of_every_method_learn_and_load_again(base: Path, tmp_path: Path, method: str) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (extra: peft)")
     modules = {} if method == "trainable_tokens" else {"modules": MODULES}
