@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,7 +44,10 @@ _PATH_FIELDS = (
     "cluster.export_file",
 )
 _MISSING = object()
+# In the metadata of a field of a config: it follows from others, and no file has it.
+NOT_WRITTEN = "not_written"
 _Kind = TypeVar("_Kind")
+_Run = TypeVar("_Run", bound="RunConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +180,27 @@ def refuse_credentials(mapping: Mapping[str, Any], source: str) -> None:
         _refuse_credential(credential, source)
 
 
-def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunConfig:
-    """The run that ``mapping`` describes, as read from YAML; errors say that it stands in ``source``."""
+@overload
+def parse_config(mapping: Mapping[str, Any], source: str = "the config") -> RunConfig: ...
+@overload
+def parse_config(mapping: Mapping[str, Any], source: str, kind: type[_Run]) -> _Run: ...
+def parse_config(
+    mapping: Mapping[str, Any], source: str = "the config", kind: type[RunConfig] = RunConfig
+) -> RunConfig:
+    """The run that ``mapping`` describes, as read from YAML; errors say that it stands in ``source``.
+
+    Args:
+        mapping: of sections.
+        source: where it stands.
+        kind: of run: one with other sections is a subclass.
+    """
     refuse_credentials(mapping, source)
     if "sweep" in mapping:
         raise InputError(
             f"{source} has a section sweep, so it is many runs: start them with `sparse-zero sweep --config FILE`, or "
             "take the section out"
         )
-    return parse_as(RunConfig, _expand_home(mapping), source)
+    return parse_as(kind, _expand_home(mapping), source)
 
 
 def parse_as(kind: type[_Kind], mapping: Mapping[str, Any], source: str) -> _Kind:
@@ -402,7 +417,8 @@ def _expand_home(mapping: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """``value`` with dataclasses as mappings and tuples as lists."""
     if dataclasses.is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        fields = [each for each in dataclasses.fields(value) if not each.metadata.get(NOT_WRITTEN)]
+        return {each.name: _plain(getattr(value, each.name)) for each in fields}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

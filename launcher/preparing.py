@@ -286,13 +286,44 @@ def _agree_on_base(base: BaseIdentity | None) -> BaseIdentity:
     return BaseIdentity(**gather_json(None if base is None else dataclasses.asdict(base))[0])
 
 
-def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepared:
+def check_can_select(
+    config: RunConfig, model: Any, family: ModuleMap, checkpoint: Checkpoint | None, *, sharded: bool
+) -> None:
+    """Raise unless the model has what the run is to choose among, or has chosen already.
+
+    Args:
+        config: the run.
+        model: dense or quantized.
+        family: its module map.
+        checkpoint: that the run continues from.
+        sharded: whether every rank holds a part of the weights only.
+
+    Raises:
+        InputError: what does not fit.
+    """
+    check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
+    if checkpoint is not None:
+        check_fits(model, checkpoint.selection, retired=checkpoint.retired, sharded=sharded)
+    elif config.selection.file is not None:
+        chosen = Selection.load(config.selection.file)
+        check_fits(model, chosen, sharded=sharded)
+        check_head_trained(model, trained_entirely(chosen))
+        check_kinds(config.training.optimizer_config(), sorted(kinds_of(chosen)))
+    else:
+        check_selection(model, config.selection, family)
+        check_head_trained(model, entire_names(model, config.selection, family))
+
+
+def prepare(
+    config: RunConfig, world: World, *, continues: bool = True, check_model: Callable[..., None] = check_can_select
+) -> Prepared:
     """Load tokenizer, data, model and, on a resumed run, its checkpoint. Collective.
 
     Args:
         config: the run.
         world: this process's place in it.
         continues: False for a selection only, which reads no checkpoint and writes no run folder.
+        check_model: raises where the model does not have what is to be trained; called as :func:`check_can_select`.
 
     Raises:
         InputError: something named by the config cannot be used; nothing has been written then.
@@ -347,17 +378,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
                 _check_context(model, samples)
         check_prefix_cache(config, model, train.lengths)
         family = module_map(model)
-        check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
-        if checkpoint is not None:
-            check_fits(model, checkpoint.selection, retired=checkpoint.retired, sharded=sharded)
-        elif config.selection.file is not None:
-            chosen = Selection.load(config.selection.file)
-            check_fits(model, chosen, sharded=sharded)
-            check_head_trained(model, trained_entirely(chosen))
-            check_kinds(config.training.optimizer_config(), sorted(kinds_of(chosen)))
-        else:
-            check_selection(model, config.selection, family)
-            check_head_trained(model, entire_names(model, config.selection, family))
+        check_model(config, model, family, checkpoint, sharded=sharded)
         if identity is not None:
             base = identity()
     base = _agree_on_base(base)

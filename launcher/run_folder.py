@@ -269,7 +269,7 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
             f"{error}; it says which run output.folder {folder.path} holds: restore it, or name another folder"
         ) from error
     with suppress(InputError):  # Settings that are younger than the run had their defaults.
-        old = parse_yaml(resolved_yaml(parse_config(old)), "the run's config")
+        old = parse_yaml(resolved_yaml(parse_config(old, "the run's config", type(config))), "the run's config")
     new = parse_yaml(resolved_yaml(config), "the config")
     for key in FREE_KEYS:
         _remove(old, key)

@@ -7,6 +7,7 @@ python launcher/train.py --config run.yaml
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +18,9 @@ from typing import Any
 from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.ending import code_of, tell_notes
 from launcher.evaluating import evaluate_model
-from launcher.exporting import save_model_folder
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
+from launcher.methods import Method, SelectedParts
 from launcher.metrics import MetricsLog
 from launcher.prefix_caching import open_prefix_cache
 from launcher.preparing import (
@@ -27,7 +28,6 @@ from launcher.preparing import (
     Prepared,
     check_run,
     choose_selection,
-    make_engine,
     new_engine,
     prepare,
 )
@@ -44,18 +44,12 @@ from launcher.world import World, join_world, speak_once
 from models.gather import gather_json
 from models.heads import fresh_head
 from models.loading import pad_token_id
-from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import load_checkpoint
 from sparse_zero.checkpoint.folders import clear_leftovers
 from sparse_zero.collectives import PeerError, failing_together, leave_process_group
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, atomic_write_text, read_json
-from sparse_zero.layers.merge import merge
-from sparse_zero.layers.sparsify import num_retired, selection_of
 from sparse_zero.selection.select import num_parameters
-from sparse_zero.selection.selection import Selection
-from sparse_zero.zero.communication import engine_communication
-from sparse_zero.zero.compat import detach_engine, has_shards, make_plain
 
 
 def _say(world: World, text: str) -> None:
@@ -90,23 +84,19 @@ def _evaluate(prepared: Prepared, world: World, model: Any, name: str) -> tuple[
     return result.accuracy, result.num_problems, result.metrics
 
 
-def _select(prepared: Prepared, world: World) -> Selection:
-    """The checkpoint's selection, or a new one; written to the run folder."""
-    if prepared.checkpoint is None:
-        selection, scores = choose_selection(prepared, world)
-    else:
-        selection, scores = prepared.checkpoint.selection, None
-    if world.keeps_folder:
-        if scores is not None:
-            scores.save(prepared.folder.scores)
-        selection.save(prepared.folder.selection)
-    return selection
-
-
 def _train(
-    prepared: Prepared, engine: Any, world: World, memory: RunMemory, notes: MemoryNotes | None
+    prepared: Prepared, engine: Any, world: World, memory: RunMemory, notes: MemoryNotes | None, has_checkpoints: bool
 ) -> tuple[TrainingResult, Any]:
     """Continue from the checkpoint if there is one, and train to the end or to a signal; the engine it ended with."""
+    if engine is None:  # There is nothing to train.
+        if world.keeps_folder:
+            with MetricsLog(prepared.folder.path):
+                pass
+        nothing = TrainingResult(
+            step=0, stopped_by=0, final_loss=math.nan, tokens=0.0, seconds=0.0,
+            peak_memory_bytes=[0] * world.world_size,
+        )  # fmt: skip
+        return nothing, None
     earlier: dict[str, Any] = {}
     if prepared.checkpoint is not None:
         with memory.engine("resume"):
@@ -130,6 +120,7 @@ def _train(
         memory=memory,
         notes=notes,
         prefix_cache=prefix_cache,
+        has_checkpoints=has_checkpoints,
     )
     resumed, tensorboard = first_step if first_step else None, world.is_main and prepared.config.output.tensorboard
     with ExitStack() as stack:
@@ -139,33 +130,6 @@ def _train(
         if world.keeps_folder:
             log = stack.enter_context(MetricsLog(prepared.folder.path, resumed_step=resumed, tensorboard=tensorboard))
         return train(state, log), state.engine
-
-
-def _tuned_model(prepared: Prepared, engine: Any) -> Any:
-    """The plain model with the trained values in its weights; at stage 3 in shards, as it was trained.
-
-    A quantized one keeps the values beside its weights, whole at every stage: dense, it might not fit any more.
-    """
-    model = engine.module
-    if prepared.config.model.quantization != "none":
-        return make_plain(engine) if prepared.config.zero.stage == 3 else model
-    if prepared.config.zero.stage == 3:
-        model = detach_engine(engine)
-    merge(model)
-    return model
-
-
-def _save_merged(prepared: Prepared, world: World, model: Any) -> None:
-    """Write the plain model. Collective."""
-    if has_shards(model):
-        save_model_folder(model, prepared.tokenizer, prepared.folder.merged)
-        return
-    with failing_together():
-        if not world.is_main:
-            return
-        if prepared.config.model.quantization != "none":
-            merge(model.to("cpu"))  # Made dense on the host, when the device is needed no more.
-        save_model_folder(model, prepared.tokenizer, prepared.folder.merged)
 
 
 def _write_summary(
@@ -178,11 +142,12 @@ def _write_summary(
     communication: dict[str, int],
     memory: RunMemory,
     notes: MemoryNotes | None,
+    adapter_bytes: int,
 ) -> None:
     folder, summary = prepared.folder, prepared.folder.summary
     peaks = gather_json(max(peak for name, peak in memory.peaks.peaks.items() if name != "load"))
     ranks = gather_json(memory.to_json())
-    if notes is None:
+    if not world.is_main:
         return
     atomic_write_json(
         summary,
@@ -193,7 +158,7 @@ def _write_summary(
             "peak_memory_bytes_per_rank": peaks,
             "communication_bytes_per_step": communication,
             "tokens_per_second": result.tokens_per_second,
-            "adapter_bytes": folder.size_of(folder.adapter),
+            "adapter_bytes": adapter_bytes,
             "merged_bytes": folder.size_of(folder.merged),
             "world_size": world.world_size,
             "steps": result.step,
@@ -202,7 +167,7 @@ def _write_summary(
             "resumed_after_step": 0 if prepared.checkpoint is None else prepared.checkpoint.extra["step"],
             "final_loss": result.final_loss,
             "base": {"name": prepared.base.name, "sha256": prepared.base.sha256},
-            "memory": notes.finish(ranks),
+            "memory": None if notes is None else notes.finish(ranks),
         },
     )
 
@@ -229,18 +194,24 @@ def _take_over(config: RunConfig, folder: RunFolder, lock: RunLock) -> None:
     atomic_write_text(folder.config, resolved_yaml(config))
 
 
-def _run_in_world(config: RunConfig, world: World, request: StopRequest, memory: RunMemory) -> int:
+def _run_in_world(config: RunConfig, world: World, request: StopRequest, memory: RunMemory, method: Method) -> int:
     path = RunFolder(config.output.folder).memory
     with RunLock(Path(config.output.folder)) as lock, ExitStack() as stack:
         stack.callback(memory.peaks.close)
         notes = None
-        if world.is_main:
+        if world.is_main and method.has_forecasts:
             notes = stack.enter_context(MemoryNotes(config, world.world_size, world.device.type, path))
-        return _run_alone(config, world, request, lock, memory, notes)
+        return _run_alone(config, world, request, lock, memory, notes, method)
 
 
 def _run_alone(
-    config: RunConfig, world: World, request: StopRequest, lock: RunLock, memory: RunMemory, notes: MemoryNotes | None
+    config: RunConfig,
+    world: World,
+    request: StopRequest,
+    lock: RunLock,
+    memory: RunMemory,
+    notes: MemoryNotes | None,
+    method: Method,
 ) -> int:
     folder = RunFolder(config.output.folder)
     phases = Phases(world.pulse)
@@ -249,7 +220,7 @@ def _run_alone(
         with failing_together():
             if world.keeps_folder:
                 lock.take()
-        prepared = prepare(config, world)
+        prepared = prepare(config, world, check_model=method.check_model)
     if all(gather_json(folder.summary.is_file())) and config.checkpoint.resume == "auto":
         return _end_again(config, world)
     with failing_together():
@@ -267,41 +238,39 @@ def _run_alone(
             found = _evaluate(prepared, world, prepared.model, "base")
             accuracy["base"], accuracy["num_problems"], metrics["base"] = found
     with phases.measure("calibrate"), memory.phase("calibration"):
-        selection = _select(prepared, world)
-    trained = selection.num_parameters
+        trained = method.choose(prepared, world, memory, notes)
     _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
-    memory.selection = selection
-    if notes is not None:
-        notes.selected(selection, folder.selection)
     with phases.measure("train"):
-        result, engine = _train(prepared, make_engine(prepared, selection, world, memory), world, memory, notes)
+        result, engine = _train(
+            prepared, method.make_engine(prepared, world, memory), world, memory, notes, method.has_checkpoints
+        )
     # A signal that came with the last step, or after the ranks had spoken about it, has only been noted.
     stopped_by = result.stopped_by or max(gather_json(request.signal))
     if stopped_by:
-        _say(world, f"stopped by signal {stopped_by} after step {result.step}; start again to continue")
+        again = "continue" if method.has_checkpoints else "train anew"
+        _say(world, f"stopped by signal {stopped_by} after step {result.step}; start again to {again}")
         return EXIT_SIGNAL + stopped_by
-    # Of the selection that training ended with.
-    trained, retired = selection_of(engine.module).num_parameters, num_retired(engine.module)
-    communication = engine_communication(engine)
+    counts = {"total": total, **method.counts(engine)}
+    communication = method.communication(engine)
     is_quantized = config.model.quantization != "none"
     with phases.measure("save"), memory.phase("save"):
         if config.output.adapter:
-            save_adapter(engine, folder.adapter, base=prepared.base)
+            method.save_adapter(prepared, engine)
         # Not where nobody asks for it: what is offloaded to a disk could not be read.
-        model: Any = _tuned_model(prepared, engine) if config.output.merged or prepared.test else None
+        model: Any = method.tuned_model(prepared, engine) if config.output.merged or prepared.test else None
         if config.output.merged and not is_quantized:
-            _save_merged(prepared, world, model)
+            method.save_merged(prepared, world, model)
     if prepared.test:
         with phases.measure("evaluate_tuned"), memory.phase("evaluate"):
             found = _evaluate(prepared, world, model.to(world.device), "tuned")
             accuracy["tuned"], _, metrics["tuned"] = found
     if config.output.merged and is_quantized:
         with phases.measure("save"), memory.phase("save"):
-            _save_merged(prepared, world, model)
-    counts = {"total": total, "trained": trained, "retired": retired}
+            method.save_merged(prepared, world, model)
     if config.model.classifies:
         accuracy["metrics"] = metrics
-    _write_summary(prepared, world, phases, result, accuracy, counts, communication, memory, notes)
+    size = method.adapter_bytes(prepared)
+    _write_summary(prepared, world, phases, result, accuracy, counts, communication, memory, notes, size)
     if world.is_main:
         print_summary(folder.path)
         if config.output.report:
@@ -382,19 +351,21 @@ def _in_world(
         return code
 
 
-def run(config: RunConfig, record: str | None = None) -> int:
+def run(config: RunConfig, record: str | None = None, method: Method | None = None) -> int:
     """Train one run in this process and its peers, if a launcher started some; returns the exit code.
 
     Args:
         config: the run.
         record: folder of the guard of this node, which `sparse-zero launch` started.
+        method: how it trains; default: the selected parts.
 
     Raises:
         InputError: the config cannot be used; nothing has been written then.
     """
+    trained = SelectedParts() if method is None else method
     return _in_world(
         config,
-        lambda world, request, memory: _run_in_world(config, world, request, memory),
+        lambda world, request, memory: _run_in_world(config, world, request, memory, trained),
         lambda: check_run(config),
         Path(config.output.folder),
         record,

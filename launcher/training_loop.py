@@ -101,6 +101,8 @@ class LoopState:
     notes: MemoryNotes | None = None
     # None: every step computes all layers.
     prefix_cache: RunPrefixCache | None = None
+    # False: none are written, so that a run that was stopped is begun anew.
+    has_checkpoints: bool = True
 
 
 def _gather(values: Sequence[float]) -> torch.Tensor:
@@ -338,7 +340,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                     f"{skipped_in_a_row} steps in a row up to step {step + 1} had a non-finite loss or gradient: "
                     "lower training.learning_rate, or check the data"
                 )
-            due, every = checkpoints.is_due(step + 1), config.training.validation_every
+            due, every = state.has_checkpoints and checkpoints.is_due(step + 1), config.training.validation_every
             if state.validation and (step + 1 == num_steps or (every and (step + 1) % every == 0)):
                 value, tokens = validation_loss(state)
                 due = checkpoints.is_best(step + 1, value) or due
@@ -346,7 +348,7 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
                 if metrics is not None:
                     metrics.write({"kind": "validation", "step": step + 1, "loss": value, _unit(config): tokens})
             result.stopped_by = int(everyone[:, 2].max())
-            if due or result.stopped_by or step + 1 == num_steps:
+            if state.has_checkpoints and (due or result.stopped_by or step + 1 == num_steps):
                 extra = gather_json(result.to_json())[0]
                 with memory.saving(), pulse.phase("save"):
                     checkpoints.save(state.engine, result.step, extra)
@@ -363,7 +365,8 @@ def train(state: LoopState, metrics: MetricsLog | None) -> TrainingResult:
             if result.stopped_by and step + 1 < num_steps:
                 checkpoints.wait()
                 if metrics is not None:
-                    metrics.event(step + 1, f"stopped by signal {result.stopped_by}; checkpoint written")
+                    what = "checkpoint written" if state.has_checkpoints else "no checkpoint"
+                    metrics.event(step + 1, f"stopped by signal {result.stopped_by}; {what}")
                 break
             result.stopped_by = 0
     if state.memory is None:

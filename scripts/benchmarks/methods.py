@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse_zero as sz
+from models.peer_models import Adapter, add_adapters
 from scripts.benchmarking import LlamaSettings, check_clock, random_llama
 from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear, Peer
 from sparse_zero.errors import InputError
-from sparse_zero.optional import require
 from sparse_zero.zero.config import Placement
 
 FLOORS = ("floor", "floor2")
@@ -203,25 +203,12 @@ def regions(method: str, settings: Settings) -> tuple[sz.RegionConfig, ...]:
 
 
 def _with_peft(method: str, model: Any, settings: Settings) -> Any:
-    peft = require("peft", extra="dev", purpose="compare with LoRA, DoRA, SHiRA and trainable tokens")
-    rank, task = settings.lora_rank, "CAUSAL_LM"
     if method == "tokens":
         wanted = settings.layers * len(MODULES) * settings.rows  # rows of hidden entries, as of q, k and v
-        tokens = list(range(min(wanted, settings.vocab)))
-        config = peft.TrainableTokensConfig(token_indices=tokens, target_modules=["embed_tokens"], task_type=task)
-    elif method == "shira":
-        config = peft.ShiraConfig(r=rank, target_modules=list(MODULES), random_seed=settings.seed, task_type=task)
-    else:
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            lora_dropout=0.0,
-            target_modules=list(MODULES),
-            bias="none",
-            use_dora=method == "dora",
-            task_type=task,
-        )
-    return peft.get_peft_model(model, config)
+        tokens = range(min(wanted, settings.vocab))
+        return add_adapters(model, "trainable_tokens", targets=["embed_tokens"], tokens=tokens)
+    kind: Adapter = method  # type: ignore[assignment]
+    return add_adapters(model, kind, rank=settings.lora_rank, targets=MODULES, seed=settings.seed)
 
 
 def _with_published(method: str, model: Any, settings: Settings) -> int:

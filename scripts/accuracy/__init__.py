@@ -1,0 +1,1 @@
+"""What ``scripts/accuracy_study.py`` is made of: peer methods, studies, statistics, tables and plots."""
