@@ -109,12 +109,19 @@ def fresh_head(model: Any) -> tuple[str, ...]:
     return found
 
 
-def check_head_trained(model: PreTrainedModel, trained: Iterable[str]) -> None:
+def check_head_trained(
+    model: PreTrainedModel,
+    trained: Iterable[str],
+    field: str = "selection.regions",
+    remedy: str = "{{kind: whole, modules: [{patterns}]}}",
+) -> None:
     """Raise unless every new weight is trained entirely: what stays as it was made would be noise.
 
     Args:
         model: loaded, not sparse yet.
         trained: names of the weights and vectors that are trained entirely.
+        field: of the config, that says so.
+        remedy: what to add to it, with patterns that match.
 
     Raises:
         InputError: names the regions to add.
@@ -130,8 +137,8 @@ def check_head_trained(model: PreTrainedModel, trained: Iterable[str]) -> None:
     listed = ", ".join(f'"{each}"' for each in dict.fromkeys(patterns))
     shown = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
     raise InputError(
-        f"selection.regions leaves {shown} untrained, which the base lacks and which start at random: add "
-        f"{{kind: whole, modules: [{listed}]}}"
+        f"{field} leaves {shown} untrained, which the base lacks and which start at random: add "
+        + remedy.format(patterns=listed)
     )
 
 

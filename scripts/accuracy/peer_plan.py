@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.heads import check_head_trained
 from scripts.accuracy.peer_config import ADAPTERS, PeerConfig, PeerMethod
 from sparse_zero.errors import InputError
 from sparse_zero.module_map import Matrix, ModuleMap
@@ -131,6 +132,7 @@ def plan_peer(config: PeerConfig, model: Any, family: ModuleMap) -> PeerPlan:
             assert config.fraction is not None
             rank = rank_within(size, config.fraction, num_parameters(model, family), what)
         number = size.at(rank)
+    check_head_trained(model, (*parameters, *head), "peer.head", "{patterns}")
     return PeerPlan(
         method=config.method,
         targets=targets,
