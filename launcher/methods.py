@@ -10,6 +10,7 @@ from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.preparing import Prepared, check_can_select, choose_selection, make_engine
 from launcher.world import World
+from models.heads import fresh_head
 from sparse_zero.checkpoint.adapter import save_adapter
 from sparse_zero.checkpoint.checkpoint import Checkpoint
 from sparse_zero.collectives import failing_together
@@ -95,8 +96,10 @@ class SelectedParts:
         return make_engine(prepared, self._selection, world, memory)
 
     def counts(self, engine: Any) -> dict[str, int]:
-        """Of the selection that training ended with."""
-        return {"trained": selection_of(engine.module).num_parameters, "retired": num_retired(engine.module)}
+        """Of the selection that training ended with; ``head``: of the trained ones, those that the base lacked."""
+        selection = selection_of(engine.module)
+        head = sum(selection.weights[name].num_parameters for name in fresh_head(engine.module))
+        return {"trained": selection.num_parameters, "retired": num_retired(engine.module), "head": head}
 
     def communication(self, engine: Any) -> dict[str, int]:
         """Of the values."""
