@@ -1,7 +1,8 @@
 """How well are the test problems answered, by the base, by an adapter, or by the model that was just trained?"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,7 @@ def evaluate_model(
     title: str,
 ) -> EvaluationResult:
     """Answer ``records`` with the ranks together; rank 0 writes ``out``. Collective."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    sharded = has_shards(model)
-    with (
-        Progress(console=Console(stderr=True, quiet=not world.is_main), transient=True) as progress,
-        sharded_forward(model, deepspeed_config(config, world.world_size) if sharded else {}),
-    ):
-        task = progress.add_task(title, total=None)
-
-        def tell(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-            world.pulse.tick()
-
+    with at_work(config, world, model, title) as tell:
         result = evaluate(
             model,
             tokenizer,
@@ -54,12 +42,31 @@ def evaluate_model(
             fields=config.data.fields,
             rank=world.rank,
             world_size=world.world_size,
-            lockstep=sharded,
+            lockstep=has_shards(model),
             progress=tell,
         )
     if world.is_main:
         write_result(out, result)
     return result
+
+
+@contextmanager
+def at_work(config: RunConfig, world: World, model: Any, title: str) -> Iterator[Callable[[int, int], None]]:
+    """Let a model forward, in shards or whole; a progress bar on rank 0, which is told what is done of how much."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with (
+        Progress(console=Console(stderr=True, quiet=not world.is_main), transient=True) as progress,
+        sharded_forward(model, deepspeed_config(config, world.world_size) if has_shards(model) else {}),
+    ):
+        task = progress.add_task(title, total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            world.pulse.tick()
+
+        yield tell
 
 
 def evaluation_file(config: RunConfig, adapter: Path | None) -> Path:

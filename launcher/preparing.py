@@ -104,6 +104,8 @@ class Prepared:
     train: SampleSet
     validation: SampleSet | None
     test: list[dict[str, str]]
+    # What the base and the tuned model are asked to predict, to see what was forgotten.
+    forgetting: SampleSet | None
     # What is trained from; calibration may replace it, and writes the new one then.
     base: BaseIdentity
     checkpoint: Checkpoint | None
@@ -307,8 +309,12 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         train = load_samples(config.data, tokenizer, "train")
         validation = load_samples(config.data, tokenizer, "validation") if config.data.validation else None
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
+        # Measured by a run, and not where only a selection is made.
+        asked = continues and config.data.forgetting is not None
+        forgetting = load_samples(config.data, tokenizer, "forgetting") if asked else None
     if world.world_size > 1:
-        check_same_input(config, source, {"data.train": train, "data.validation": validation})
+        samples = {"data.train": train, "data.validation": validation, "data.forgetting": forgetting}
+        check_same_input(config, source, samples)
     with failing_together():
         model = None if sharded else load_model(source)
     if sharded:
@@ -316,9 +322,9 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
     with failing_together():
         check_tokenizer_fits(model, tokenizer)
         _check_packing(config, model)
-        for samples in (train, validation):
-            if samples is not None:
-                _check_context(model, samples)
+        for found in (train, validation, forgetting):
+            if found is not None:
+                _check_context(model, found)
         check_prefix_cache(config, model, train.lengths)
         family = module_map(model)
         check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
@@ -356,6 +362,7 @@ def prepare(config: RunConfig, world: World, *, continues: bool = True) -> Prepa
         train=train,
         validation=validation,
         test=test,
+        forgetting=forgetting,
         base=base,
         checkpoint=checkpoint,
         selection=earlier,

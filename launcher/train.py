@@ -18,6 +18,7 @@ from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.ending import code_of, tell_notes
 from launcher.evaluating import evaluate_model
 from launcher.exporting import save_model_folder
+from launcher.forgetting import Forgetting, measure_forgetting
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.metrics import MetricsLog
@@ -163,6 +164,7 @@ def _write_summary(
     phases: Phases,
     result: TrainingResult,
     accuracy: dict[str, Any],
+    forgetting: Forgetting | None,
     counts: dict[str, Any],
     communication: dict[str, int],
     memory: RunMemory,
@@ -178,6 +180,7 @@ def _write_summary(
         {
             "phases": phases.seconds,
             "accuracy": accuracy,
+            "forgetting": forgetting,
             "parameters": counts,
             "peak_memory_bytes_per_rank": peaks,
             "communication_bytes_per_step": communication,
@@ -251,6 +254,10 @@ def _run_alone(
     if prepared.test:
         with phases.measure("evaluate_base"), memory.phase("evaluate"):
             accuracy["base"], accuracy["num_problems"] = _evaluate(prepared, world, prepared.model, "base")
+    forgetting: Forgetting | None = None
+    if prepared.forgetting is not None:
+        with phases.measure("forgetting"), memory.phase("evaluate"):
+            forgetting = measure_forgetting(prepared, world, prepared.model, "base")
     with phases.measure("calibrate"), memory.phase("calibration"):
         selection = _select(prepared, world)
     trained = selection.num_parameters
@@ -273,17 +280,21 @@ def _run_alone(
         if config.output.adapter:
             save_adapter(engine, folder.adapter, base=prepared.base)
         # Not where nobody asks for it: what is offloaded to a disk could not be read.
-        model: Any = _tuned_model(prepared, engine) if config.output.merged or prepared.test else None
+        needs_model = config.output.merged or prepared.test or forgetting is not None
+        model: Any = _tuned_model(prepared, engine) if needs_model else None
         if config.output.merged and not is_quantized:
             _save_merged(prepared, world, model)
     if prepared.test:
         with phases.measure("evaluate_tuned"), memory.phase("evaluate"):
             accuracy["tuned"], _ = _evaluate(prepared, world, model.to(world.device), "tuned")
+    if forgetting is not None:
+        with phases.measure("forgetting"), memory.phase("evaluate"):
+            forgetting = measure_forgetting(prepared, world, model.to(world.device), "tuned", forgetting)
     if config.output.merged and is_quantized:
         with phases.measure("save"), memory.phase("save"):
             _save_merged(prepared, world, model)
     counts = {"total": total, "trained": trained, "retired": retired}
-    _write_summary(prepared, world, phases, result, accuracy, counts, communication, memory, notes)
+    _write_summary(prepared, world, phases, result, accuracy, forgetting, counts, communication, memory, notes)
     if world.is_main:
         print_summary(folder.path)
         if config.output.report:
