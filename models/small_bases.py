@@ -90,13 +90,11 @@ class Sizes:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.hidden % self.heads:
-            raise InputError(
-                f"hidden is {self.hidden}, which {self.heads} heads do not divide: give a multiple of heads"
-            )
+            raise InputError(f"hidden is {self.hidden}, which {self.heads} heads do not divide: give a multiple")
         if self.hidden // self.heads % 2:
             raise InputError(
-                f"hidden is {self.hidden} and heads is {self.heads}: a head of {self.hidden // self.heads} has no halves, "
-                "which rotary positions need; give an even one"
+                f"hidden is {self.hidden} and heads is {self.heads}: a head of {self.hidden // self.heads} has no "
+                "halves, which rotary positions need; give an even one"
             )
         if self.vocab < 264:
             raise InputError(f"vocab is {self.vocab}: 256 bytes and the special tokens need at least 264")
