@@ -15,8 +15,8 @@ examples:
   sparse-zero train --config run.yaml --model.name_or_path=bases/gpt_neox
 
 The weights are random: such a base shows that a config holds, how many parameters it trains and that the loss falls.
-It knows nothing. Encoders (bert, roberta) have the head that predicts masked tokens, as published ones do; decoders predict
-the next token. scripts/pretrain_llama.py makes a small Llama that has learned something.
+It knows nothing. Encoders (bert, roberta) have the head that predicts masked tokens, as published ones do; decoders
+predict the next token. scripts/pretrain_llama.py makes a small Llama that has learned something.
 """
 
 

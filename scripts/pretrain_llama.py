@@ -1,4 +1,4 @@
-"""What does it take to get a small Llama that has learned a language, in half an hour on two cores and without a download?
+"""What does it take to get a small Llama that has learned a language, in half an hour and without a download?
 
 Usage: python scripts/pretrain_llama.py --out bases/small-llama
 """
@@ -29,11 +29,12 @@ examples:
   python scripts/pretrain_llama.py --out bases/small-llama                  text made here, 25 minutes
   python scripts/pretrain_llama.py --out bases/small-llama --resume         goes on after a stop or a kill
   python scripts/pretrain_llama.py --out bases/mine --text a.txt b.txt --minutes 60
-  sparse-zero train --config run.yaml --model.name_or_path=bases/small-llama --data.forgetting=bases/small-llama/validation.txt
+  sparse-zero train --config run.yaml --model.name_or_path=bases/small-llama \\
+      --data.forgetting=bases/small-llama/validation.txt
 
 The folder holds the model and its tokenizer in transformers' form, validation.txt (text it has not been trained on),
-learning_curve.png and .json, and pretraining.json. Equal seed, text, steps and threads give equal weights: --minutes finds
-the number of steps from the time of the first ones, and pretraining.json says it for --steps.
+learning_curve.png and .json, and pretraining.json. Equal seed, text, steps and threads give equal weights: --minutes
+finds the number of steps from the time of the first ones, and pretraining.json says it for --steps.
 """
 
 

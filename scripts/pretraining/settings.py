@@ -13,8 +13,8 @@ class Shape:
     """The model: 11.5M parameters. Every width is a multiple of 256, so that no block is cut off at an edge.
 
     The head is tied to the embedding: an own one would be a tenth of all parameters, and in the few million tokens of
-    half an hour would see each of its rows too seldom. Every layer has 4 blocks in each of q, k, v and o, and 8 in each of
-    gate, up and down.
+    half an hour would see each of its rows too seldom. Every layer has 4 blocks in each of q, k, v and o, and 8 in
+    each of gate, up and down.
     """
 
     vocab: int = 2048

@@ -66,8 +66,8 @@ def load_state(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Ada
     for name, value in json.loads(to_json(what)).items():
         if found.get(name) != value:
             raise InputError(
-                f"--out has a pre-training with {name} {found.get(name)!r}, and now it is {value!r}: give the same, or name "
-                "another folder"
+                f"--out has a pre-training with {name} {found.get(name)!r}, and now it is {value!r}: give the same, or "
+                "name another folder"
             )
     try:
         with torch.no_grad():
