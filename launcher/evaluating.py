@@ -32,6 +32,7 @@ def evaluate_model(
     title: str,
 ) -> EvaluationResult:
     """Answer ``records`` with the ranks together; rank 0 writes ``out``. Collective."""
+    sharded = has_shards(model)
     with at_work(config, world, model, title) as tell:
         result = evaluate(
             model,
@@ -42,7 +43,7 @@ def evaluate_model(
             fields=config.data.fields,
             rank=world.rank,
             world_size=world.world_size,
-            lockstep=has_shards(model),
+            lockstep=sharded,
             progress=tell,
         )
     if world.is_main:
