@@ -35,6 +35,7 @@ _PATH_FIELDS = (
     "data.train",
     "data.validation",
     "data.test",
+    "data.forgetting",
     "selection.file",
     "selection.accumulator_folder",
     "zero.config",

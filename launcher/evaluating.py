@@ -1,7 +1,8 @@
 """How well are the test problems answered, by the base, by an adapter, or by the model that was just trained?"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,31 @@ def evaluate_model(
 
     ``labels`` are those of a classifier's data.
     """
+    sharded, data = has_shards(model), config.data
+    with at_work(config, world, model, title) as tell:
+        shared: dict[str, Any] = {
+            "rank": world.rank, "world_size": world.world_size, "lockstep": sharded, "progress": tell,
+        }  # fmt: skip
+        if labels is not None:
+            result = evaluate_classify(model, tokenizer, records, data, labels, **shared)
+        else:
+            result = evaluate(
+                model, tokenizer, records, data.evaluation, template=data.template, fields=data.fields, **shared
+            )
+    if world.is_main:
+        write_result(out, result)
+    return result
+
+
+@contextmanager
+def at_work(config: RunConfig, world: World, model: Any, title: str) -> Iterator[Callable[[int, int], None]]:
+    """Let a model forward, in shards or whole; a progress bar on rank 0, which is told what is done of how much."""
     from rich.console import Console
     from rich.progress import Progress
 
-    sharded = has_shards(model)
     with (
         Progress(console=Console(stderr=True, quiet=not world.is_main), transient=True) as progress,
-        sharded_forward(model, deepspeed_config(config, world.world_size) if sharded else {}),
+        sharded_forward(model, deepspeed_config(config, world.world_size) if has_shards(model) else {}),
     ):
         task = progress.add_task(title, total=None)
 
@@ -51,19 +70,7 @@ def evaluate_model(
             progress.update(task, completed=done, total=total)
             world.pulse.tick()
 
-        shared: dict[str, Any] = {
-            "rank": world.rank, "world_size": world.world_size, "lockstep": sharded, "progress": tell,
-        }  # fmt: skip
-        if labels is not None:
-            result = evaluate_classify(model, tokenizer, records, config.data, labels, **shared)
-        else:
-            data = config.data
-            result = evaluate(
-                model, tokenizer, records, data.evaluation, template=data.template, fields=data.fields, **shared
-            )
-    if world.is_main:
-        write_result(out, result)
-    return result
+        yield tell
 
 
 def evaluation_file(config: RunConfig, adapter: Path | None) -> Path:

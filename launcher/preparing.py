@@ -108,6 +108,8 @@ class Prepared:
     train: SampleSet
     validation: SampleSet | None
     test: list[dict[str, str]]
+    # What the base and the tuned model are asked to predict, to see what was forgotten.
+    forgetting: SampleSet | None
     # What is trained from; calibration may replace it, and writes the new one then.
     base: BaseIdentity
     checkpoint: Checkpoint | None
@@ -361,8 +363,12 @@ def prepare(
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
         if labels is not None:
             targets_of(config.data, test, "test", labels)
+        # Measured by a run, and not where only a selection is made.
+        asked = continues and config.data.forgetting is not None
+        forgetting = load_samples(config.data, tokenizer, "forgetting") if asked else None
     if world.world_size > 1:
-        check_same_input(config, source, {"data.train": train, "data.validation": validation})
+        samples = {"data.train": train, "data.validation": validation, "data.forgetting": forgetting}
+        check_same_input(config, source, samples)
     with failing_together():
         model = None if sharded else load_model(source, head_seed=config.training.seed)
     if sharded:
@@ -373,9 +379,9 @@ def prepare(
         if labels is not None:
             set_up_classifier(model, tokenizer, labels)
         _check_packing(config, model)
-        for samples in (train, validation):
-            if samples is not None:
-                _check_context(model, samples)
+        for found in (train, validation, forgetting):
+            if found is not None:
+                _check_context(model, found)
         check_prefix_cache(config, model, train.lengths)
         family = module_map(model)
         check_model(config, model, family, checkpoint, sharded=sharded)
@@ -405,6 +411,7 @@ def prepare(
         train=train,
         validation=validation,
         test=test,
+        forgetting=forgetting,
         base=base,
         checkpoint=checkpoint,
         selection=earlier,

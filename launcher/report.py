@@ -156,8 +156,12 @@ def _tiles(content: Mapping[str, Any], metric_rows: Sequence[Mapping[str, Any]] 
     total, trained = number(parameters.get("total")), number(parameters.get("trained"))
     tiles = []
     if number(accuracy.get("tuned")) is not None:
-        before = summary.format_percent(accuracy.get("base"))
-        tiles.append((summary.format_percent(accuracy["tuned"]), f"accuracy (before: {before})"))
+        was = summary.format_percent(accuracy.get("base"))
+        tiles.append((summary.format_percent(accuracy["tuned"]), f"accuracy (before: {was})"))
+    forgetting = summary.as_mapping(content.get("forgetting"))
+    before, after = number(forgetting.get("base")), number(forgetting.get("tuned"))
+    if before is not None and after is not None:
+        tiles.append((f"{after - before:+.4f}", f"loss a token on other text (before: {before:.4f})"))
     if total and trained is not None:
         tiles.append((summary.format_percent(trained / total), f"of {summary.format_count(total)} parameters trained"))
     if known:

@@ -70,6 +70,8 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation"
+        # Mean losses on data.forgetting.
+        self.forgetting = self.evaluation / "forgetting.json"
         # What each rank has written; see launcher.starting.rank_logs.
         self.logs = self.path / "logs"
         self.summary = self.path / "summary.json"

@@ -23,6 +23,7 @@ _MAX_LISTED_RANKS = 4
 _PHASE_NAMES = {
     "load": "loading",
     "evaluate_base": "evaluation before",
+    "forgetting": "other text, both",
     "calibrate": "calibration",
     "train": "training",
     "evaluate_tuned": "evaluation after",
@@ -121,6 +122,13 @@ def _accuracy(accuracy: Mapping[str, Any]) -> str:
     return text
 
 
+def _forgetting(forgetting: Mapping[str, Any]) -> str:
+    base, tuned, tokens = (as_number(forgetting.get(name)) for name in ("base", "tuned", "num_tokens"))
+    if base is None or tuned is None:
+        return ABSENT
+    return f"{base:.4f} → {tuned:.4f}  ({tuned - base:+.4f} a token, {tokens or 0:,.0f} tokens)"
+
+
 def _parameters(parameters: Mapping[str, Any]) -> str:
     trained, total = as_number(parameters.get("trained")), as_number(parameters.get("total"))
     if trained is None or not total:
@@ -160,8 +168,10 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table's lines as (name, value); what the run did not measure is marked as absent."""
     loss, steps, ranks = (as_number(summary.get(name)) for name in ("final_loss", "steps", "world_size"))
     speed = as_number(summary.get("tokens_per_second"))
+    forgetting = as_mapping(summary.get("forgetting"))
     rows = [
         ("Accuracy before → after", _accuracy(as_mapping(summary.get("accuracy")))),
+        *([("Loss on other text", _forgetting(forgetting))] if forgetting else []),
         ("Parameters trained", _parameters(as_mapping(summary.get("parameters")))),
         ("Peak memory per rank", _peak_memory(summary.get("peak_memory_bytes_per_rank"))),
         ("Reduced, gathered a step", _communication(as_mapping(summary.get("communication_bytes_per_step")))),

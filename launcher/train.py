@@ -18,6 +18,7 @@ from typing import Any
 from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.ending import code_of, tell_notes
 from launcher.evaluating import evaluate_model
+from launcher.forgetting import Forgetting, measure_forgetting
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.methods import Method, SelectedParts
@@ -138,6 +139,7 @@ def _write_summary(
     phases: Phases,
     result: TrainingResult,
     accuracy: dict[str, Any],
+    forgetting: Forgetting | None,
     counts: dict[str, Any],
     communication: dict[str, int],
     memory: RunMemory,
@@ -154,6 +156,7 @@ def _write_summary(
         {
             "phases": phases.seconds,
             "accuracy": accuracy,
+            "forgetting": forgetting,
             "parameters": counts,
             "peak_memory_bytes_per_rank": peaks,
             "communication_bytes_per_step": communication,
@@ -237,6 +240,10 @@ def _run_alone(
         with phases.measure("evaluate_base"), memory.phase("evaluate"):
             found = _evaluate(prepared, world, prepared.model, "base")
             accuracy["base"], accuracy["num_problems"], metrics["base"] = found
+    forgetting: Forgetting | None = None
+    if prepared.forgetting is not None:
+        with phases.measure("forgetting"), memory.phase("evaluate"):
+            forgetting = measure_forgetting(prepared, world, prepared.model, "base")
     with phases.measure("calibrate"), memory.phase("calibration"):
         trained = method.choose(prepared, world, memory, notes)
     _say(world, f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
@@ -257,20 +264,24 @@ def _run_alone(
         if config.output.adapter:
             method.save_adapter(prepared, engine)
         # Not where nobody asks for it: what is offloaded to a disk could not be read.
-        model: Any = method.tuned_model(prepared, engine) if config.output.merged or prepared.test else None
+        needs_model = config.output.merged or prepared.test or forgetting is not None
+        model: Any = method.tuned_model(prepared, engine) if needs_model else None
         if config.output.merged and not is_quantized:
             method.save_merged(prepared, world, model)
     if prepared.test:
         with phases.measure("evaluate_tuned"), memory.phase("evaluate"):
             found = _evaluate(prepared, world, model.to(world.device), "tuned")
             accuracy["tuned"], _, metrics["tuned"] = found
+    if forgetting is not None:
+        with phases.measure("forgetting"), memory.phase("evaluate"):
+            forgetting = measure_forgetting(prepared, world, model.to(world.device), "tuned", forgetting)
     if config.output.merged and is_quantized:
         with phases.measure("save"), memory.phase("save"):
             method.save_merged(prepared, world, model)
     if config.model.classifies:
         accuracy["metrics"] = metrics
     size = method.adapter_bytes(prepared)
-    _write_summary(prepared, world, phases, result, accuracy, counts, communication, memory, notes, size)
+    _write_summary(prepared, world, phases, result, accuracy, forgetting, counts, communication, memory, notes, size)
     if world.is_main:
         print_summary(folder.path)
         if config.output.report:

@@ -1,14 +1,16 @@
-"""Which data is trained on, and how do its records become samples of token ids and labels?"""
+"""Which data is trained on, and how do records and plain text become samples of token ids and labels?"""
 
 import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
 
 from models.evaluation import EvaluationConfig
-from models.records import DataFormat, read_records, to_text_records
+from models.plain_text import cut_text
+from models.records import DataFormat, read_records, read_text, text_file, to_text_records
 from models.templates import TEMPLATES, Template, encode_prompts, encode_responses, render
 from sparse_zero.errors import InputError
 
@@ -20,7 +22,7 @@ IGNORED = -100
 # Records tokenized in one call: amortises the call of fast tokenizers, keeps the working set small.
 _CHUNK = 1024
 
-Split = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test", "forgetting"]
 
 
 class DataWarning(UserWarning):
@@ -73,14 +75,15 @@ class FieldConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the records are, and how they become batches.
+    """Where the records or texts are, and how they become batches.
 
-    ``train``, ``validation`` and ``test`` each name a file, a folder that holds ``<split>.json`` (or .jsonl,
-    .csv, .tsv, .parquet), or a hub data set ``owner/name`` or ``owner/name:subset``. Relative paths start at the
-    current directory; ``~`` is expanded.
+    ``train``, ``validation``, ``test`` and ``forgetting`` each name a file, a folder that holds ``<split>.json`` (or
+    .jsonl, .csv, .tsv, .parquet, .txt), or a hub data set ``owner/name`` or ``owner/name:subset``. Relative paths
+    start at the current directory; ``~`` is expanded. A ``.txt`` file is plain text: it is cut into consecutive
+    samples of ``max_length`` tokens, each of which is predicted once.
     """
 
-    # Training records.
+    # Training records, or plain text.
     train: str
     # File name stem in a folder, or split of a hub data set, for the training records. A single file has no
     # splits.
@@ -91,19 +94,27 @@ class DataConfig:
     # Problems answered before and after training; None: no evaluation. Not with plain text, which has no prompts.
     test: str | None = None
     test_split: str = "test"
+    # Text, or records, of another kind than the training data: the mean loss per token on it is measured before and
+    # after training, which tells what the model has forgotten. None: it is not.
+    forgetting: str | None = None
+    forgetting_split: str = "test"
+    # Tokens of it that are predicted at most, over all ranks, from its start. Base and tuned model predict the same
+    # ones, so that their difference is much surer than either loss; more of them cost two forward passes each.
+    forgetting_tokens: int = 16384
     # How files are parsed. auto goes by the suffix, and takes owner/name for a hub name if no such path
-    # exists.
+    # exists. text is plain text, whatever the suffix.
     format: DataFormat = "auto"
     # How a record becomes prompt and response. chat uses the template that comes with the tokenizer.
     template: Template = "alpaca"
     # Tokens of prompt and response together. Longer responses are cut (counted); longer prompts are never
-    # cut: the sample is dropped (counted). 512 holds nearly every record of the usual instruction sets.
+    # cut: the sample is dropped (counted). 512 holds nearly every record of the usual instruction sets. Plain text is
+    # cut into samples of so many tokens; the last one has what is left.
     max_length: int = 512
     # pad: every sample a row, filled up to the longest of the micro-batch; pack: one row of all samples.
     batching: Literal["pad", "pack"] = "pad"
     # Put samples of like length into the same micro-batch of a step: less padding, the same result.
     group_by_length: bool = True
-    # Training records used, from the start of the data; None: all.
+    # Training records used, or samples of plain text, from the start of the data; None: all.
     limit: int | None = None
     # Of a classifier whose labels are words: the words in the order of the classes. None: those of a model that has
     # been saved with words, else the words of data.train in alphabetical order.
@@ -114,9 +125,10 @@ class DataConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("train", "validation", "test", "train_split", "validation_split", "test_split"):
+        sources = ("train", "validation", "test", "forgetting")
+        for name in (*sources, *(f"{each}_split" for each in sources)):
             value = getattr(self, name)
-            if value is None and name in ("validation", "test"):
+            if value is None and name in sources[1:]:
                 continue
             if not isinstance(value, str) or not value.strip():
                 wanted = "a split" if name.endswith("_split") else "a file, a folder or a hub data set"
@@ -137,6 +149,13 @@ class DataConfig:
                 f"data.test is {self.test!r} but data.fields.text is {self.fields.text!r}: a model of plain text has "
                 "no prompt to answer; leave data.test out"
             )
+        if self.format == "text" and self.test is not None:
+            raise InputError(
+                f"data.test is {self.test!r} but data.format is 'text': plain text has no problems to answer; leave "
+                "data.test out, or data.format as auto"
+            )
+        if self.forgetting_tokens < 1:
+            raise InputError(f"data.forgetting_tokens is {self.forgetting_tokens}: it must be at least 1")
         if self.max_length < 2:
             raise InputError(f"data.max_length is {self.max_length}: a prompt and a response need at least 2 tokens")
         if self.limit is not None and self.limit < 1:
@@ -184,7 +203,7 @@ Sample = TokenizedSample | ClassifiedSample
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of one split in the order of the records, and what the maximum length cost."""
+    """The samples of one split in the order of the data, and what the maximum length cost."""
 
     samples: Sequence[Sample]
     num_truncated_responses: int  # samples whose response (of classified ones: whose text) was cut
@@ -206,15 +225,7 @@ def load_records(config: DataConfig, split: Split) -> list[dict[str, str]]:
     Raises:
         InputError: the split is not configured, cannot be read or is empty, or a record lacks a needed field.
     """
-    source = {"train": config.train, "validation": config.validation, "test": config.test}[split]
-    setting = f"data.{split}"
-    if source is None:
-        raise InputError(f"{setting} is missing: name the file, folder or hub data set to read")
-    split_name = {
-        "train": config.train_split,
-        "validation": config.validation_split,
-        "test": config.test_split,
-    }[split]
+    source, split_name, setting = _source(config, split)
     raw = read_records(source, field=setting, split=split_name, data_format=config.format)
     if split == "train" and config.limit is not None:
         raw = raw[: config.limit]
@@ -231,22 +242,43 @@ def load_records(config: DataConfig, split: Split) -> list[dict[str, str]]:
     return records
 
 
+def _source(config: DataConfig, split: Split) -> tuple[str, str, str]:
+    """Where a split is, what it is called there, and the name of the setting that says so."""
+    setting, source = f"data.{split}", getattr(config, split)
+    if source is None:
+        raise InputError(f"{setting} is missing: name the file, folder or hub data set to read")
+    return source, getattr(config, f"{split}_split"), setting
+
+
 def load_samples(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", split: Literal["train", "validation"]
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    split: Literal["train", "validation", "forgetting"],
 ) -> SampleSet:
-    """Read, render and tokenize the records of a split.
+    """Read, render and tokenize the records of a split; or cut its plain text.
 
     A sample longer than ``config.max_length`` loses the end of its response; if not one response token would
-    stay that the model can be asked to predict, the record is dropped. Both are counted, and warned of.
+    stay that the model can be asked to predict, the record is dropped. Both are counted, and warned of. Of
+    ``forgetting`` no more is tokenized than ``config.forgetting_tokens`` needs.
 
     Raises:
         InputError: as :func:`load_records`; or the tokenizer cannot render the template; or no sample
             remains.
     """
-    records = load_records(config, split)
+    source, split_name, setting = _source(config, split)
+    file = text_file(source, field=setting, split=split_name, data_format=config.format)
+    records: list[dict[str, str]] = []
+    if file is not None:
+        pairs = cut_text(read_text(file, field=setting), tokenizer, config.max_length)
+        if split == "train":
+            pairs = islice(pairs, config.limit)
+    else:
+        records = load_records(config, split)
+        pairs = _tokenize(config, tokenizer, records)
     samples: list[TokenizedSample] = []
     num_truncated = num_dropped = 0
-    for prompt_ids, response_ids in _tokenize(config, tokenizer, records):
+    num_left = config.forgetting_tokens if split == "forgetting" else None
+    for prompt_ids, response_ids in pairs:
         room = config.max_length - len(prompt_ids)
         kept = response_ids[: max(room, 0)]
         # The first token of a sample has nothing before it that could predict it.
@@ -254,7 +286,15 @@ def load_samples(
             num_dropped += 1
             continue
         num_truncated += len(kept) < len(response_ids)
+        if num_left is not None:
+            num_unpredicted = 0 if prompt_ids else 1
+            kept = kept[: num_left + num_unpredicted]
+            num_left -= len(kept) - num_unpredicted
         samples.append(TokenizedSample(prompt_ids + kept, [IGNORED] * len(prompt_ids) + kept))
+        if num_left == 0:
+            break
+    if not samples and file is not None:
+        raise InputError(f"{setting} is {str(file)!r}: its text has no two tokens; give a longer one")
     if not samples:
         raise InputError(
             f"data.max_length is {config.max_length}: not one of the {len(records)} records of "

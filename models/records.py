@@ -1,4 +1,4 @@
-"""How do records come out of a JSON, JSONL, CSV, TSV or parquet file, a folder of them, or the hub?
+"""How do records come out of a JSON, JSONL, CSV, TSV or parquet file, a folder, or the hub; and which is plain text?
 
 Parquet files and hub names are read by ``datasets``. JSON and CSV are parsed here, value by value: a columnar
 reader infers one type per column, which turns the answers 5 and 2.5 into 5.0 and 2.5, the text "2020-01-01"
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sparse_zero.errors import InputError
 
-DataFormat = Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "hub"]
+DataFormat = Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "text", "hub"]
 Record = Mapping[str, Any]
 
 SUFFIXES: dict[str, DataFormat] = {
@@ -26,6 +26,7 @@ SUFFIXES: dict[str, DataFormat] = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".txt": "text",
 }
 # owner/name, or owner/name:subset where the data set has several configurations.
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<subset>[\w.-]+))?")
@@ -61,6 +62,35 @@ def read_records(source: str, *, field: str, split: str, data_format: DataFormat
     if not records:
         raise InputError(f"{field} is {source!r}: it holds no records; give data with at least one")
     return records
+
+
+def text_file(source: str, *, field: str, split: str, data_format: DataFormat = "auto") -> Path | None:
+    """The plain text that a source is for one split; None where it holds records, or is not there.
+
+    Arguments and errors as :func:`read_records`, which reads all else.
+    """
+    path = Path(source).expanduser()
+    if data_format == "hub" or not path.exists():
+        return None
+    files = _files_of_split(path, field, split, data_format) if path.is_dir() else [path]
+    return files[0] if len(files) == 1 and _kind(files[0], data_format) == "text" else None
+
+
+def read_text(path: Path, *, field: str) -> str:
+    """The whole of a plain text file in UTF-8, every line break a single one.
+
+    Raises:
+        InputError: the file cannot be opened, is not UTF-8, or holds nothing but white space.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{field} is {str(path)!r}: it is not UTF-8 text ({error.reason}); convert it") from error
+    except OSError as error:
+        raise InputError(f"{field} is {str(path)!r}: it cannot be opened: {error.strerror or error}") from error
+    if not text.strip():
+        raise InputError(f"{field} is {str(path)!r}: it holds no text; give a file with some")
+    return text
 
 
 def text_of(value: Any) -> str | None:
@@ -116,8 +146,16 @@ def _files_of_split(folder: Path, field: str, split: str, data_format: DataForma
     )
 
 
+def _kind(path: Path, data_format: DataFormat) -> DataFormat | None:
+    return SUFFIXES.get(path.suffix.lower()) if data_format == "auto" else data_format
+
+
 def _read_file(path: Path, field: str, data_format: DataFormat) -> list[Record]:
-    kind = SUFFIXES.get(path.suffix.lower()) if data_format == "auto" else data_format
+    kind = _kind(path, data_format)
+    if kind == "text":
+        raise InputError(
+            f"{field} is {str(path)!r}: plain text has no records with fields; give JSON, JSONL, CSV or parquet"
+        )
     readers: dict[str | None, Callable[[Path], list[Record]]] = {
         "json": _read_json,
         "jsonl": _read_jsonl,

@@ -140,6 +140,12 @@ def encode_responses(
     ]
 
 
+def specials_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids of the special tokens that the tokenizer puts before a text: a beginning of sequence, or nothing."""
+    (bare,), (full,) = _encode(tokenizer, ["a"]), _encode(tokenizer, ["a"], special=True)
+    return full[: len(full) - len(bare) - _num_specials_behind(tokenizer)] if bare else []
+
+
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
     # verbose: no advice about the model's maximum length, which data.max_length takes care of.
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]

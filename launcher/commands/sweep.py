@@ -26,8 +26,8 @@ from sparse_zero.errors import InputError
 
 # The same as launcher.sweep.tables.SHOWN has; a test compares them.
 _METRICS = (
-    "final_loss", "validation_loss_best", "accuracy_tuned", "parameters_fraction", "peak_memory_bytes",
-    "tokens_per_second", "total_seconds", "adapter_bytes",
+    "final_loss", "validation_loss_best", "accuracy_tuned", "forgetting_change", "parameters_fraction",
+    "peak_memory_bytes", "tokens_per_second", "total_seconds", "adapter_bytes",
 )  # fmt: skip
 _EXAMPLES = """
 sparse-zero sweep --config configs/studies/quick-sweep.yaml --dry-run      the points, their names and states

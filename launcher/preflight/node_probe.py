@@ -43,7 +43,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
 _OWN_PACKAGES = ("launcher", "models", "sparse_zero")
 # Of a file's content, its beginning and its end: a tenth of a second.
 _HASHED_BYTES = 64 * 2**20
-_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
 # As in models.loading, which ranks load it by.
 _TOKENIZER_NEEDS_ONE_OF = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")

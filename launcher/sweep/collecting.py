@@ -12,7 +12,7 @@ from launcher.sweep.sweep_folder import Listed, SweepFolder
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_json
 
-_PHASES = ("load", "evaluate_base", "calibrate", "train", "evaluate_tuned", "save")
+_PHASES = ("load", "evaluate_base", "forgetting", "calibrate", "train", "evaluate_tuned", "save")
 # Columns of the table after those of the settings; numbers, or nothing where they were not measured.
 NUMBERS = (
     "final_loss",
@@ -20,6 +20,10 @@ NUMBERS = (
     "validation_loss_last",
     "accuracy_base",
     "accuracy_tuned",
+    # Mean loss per token of data.forgetting before and after, and what was added to it.
+    "forgetting_base",
+    "forgetting_tuned",
+    "forgetting_change",
     "parameters_trained",
     "parameters_total",
     "parameters_fraction",
@@ -111,6 +115,10 @@ def _of_summary(folder: SweepFolder, name: str) -> dict[str, float | None]:
     same = ("final_loss", "tokens_per_second", "adapter_bytes", "steps", "world_size")
     found: dict[str, float | None] = {key: as_number(summary.get(key)) for key in same}
     found |= {f"accuracy_{key}": as_number(accuracy.get(key)) for key in ("base", "tuned")}
+    forgetting = as_mapping(summary.get("forgetting"))
+    base, tuned = (as_number(forgetting.get(key)) for key in ("base", "tuned"))
+    found |= {"forgetting_base": base, "forgetting_tuned": tuned}
+    found["forgetting_change"] = tuned - base if tuned is not None and base is not None else None
     trained, total = (as_number(parameters.get(key)) for key in ("trained", "total"))
     found |= {"parameters_trained": trained, "parameters_total": total}
     found["parameters_fraction"] = trained / total if trained is not None and total else None

@@ -31,6 +31,7 @@ SHOWN: Mapping[str, Shown] = {
     "final_loss": Shown("loss", 1, 4),
     "validation_loss_best": Shown("best val. loss", 1, 4),
     "accuracy_tuned": Shown("accuracy %", 100, 1),
+    "forgetting_change": Shown("forgetting", 1, 4),
     "parameters_fraction": Shown("trained %", 100, 3),
     "peak_memory_bytes": Shown("peak GiB", 2**-30, 2),
     "tokens_per_second": Shown("tokens/s", 1, 0),

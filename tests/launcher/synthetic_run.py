@@ -97,6 +97,7 @@ def summary() -> dict[str, Any]:
             "load": 4.1, "evaluate_base": 62.0, "calibrate": 31.4, "train": 471.2, "evaluate_tuned": 48.8, "save": 3.9,
         },
         "accuracy": {"base": 0.0, "tuned": 0.47, "num_problems": 200},
+        "forgetting": {"base": 2.3125, "tuned": 2.375, "num_tokens": 16_384},
         "parameters": {"total": 134_515_008, "trained": 1_376_256},
         "peak_memory_bytes_per_rank": [1_450_000_000, 1_430_000_000],
         "communication_bytes_per_step": {"gradients": 5_505_024, "values": 5_505_024, "weights": 0, "constants": 5},

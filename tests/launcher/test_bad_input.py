@@ -271,6 +271,8 @@ CONFIG_CASES = [
     Case(name="evaluation to a folder", command="evaluate", overrides=["--data.test=t.json", "--out=there"], files={"there/x": ""}, says=["--out is there", "is a folder"]),
     Case(name="evaluation below a file", command="evaluate", overrides=["--data.test=t.json", "--out=there/x/y"], files={"there": ""}, says=["--out is there/x/y", "there is a file"]),
     Case(name="export below a file", command="export", overrides=["--adapter=adapter", "--out=there/x"], files={"there": "", "adapter/x": ""}, says=["--out is there/x", "there is a file"]),
+    Case(name="no tokens of other text", overrides=["--data.forgetting=t.txt", "--data.forgetting_tokens=0"], says=["data.forgetting_tokens is 0"]),
+    Case(name="format text with test data", overrides=["--data.format=text", "--data.test=t.json"], says=["data.test is 't.json'", "data.format is 'text'"]),
     Case(name="plain text with test data", overrides=["--data.fields.text=body", "--data.test=t.json"], says=["data.test is 't.json'", "data.fields.text is 'body'", "leave data.test out"]),
     Case(name="port out of range", overrides=["--cluster.master_port=70000"], says=["cluster.master_port is 70000", "1 to 65535"]),
     Case(name="evaluate without test data", command="evaluate", says=["data.test is missing"]),
@@ -333,6 +335,9 @@ RUN_CASES = [
     Case(name="data not JSON", files={"train.json": "{"}, says=["train.json"]),
     Case(name="record without a field", files={"train.json": '[{"instruction": "a"}]'}, says=["train.json", "output"]),
     Case(name="nothing fits the length", overrides=["--data.max_length=3"], says=["data.max_length is 3"]),
+    Case(name="text that is empty", overrides=["--data.train=train.txt"], files={"train.txt": " \n"}, says=["data.train is 'train.txt'", "holds no text"]),
+    Case(name="other text missing", overrides=["--data.forgetting=./gone.txt"], says=["data.forgetting is './gone.txt'"]),
+    Case(name="plain text to answer", command="evaluate", overrides=["--data.test=t.txt"], files={"t.txt": "a b"}, says=["t.txt", "plain text has no records"]),
     Case(name="unknown suffix", overrides=["--data.train=train.xml"], files={"train.xml": "<a/>"}, says=["train.xml"]),
     Case(name="test records without answer", command="evaluate", overrides=["--data.test=t.json"], files={"t.json": '[{"instruction": "a", "output": "b"}]'}, says=["t.json", "answer"]),
     # the selection

@@ -175,6 +175,7 @@ def test_a_damaged_run_folder_is_named_in_one_line(
         {"parameters": {"total": "12", "trained": 3}},
         {"parameters": {"total": 12, "trained": [3]}},
         {"parameters": 5},
+        {"forgetting": {"base": "low", "tuned": None, "num_tokens": []}},
         {"peak_memory_bytes_per_rank": 5},
         {"peak_memory_bytes_per_rank": [None, "x", True]},
         {"tokens_per_second": "fast", "adapter_bytes": "big", "merged_bytes": {}},
@@ -188,8 +189,9 @@ def test_damaged_values_of_the_summary_are_left_out(finished: Path, tmp_path: Pa
     (folder / "summary.json").write_text(json.dumps(summary() | damage))
     tiles = _tiles(summary() | damage)
     assert "–" not in tiles.replace("before: –", "")
-    assert tiles.count("<b>") == 5 - len(
-        {"accuracy", "parameters", "peak_memory_bytes_per_rank", "tokens_per_second", "adapter_bytes"} & set(damage)
+    assert tiles.count("<b>") == 6 - len(
+        {"accuracy", "forgetting", "parameters", "peak_memory_bytes_per_rank", "tokens_per_second", "adapter_bytes"}
+        & set(damage)
     )
     text = "\n".join(Page(write_report(folder).read_text(encoding="utf-8")).texts)
     assert "Last training loss" in text

@@ -33,7 +33,7 @@ def test_the_table_says_everything_in_80_columns(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     for part in (
-        "0.00 % → 47.0 %  (+47.0 points, 200 problems)", "1,376,256 of 134,515,008  (1.02 %)", "1.35 GiB, 1.33 GiB",
+        "0.00 % → 47.0 %  (+47.0 points, 200 problems)", "2.3125 → 2.3750  (+0.0625 a token, 16,384 tokens)", "1,376,256 of 134,515,008  (1.02 %)", "1.35 GiB, 1.33 GiB",
         "10.5 MiB  (gradients 5.25 MiB, values 5.25 MiB)", "612", "5.30 MiB", "513 MiB", "4.1 s", "7 min 51 s", "10 min 21 s", "0.3622",
     ):  # fmt: skip
         assert part in text

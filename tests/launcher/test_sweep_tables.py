@@ -71,6 +71,7 @@ def test_a_row_has_the_settings_the_state_and_the_numbers(made: tuple[SweepFolde
     expected = {
         "method": "a|b", "training.learning_rate": 1e-3, "training.seed": 0, "final_loss": 1.0,
         "validation_loss_best": 0.4, "validation_loss_last": 0.5, "accuracy_base": 0.1, "accuracy_tuned": 0.5,
+        "forgetting_base": 2.3125, "forgetting_tuned": 2.375, "forgetting_change": 0.0625,
         "parameters_trained": 1_376_256, "parameters_fraction": 1_376_256 / 134_515_008,
         "peak_memory_bytes": 1_450_000_000, "tokens_per_second": 612.4, "adapter_bytes": 5_560_320,
         "train_seconds": 471.2, "total_seconds": pytest.approx(621.4), "steps": 150, "world_size": 2,
@@ -183,7 +184,7 @@ def test_markdown_and_terminal(made: tuple[SweepFolder, SweepConfig, list[Listed
     assert "over training.seed" in lines[0]
     assert lines[2].startswith("| method | training.learning_rate | finished | loss | best val. loss | accuracy % |")
     assert lines[4].startswith(
-        "| a\\|b | 0.001 | 2/2 | 1.5000 ± 0.7071 | 0.4000 ± 0.0000 | 50.5 ± 0.7 | 1.023 ± 0.000 |"
+        "| a\\|b | 0.001 | 2/2 | 1.5000 ± 0.7071 | 0.4000 ± 0.0000 | 50.5 ± 0.7 | 0.0625 ± 0.0000 | 1.023 ± 0.000 |"
     )
     assert lines[7].startswith("| rows | 0.01 | 0/2 (1 failed) | – |")
     assert len({line.replace("\\|", "").count("|") for line in lines[2:]}) == 1

@@ -35,6 +35,8 @@ def base(tmp_path_factory):
     wide = {name: tensor * (1.0 if "norm" in name else 4.0) for name, tensor in weights.items()}
     save_file(wide, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     write_word_problems(folder / "data", 40, 8, 10, seed=0)
+    lines = [f"Below is answer{number} of a task: {number * number}." for number in range(30)]
+    (folder / "data" / "other.txt").write_text("\n".join(lines))
     return folder
 
 
@@ -46,6 +48,8 @@ def write_config(base: Path, folder: Path, **changes: Any) -> Path:
             "train": str(base / "data" / "train.json"),
             "validation": str(base / "data" / "validation.json"),
             "test": str(base / "data" / "test.json"),
+            "forgetting": str(base / "data" / "other.txt"),
+            "forgetting_tokens": 400,
             "template": "plain",
             "batching": "pack",
             "max_length": 160,
@@ -149,7 +153,10 @@ def test_the_run_folder_holds_everything(launched):
     assert all(row["flops_per_second"] > 0 for row in rows(run_folder.parent))
     assert 0 < summary["parameters"]["trained"] <= 0.05 * summary["parameters"]["total"]
     assert summary["adapter_bytes"] > 4 * summary["parameters"]["trained"]
-    assert set(summary["phases"]) == {"load", "evaluate_base", "calibrate", "train", "evaluate_tuned", "save"}
+    timed = {"load", "evaluate_base", "forgetting", "calibrate", "train", "evaluate_tuned", "save"}
+    assert set(summary["phases"]) == timed
+    assert json.loads((run_folder / "evaluation" / "forgetting.json").read_text()) == summary["forgetting"]
+    assert "Loss on other text" in output
     assert summary["accuracy"]["num_problems"] == 10
     assert "Accuracy" in output
     assert "Parameters trained" in output
@@ -186,6 +193,7 @@ def test_invariant_3_the_loss_curve_does_not_depend_on_the_launcher_or_the_world
         run([*command, "--master_port", str(free_port()), *worker(config)[1:]], folder)
         assert losses(folder) == pytest.approx(expected, rel=1e-5), name
         assert digest(folder) == digest(single[0])
+        assert forgetting(folder) == pytest.approx(forgetting(single[0]), rel=1e-5)
     # In shards from loading to saving: the same answers, and the same merged model.
     mine, theirs = tmp_path / "stage3" / "run", single[0] / "run"
     for name in ("base.json", "tuned.json"):
@@ -205,6 +213,25 @@ def test_invariant_3_the_loss_curve_does_not_depend_on_the_launcher_or_the_world
 def texts(evaluation: Path) -> list[str]:
     """What was answered to each problem."""
     return [prediction["text"] for prediction in json.loads(evaluation.read_text())["predictions"]]
+
+
+def forgetting(folder: Path) -> dict[str, float]:
+    """What the summary says of data.forgetting."""
+    return dict(json.loads((folder / "run" / "summary.json").read_text())["forgetting"])
+
+
+def test_what_was_forgotten_is_measured_on_the_base_and_the_merged_model(single, base):
+    from models.forgetting import text_loss
+    from models.loading import ModelConfig, load_model, load_tokenizer
+
+    found = forgetting(single[0])
+    assert found["num_tokens"] == 400
+    for name, folder in (("base", base / "model"), ("tuned", single[0] / "run" / "merged")):
+        source = ModelConfig(name_or_path=str(folder))
+        file = str(base / "data" / "other.txt")
+        plain = text_loss(load_model(source), load_tokenizer(source), file, max_length=160, max_tokens=400)
+        assert found[name] == pytest.approx(plain.loss, rel=1e-5)
+    assert abs(found["tuned"] - found["base"]) > 1e-3
 
 
 def digest(folder: Path) -> str:

@@ -129,7 +129,8 @@ def test_input_is_optional_and_output_is_not_needed_in_a_test(tmp_path):
         ("a.csv", 'instruction,output\na,"b\n', r"cannot be read as csv: unexpected end of data"),
         ("a.csv", "output,output\na,b\n", r"a column name occurs twice"),
         ("a.parquet", "no parquet", r"cannot be read as parquet"),
-        ("a.txt", "text", r"the suffix '\.txt' is not supported; use \.json"),
+        ("a.xml", "text", r"the suffix '\.xml' is not supported; use \.json"),
+        ("a.txt", "text", r"plain text has no records with fields"),
         (
             "a.json",
             '[{"instruction": "a", "response": "b"}]',

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from models.small_bases import Specials, train_tokenizer
+
 CORPUS = (
     "Below is an instruction that describes a task. Write a response that completes the request.",
     "### Instruction:\nTom has 12 apples and buys 7 more. How many has Tom?\n\n### Response:\n19",
@@ -20,26 +22,9 @@ CHAT_TEMPLATE = (
 
 def tiny_tokenizer(*, vocab: int = 384, bos: bool = True, pad: bool = True) -> Any:
     """A byte-level BPE tokenizer, trained on four sentences; ids 0 to 3 are unk, bos, eos and pad."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if pad else {})
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer = train_tokenizer(CORPUS, vocab, Specials(single="<s> $A" if bos else None))
+    if not pad:
+        tokenizer.pad_token = None
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -1,0 +1,1 @@
+"""Pre-training a small Llama from nothing: its text, tokenizer, loop and files."""
