@@ -49,7 +49,14 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def run(config: StudyConfig, out: Path, *, until: str = "report") -> None:
     """Compute what is missing, then measure, and write the report."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from scripts.ntk.study_points import Study, points_of
 

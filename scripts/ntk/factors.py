@@ -57,7 +57,9 @@ class Factors:
         uses = [use for sample in self.uses.get(name, ()) for use in sample]
         if name in self.dense or any(use.ids is None for use in uses):
             return torch.arange(self.shapes[name][0])
-        return torch.cat([use.ids for use in uses if use.ids is not None] or [torch.zeros(0, dtype=torch.int64)]).unique()
+        return torch.cat(
+            [use.ids for use in uses if use.ids is not None] or [torch.zeros(0, dtype=torch.int64)]
+        ).unique()
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """[N, C, R, I]: these rows of the gradients, in their order."""
@@ -301,7 +303,9 @@ class Collector:
             if isinstance(module, nn.Embedding):
                 ids = read.flatten()
                 # As in torch, the padding's row has no gradient.
-                real = torch.ones_like(ids, dtype=torch.bool) if module.padding_idx is None else ids != module.padding_idx
+                real = (
+                    torch.ones_like(ids, dtype=torch.bool) if module.padding_idx is None else ids != module.padding_idx
+                )
                 uses[parameter].append(Use(inputs=None, ids=ids[real], deltas=deltas[:, real]))
             else:
                 states = _of_own(read.flatten(0, -2))

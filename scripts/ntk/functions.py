@@ -132,7 +132,9 @@ class TextFunctions:
         if config.function == "probe" and getattr(self.base, "pooler", None) is not None:
             self.base.pooler = None  # It takes no part in the states' mean.
         if config.function == "sequence_classification" and self.base.config.num_labels != num_classes:
-            raise InputError(f"{folder} has {self.base.config.num_labels} labels, and the data {num_classes}: use others")
+            raise InputError(
+                f"{folder} has {self.base.config.num_labels} labels, and the data {num_classes}: use others"
+            )
         self.base.eval().requires_grad_(False)
         self.tokens = self._answer_tokens() if config.answers else None
         self.mask_token: int | None = None

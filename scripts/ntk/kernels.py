@@ -162,7 +162,9 @@ def compute_kernels(
 
 def _check(subsets: Sequence[Subset], collector: Collector) -> None:
     for subset in subsets:
-        for name in subset.selection.weights if subset.selection is not None else subset.lora or subset.parameters or ():
+        for name in (
+            subset.selection.weights if subset.selection is not None else subset.lora or subset.parameters or ()
+        ):
             if name not in collector.parameters:
                 raise InputError(f"the subset {subset.name} has {name}, which is no parameter of the model")
             if subset.selection is not None and subset.selection.weights[name].shape != collector.shapes[name]:

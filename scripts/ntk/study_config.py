@@ -127,7 +127,9 @@ class KernelConfig:
         if self.max_memory_gib <= 0:
             raise InputError(f"kernel.max_memory_gib is {self.max_memory_gib}: it must be more than 0")
         if self.sketch < 0 or self.sketch % 4:
-            raise InputError(f"kernel.sketch is {self.sketch}: give a multiple of 4 (its error is told by 4 parts), or 0")
+            raise InputError(
+                f"kernel.sketch is {self.sketch}: give a multiple of 4 (its error is told by 4 parts), or 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

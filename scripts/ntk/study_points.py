@@ -87,14 +87,17 @@ class Study:
 
     def __init__(self, config: StudyConfig, out: Path) -> None:
         from models.base_identity import base_identity
-        from models.loading import ModelConfig, model_folder
+        from models.source import download, local_folder
 
         self.config, self.out = config, out
         self.texts = read_texts(config.data)
         self.test = test_samples(self.texts, config.data.num_test)
         for shots in config.shots:
             few_shot(self.texts, shots, config.seeds[0])
-        self._folder = model_folder(ModelConfig(name_or_path=config.model.name_or_path))
+        name, field = config.model.name_or_path, "model.name_or_path"
+        self._folder = local_folder(name, field=field) or download(
+            name, field=field, revision=None, gguf_file=None, weights=True
+        )
         self.fingerprint = fingerprint(config, base_identity(self._folder).sha256, self.texts)
         self._functions: TextFunctions | None = None
         for point in points_of(config):
