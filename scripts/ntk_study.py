@@ -49,21 +49,14 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def run(config: StudyConfig, out: Path, *, until: str = "report") -> None:
     """Compute what is missing, then measure, and write the report."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from scripts.ntk.study_points import Study, points_of
 
     study = Study(config, out)
     points = points_of(config)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("points", total=len(points))
         for point in points:
             inside = progress.add_task(point.name, total=100)

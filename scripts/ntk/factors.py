@@ -220,7 +220,7 @@ class Collector:
             if needed > max_bytes:
                 raise InputError(
                     f"kernel.max_memory_gib is too small: {name} alone needs {needed / 2**30:.2g} GiB for "
-                    f"{len(self.samples)} samples, of {max_bytes / 2**30:.2g}; raise it, or take less or shorter samples"
+                    f"{len(self.samples)} samples, of {max_bytes / 2**30:.2g}; raise it, or take fewer samples"
                 )
             if not groups or needed > free:
                 groups.append([])

@@ -122,7 +122,9 @@ class TextFunctions:
             )
         except (OSError, ValueError) as error:
             line = str(error).splitlines()[0]
-            raise InputError(f"model.name_or_path is {config.name_or_path!r}, which is no {config.function}: {line}")
+            raise InputError(
+                f"model.name_or_path is {config.name_or_path!r}, which is no {config.function}: {line}"
+            ) from error
         missing = [name for name in info["missing_keys"] if "pooler" not in name or config.function != "probe"]
         if missing:
             raise InputError(

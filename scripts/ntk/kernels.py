@@ -7,10 +7,10 @@ Memory: factors of gradients take at most half of the bound, and the gradients t
 of one matrix at a time, a quarter each with their gathered entries.
 
 Sketch: the output side of a matrix is projected on ``a`` random directions of signs, so that the product of two
-gradients G, H becomes the mean of a terms r.T G H.T r. Its variance is at most 2/a ‖G‖² ‖H‖² (each term has the variance
-2 sum over p != q of S_pq², with S the symmetric part of G H.T), and matrices are independent. So the root mean square of
-‖K̂ - K‖_F is at most sqrt(2/a sum over matrices of tr(K_m)²) for the training samples. What it is in fact is told by
-four independent parts of the directions.
+gradients G, H becomes the mean of a terms r.T G H.T r. Its variance is at most 2/a ‖G‖² ‖H‖² (each term has the
+variance 2 sum over p != q of S_pq², with S the symmetric part of G H.T), and matrices are independent. So the root mean
+square of ‖K̂ - K‖_F is at most sqrt(2/a sum over matrices of tr(K_m)²) for the training samples. What it is in fact is
+told by four independent parts of the directions.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Work:
         if bytes_of_one > self.max_bytes:
             raise InputError(
                 f"kernel.max_memory_gib is too small: one row or column of {width} gradients of "
-                f"{factors.num_samples} samples needs {4 * bytes_of_one / 2**30:.2g} GiB; raise it, or take less samples"
+                f"{factors.num_samples} samples needs {4 * bytes_of_one / 2**30:.2g} GiB; raise it, or take fewer"
             )
         yield from indices.split(self.max_bytes // bytes_of_one)
 

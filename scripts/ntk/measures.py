@@ -60,7 +60,7 @@ def _centred(kernel: Tensor) -> Tensor:
 class RidgeFit:
     """Kernel ridge regression on centred one-hot labels."""
 
-    # [N, C]: predictions are K[M, N] @ weights + offset.
+    # [N, C]: scores of classes are K[M, N] @ weights + offset.
     weights: Tensor
     # [C]
     offset: Tensor

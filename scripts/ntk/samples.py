@@ -123,8 +123,8 @@ def few_shot(texts: LabelledTexts, shots: int, seed: int) -> tuple[list[Labelled
     for label, name in enumerate(texts.classes):
         if len(by_class[label]) < 2 * shots:
             raise InputError(
-                f"shots has {shots}, and the class {name} {len(by_class[label])} training samples, of which twice as many "
-                "are drawn (the others for the head); lower it"
+                f"shots has {shots}, and the class {name} {len(by_class[label])} training samples, of which "
+                "twice as many are drawn (the others for the head); lower it"
             )
         both = Random(f"{seed}/{label}").sample(by_class[label], 2 * shots)
         drawn += both[:shots]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.plots import LIGHT, WIDTH_INCHES, Theme, new_figure, style, title
@@ -73,6 +73,15 @@ def _budget_axes(axes: Axes, rows: Rows, measure: str, theme: Theme) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def _references(theme: Theme) -> dict[str, tuple[str, str, Any]]:
+    """Name, colour and dashes of the lines that have no budget."""
+    return {
+        "full": ("all parameters", theme.ink, "-"),
+        "vectors": ("biases and norms", theme.muted, (0, (4, 2))),
+        "head": ("the head alone", theme.warning, (0, (1, 1))),
+    }
+
+
 def budget_figure(rows: Rows, measure: str, label: str, theme: Theme = LIGHT) -> Figure:
     """One measure against the number of trained parameters; a panel for each head (and number of shots).
 
@@ -93,14 +102,10 @@ def budget_figure(rows: Rows, measure: str, label: str, theme: Theme = LIGHT) ->
         own = [row for row in rows if (row["head"], row["shots"]) == (head, shots)]
         _budget_axes(axes, own, measure, theme)
         title(axes, f"{f'{head} head, ' if head else ''}{shots} samples a class", theme)
-        for kind, colour, dash in (
-            ("full", theme.ink, "-"),
-            ("vectors", theme.muted, (0, (4, 2))),
-            ("head", theme.warning, (0, (1, 1))),
-        ):
+        for kind, (named, colour, dash) in _references(theme).items():
             values = [row[measure] for row in own if row["kind"] == kind]
-            if values and not (kind == "full" and measure != "accuracy"):
-                named = {"full": "all parameters", "vectors": "biases and norms", "head": "the head alone"}[kind]
+            # The distance of the full kernel to itself is no line to compare with.
+            if values and (kind != "full" or measure == "accuracy"):
                 axes.axhline(statistics.fmean(values), color=colour, linewidth=1.2, linestyle=dash, label=named)
     for axes in grid[: len(panels) : width]:
         axes.set_ylabel(label)

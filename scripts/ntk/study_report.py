@@ -25,17 +25,7 @@ _NAMES = {
     VECTORS: "biases and norms of the layers",
     HEAD: "the head alone (its kernel is that of the states)",
 }
-_HEAD = (
-    "subset",
-    "parameters",
-    "share",
-    "distance, scaled",
-    "distance, p=1",
-    "distance, p=2",
-    "CKA",
-    "accuracy",
-    "agreement",
-)
+_HEAD = ("subset", "parameters", "share", "scaled distance", "p=1", "p=2", "CKA", "accuracy", "agreement")
 
 
 def aggregated(rows: Rows) -> list[dict[str, Any]]:
@@ -149,15 +139,16 @@ def parts_of(study: Study, rows: Rows) -> list[Part]:
         )
     sketched = [row for row in rows if row["sketch_error"] is not None and row["sketch_error_bound"] > 0]
     if sketched:
+        spread = max(row["sketch_error"] for row in sketched)
+        bound = max(row["sketch_error_bound"] for row in sketched)
         parts.append(
             Part(
                 name="sketch",
                 heading="What the sketch adds",
                 text=(
                     f"Kernels of whole matrices are sketched with {config.kernel.sketch} directions: their relative "
-                    f"error is {max(row['sketch_error'] for row in sketched):.2%} by the spread of its parts, and at "
-                    f"most {max(row['sketch_error_bound'] for row in sketched):.2%} by its bound (root mean square). It "
-                    "adds to the distances, as a root of squares."
+                    f"error is {spread:.2%} by the spread of its parts, and at most {bound:.2%} by its bound (root "
+                    "mean square). It adds to the distances, as a root of squares."
                 ),
             )
         )

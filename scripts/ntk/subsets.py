@@ -87,8 +87,8 @@ class SubsetMaker:
         for name in self.matrices.weights:
             if name not in stored or stored[name].layout != "out_in":
                 raise InputError(
-                    f"subsets.modules is {list(config.modules)}, which matches {name}: only matrices that are stored as "
-                    "W[out, in] are studied; name others"
+                    f"subsets.modules is {list(config.modules)}, which matches {name}: only matrices that are stored "
+                    "as W[out, in] are studied; name others"
                 )
 
     def _family(self, kind: StudyKind, budget: int, score: str) -> sz.SelectionConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,9 +179,7 @@ class Linears(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(given, made, bias=False).double() for given, made in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Linear(given, made, bias=False).double() for given, made in pairwise(sizes))
 
     def forward(self, input_ids: Tensor) -> Any:
         states = input_ids
@@ -302,7 +301,7 @@ def test_a_sketch_errs_as_much_as_it_says() -> None:
 def test_what_is_not_the_models_own_is_refused() -> None:
     function, samples = bert(2)
     unknown = Subset(name="other", parameters=("no.such.weight",))
-    with pytest.raises(InputError, match="the subset other has no.such.weight, which is no parameter"):
+    with pytest.raises(InputError, match=r"the subset other has no.such.weight, which is no parameter"):
         compute_kernels(function, samples, NUM_TRAIN, [unknown], max_bytes=GIB)
     wrong = of_region("classifier.weight", (32, 2), rows=[0])
     with pytest.raises(InputError, match=r"stores it as \(2, 32\)"):
@@ -320,5 +319,5 @@ class ReadsTwice(Linears):
 def test_a_matrix_that_is_used_otherwise_is_found_out() -> None:
     samples = vectors(2, 6)[1]
     function = SampleFunction(ReadsTwice(6, 2).requires_grad_(False))
-    with pytest.raises(InputError, match="uses layers.0.weight otherwise than by calling its module"):
+    with pytest.raises(InputError, match=r"uses layers.0.weight otherwise than by calling its module"):
         compute_kernels(function, samples, 1, [Subset(name="full", parameters=("layers.0.weight",))], max_bytes=GIB)

@@ -99,7 +99,7 @@ def test_samples_of_a_seed_are_disjoint_and_balanced(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="shots has 1, and the class 0 1 training samples"):
         few_shot(read, 1, 0)
-    with pytest.raises(InputError, match="data.text is 'text', which not every record"):
+    with pytest.raises(InputError, match=r"data.text is 'text', which not every record"):
         read_texts(SamplesConfig(train=str(path), test=str(path), text="text"))
     with pytest.raises(InputError, match=r"data.train is .*: there is no such file"):
         read_texts(SamplesConfig(train=str(tmp_path / "no.tsv"), test=str(path)))
@@ -224,7 +224,7 @@ def test_a_masked_model_answers_at_its_mask(tmp_path: Path) -> None:
     logits = functions.base(**inputs).logits[0, place]
     first, second = (functions.tokenizer.encode(word, add_special_tokens=False)[0] for word in "ab")
     torch.testing.assert_close(function(inputs), (logits[second] - logits[first]).reshape(1))
-    with pytest.raises(InputError, match="model.function is sequence_classification: .* has no classifier"):
+    with pytest.raises(InputError, match=r"model.function is sequence_classification: .* has no classifier"):
         TextFunctions(
             FunctionConfig(name_or_path=str(folder), function="sequence_classification"), folder, 2, "float32"
         )
