@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +95,22 @@ def _rows_of_length_one(of_classes: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no table of missing weights, which are looked at here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 class TextFunctions:
     """A loaded model and its tokenizer, and the functions that a study asks of them.
 
@@ -113,13 +130,13 @@ class TextFunctions:
             "causal_lm": transformers.AutoModelForCausalLM,
             "masked_lm": transformers.AutoModelForMaskedLM,
         }
-        transformers.utils.logging.disable_progress_bar()
         try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-            # Per-sample gradients ask for an attention of plain products, which any transform understands.
-            self.base, info = kinds[config.function].from_pretrained(
-                folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
-            )
+            with _quiet():
+                self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+                # Per-sample gradients ask for an attention of plain products, which any transform understands.
+                self.base, info = kinds[config.function].from_pretrained(
+                    folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+                )
         except (OSError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise InputError(
