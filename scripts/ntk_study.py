@@ -60,7 +60,7 @@ def run(config: StudyConfig, out: Path, *, until: str = "report") -> None:
         task = progress.add_task("points", total=len(points))
         for point in points:
             inside = progress.add_task(point.name, total=100)
-            study.compute(point, lambda share, inside=inside: progress.update(inside, completed=int(100 * share)))  # type: ignore[misc]
+            study.compute(point, lambda share, task=inside: progress.update(task, completed=100 * share))  # type: ignore[misc]
             progress.remove_task(inside)
             progress.advance(task)
     if until == "kernels":

@@ -93,9 +93,9 @@ def read_texts(config: SamplesConfig) -> LabelledTexts:
         records = _read(source, name)
         texts = _column(records, config.text, "text", source)
         labels = _column(records, config.label, "label", source)
-        seconds = [None] * len(texts)
+        seconds: Sequence[str | None] = [None] * len(texts)
         if config.second_text is not None:
-            seconds = list(_column(records, config.second_text, "second_text", source))  # type: ignore[arg-type]
+            seconds = _column(records, config.second_text, "second_text", source)
         parts[name] = list(zip(texts, seconds, labels, strict=True))
     classes = sorted({label for _, _, label in parts["train"]})
     if not 2 <= len(classes) <= 20:

@@ -37,7 +37,7 @@ def _curve(rows: Rows, measure: str) -> list[tuple[float, float, float]]:
 
 
 def _budget_axes(axes: Axes, rows: Rows, measure: str, theme: Theme) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     style(axes, theme)
     axes.grid(True, color=theme.grid, linewidth=0.8)
@@ -51,7 +51,7 @@ def _budget_axes(axes: Axes, rows: Rows, measure: str, theme: Theme) -> None:
             curve = _curve([row for row in rows if (row["kind"], row["score"]) == (kind, score)], measure)
             number = scores.index(score) if score else 0
             # Beside each other, for equal budgets would hide each other's deviations.
-            factor = 1.04 ** (shift % 9 - 4) if score else 1.0
+            factor = 1.02 ** (shift % 9 - 4) if score else 1.0
             axes.errorbar(
                 [x * factor for x, _, _ in curve],
                 [y for _, y, _ in curve],
@@ -70,7 +70,7 @@ def _budget_axes(axes: Axes, rows: Rows, measure: str, theme: Theme) -> None:
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
     )
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _references(theme: Theme) -> dict[str, tuple[str, str, Any]]:
@@ -135,7 +135,7 @@ def kernels_figure(kernels: Mapping[str, Tensor], labels: Sequence[int], theme: 
     """
     columns = min(4, len(kernels))
     height = math.ceil(len(kernels) / columns)
-    figure = new_figure(WIDTH_INCHES, 0.5 + 2.2 * height, theme)
+    figure = new_figure(WIDTH_INCHES, 0.3 + 1.95 * height, theme)
     grid = figure.subplots(height, columns, squeeze=False).flatten()
     for axes in grid[len(kernels) :]:
         axes.set_visible(False)
@@ -153,7 +153,7 @@ def kernels_figure(kernels: Mapping[str, Tensor], labels: Sequence[int], theme: 
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_visible(False)
-        axes.set_title(name, loc="left", color=theme.ink, fontsize=8.5)
+        axes.set_title(name.replace("-", " "), loc="left", color=theme.ink, fontsize=8.5)
     bar = figure.colorbar(image, ax=list(grid[: len(kernels)]), shrink=0.8, pad=0.02)
     bar.set_label("cosine of two samples' gradients", color=theme.ink, fontsize=9)
     bar.ax.tick_params(colors=theme.muted, labelsize=8)

@@ -92,7 +92,7 @@ class SubsetMaker:
                 )
 
     def _family(self, kind: StudyKind, budget: int, score: str) -> sz.SelectionConfig:
-        size = {"block_size": self.config.block_size} if kind == "block" else {"per_matrix": budget}
+        size: dict[str, Any] = {"block_size": self.config.block_size} if kind == "block" else {"per_matrix": budget}
         region = sz.RegionConfig(kind=kind, modules=self.config.modules, score=score, **size)
         amount = None
         if kind == "block":
