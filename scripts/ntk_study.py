@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,6 +48,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     return parse_as(StudyConfig, mapping, str(path))
 
 
+def _show(progress: Any, task: Any, share: float) -> None:
+    progress.update(task, completed=100 * share)
+
+
 def run(config: StudyConfig, out: Path, *, until: str = "report") -> None:
     """Compute what is missing, then measure, and write the report."""
     from rich.console import Console
@@ -60,7 +66,7 @@ def run(config: StudyConfig, out: Path, *, until: str = "report") -> None:
         task = progress.add_task("points", total=len(points))
         for point in points:
             inside = progress.add_task(point.name, total=100)
-            study.compute(point, lambda share, task=inside: progress.update(task, completed=100 * share))  # type: ignore[misc]
+            study.compute(point, partial(_show, progress, inside))
             progress.remove_task(inside)
             progress.advance(task)
     if until == "kernels":
