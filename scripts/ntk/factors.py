@@ -294,7 +294,8 @@ class Collector:
                 return outputs, {call: given for call, (given, _) in record.seen.items()}
 
             own = {name: self.parameters[name].detach() for name in kept}
-            outputs, pull, given = vjp(outputs_of, probes, own, has_aux=True)
+            with_inputs: Any = vjp(outputs_of, probes, own, has_aux=True)
+            outputs, pull, given = with_inputs
             pulled = [pull(row) for row in torch.eye(len(outputs), dtype=outputs.dtype)]
         uses: dict[str, list[Use]] = defaultdict(list)
         for call, read in given.items():
