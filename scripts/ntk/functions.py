@@ -142,7 +142,8 @@ class TextFunctions:
             raise InputError(
                 f"model.name_or_path is {config.name_or_path!r}, which is no {config.function}: {line}"
             ) from error
-        missing = [name for name in info["missing_keys"] if "pooler" not in name or config.function != "probe"]
+        needed = (name for name in info["missing_keys"] if "pooler" not in name or config.function != "probe")
+        missing = sorted(needed)
         if missing:
             raise InputError(
                 f"model.function is {config.function}: {folder} has no {missing[0]}; choose another function, such as "
