@@ -126,6 +126,7 @@ class RunConfig:
             ("data.template", self.data.template, ("alpaca", "plain")),
             ("data.evaluation.kind", kind, (None, "classify")),
             ("data.evaluation.options", self.data.evaluation.options, (None,)),
+            ("data.forgetting", self.data.forgetting, (None,)),
             ("training.loss_chunk", self.training.loss_chunk, (None,)),
             ("training.kernels", self.training.kernels, ("torch",)),
             ("training.prefix_cache", self.training.prefix_cache and "set", (None,)),
