@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -31,9 +32,9 @@ Progress = Callable[[int, int], None]
 class EvaluationConfig:
     """How the test problems are answered."""
 
-    # generate: greedy text, whose answer is compared. choice: the likeliest of the record's options. classify: the
-    # class that a classifier gives. None: classify with model.task sequence_classification, else generate.
-    kind: Kind | None = None
+    # generate: greedy text, whose answer is compared. choice: the likeliest of the record's options. Neither shows the
+    # model anything of the record's output. classify: the class that a classifier gives. None: classify with model.task
+    # sequence_classification, else generate.
     # Problems answered at once by one rank (with choice: each with all of its options). Decoding is bound by
     # reading the weights, so more is faster until memory ends.
     batch_size: int = 32
@@ -198,15 +199,18 @@ def evaluate_choice(
 ) -> EvaluationResult:
     """The option whose response the model finds likeliest, given the prompt (summed log-probabilities).
 
-    The response of an option is the record's own output with the right answer replaced by the option; a
-    record without an output answers with the option alone. Arguments and errors as :func:`evaluate`.
+    The response of an option is worded as most outputs of the data are ("the correct answer is answer2"), with the
+    option in the place of the answer. A record that says more than that, such as how the problem is solved, answers
+    with the option alone, and so does one without an output: nothing of its own solution is ever given to the model.
+    Arguments and errors as :func:`evaluate`.
     """
-
     problems = _first(records, config)
+    wording = _common_wording(records, fields)
     options = [_options(index, record, config, fields) for index, record in enumerate(problems)]
     rows = []  # per problem: (prompt ids, response ids, response text) of every option
     for record, offered in zip(problems, options, strict=True):
-        responses = [_response(record, option, fields) for option in offered]
+        before, after = wording if _wording(record, fields) == wording else ("", "")
+        responses = [before + option + after for option in offered]
         texts = [render(template, {**record, fields.output: each}, tokenizer, fields) for each in responses]
         prompt_ids = encode_prompts(tokenizer, [prompt for prompt, _ in texts], template)
         response_ids = encode_responses(tokenizer, [response for _, response in texts])
@@ -287,9 +291,16 @@ def _options(index: int, record: Mapping[str, str], config: EvaluationConfig, fi
     return options
 
 
-def _response(record: Mapping[str, str], option: str, fields: FieldConfig) -> str:
+def _wording(record: Mapping[str, str], fields: FieldConfig) -> tuple[str, str]:
+    """What the output says before the answer and after it; nothing where it does not have the answer."""
     before, found, after = record.get(fields.output, "").rpartition(record[fields.answer])
-    return before + option + after if found else option
+    return (before, after) if found else ("", "")
+
+
+def _common_wording(records: Sequence[Mapping[str, str]], fields: FieldConfig) -> tuple[str, str]:
+    """The wording of more than half of the records, and of two at least: no single record decides it."""
+    (wording, number), *_ = Counter(_wording(record, fields) for record in records).most_common(1)
+    return wording if number >= 2 and 2 * number > len(records) else ("", "")
 
 
 def _check_context(model: PreTrainedModel, num_tokens: int) -> None:

@@ -66,6 +66,26 @@ def _llama(
     }
 
 
+def _roberta(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    """The config of an encoder of RoBERTa; two of its 514 positions stand for padding."""
+    return {
+        "model_type": "roberta",
+        "vocab_size": 50_265,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
 def _llama3_rope(factor: float) -> dict[str, Any]:
     return {
         "rope_type": "llama3",
@@ -86,11 +106,13 @@ _LLAMA_32: dict[str, Any] = {"theta": 500_000.0, "rope_parameters": _llama3_rope
 _QWEN_25: dict[str, Any] = {"theta": 1_000_000.0, "kind": "qwen2"}
 
 KNOWN_SHAPES: tuple[KnownShape, ...] = (
+    _known("roberta-base", 124_697_433, ("FacebookAI/roberta-base",), _roberta(768, 3072, 12, 12)),
     _known(
         "smollm2-135m", 134_515_008,
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         _llama(49_152, 576, 1536, 30, 9, 3, 8192, tied=True, theta=100_000.0),
     ),
+    _known("roberta-large", 355_412_057, ("FacebookAI/roberta-large",), _roberta(1024, 4096, 24, 16)),
     _known(
         "tinyllama-1.1b", 1_100_048_384,
         ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
