@@ -10,8 +10,12 @@ from launcher.plan.defaults import LORA_RANK, PEERS, default_run, described, pee
 from launcher.plan.planned_run import Gpu, PlannedRun, plan_run
 from launcher.plan.questions import Gpus, at_stage, fewest, gpus_needed
 from launcher.plan.settings import judge
+from models.decoder_shapes import CHECKED_FAMILIES
 from models.known_shapes import KNOWN_SHAPES, KnownShape
 from sparse_zero.errors import InputError
+
+# Those whose closed form is held against simulations; what an encoder takes depends on its task, too.
+_CHECKED = tuple(shape for shape in KNOWN_SHAPES if shape.config["model_type"] in CHECKED_FAMILIES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ def _as_fast_as_it_fits(run: PlannedRun, gpu: Gpu) -> tuple[PlannedRun, bool]:
 
 
 def models_that_fit(
-    method: str, world_size: int, gpu: Gpu, overrides: Sequence[str] = (), models: Sequence[KnownShape] = KNOWN_SHAPES
+    method: str, world_size: int, gpu: Gpu, overrides: Sequence[str] = (), models: Sequence[KnownShape] = _CHECKED
 ) -> list[ModelFit]:
     """Built-in models by a method's recipe on so many GPUs, the largest first, each as fast as it fits.
 

@@ -61,6 +61,15 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
         "*.mlp.{gate,up}_proj": "*.mlp.dense_h_to_4h",
         "*.mlp.down_proj": "*.mlp.dense_4h_to_h",
     },
+    "roberta": {
+        "*.self_attn.{q,k,v,o}_proj": "*.attention.{self.query,self.key,self.value,output.dense}",
+        "*.self_attn.{q,k,v}_proj": "*.attention.self.{query,key,value}",
+        "*.self_attn.o_proj": "*.attention.output.dense",
+        # A digit before: not the attention's output.
+        "*.mlp.{gate,up,down}_proj": "*.layer.*[0-9].{intermediate,output}.dense",
+        "*.mlp.{gate,up}_proj": "*.layer.*[0-9].intermediate.dense",
+        "*.mlp.down_proj": "*.layer.*[0-9].output.dense",
+    },
     "mixtral": {
         "*.mlp.{gate,up,down}_proj": "*.experts.{gate_up_proj,down_proj}",
         "*.mlp.{gate,up}_proj": "*.experts.gate_up_proj",
@@ -71,6 +80,7 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
 LORA_RANK = 32
 _LORA_TARGETS: Mapping[str, tuple[str, ...]] = {
     "bloom": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
+    "roberta": ("query", "key", "value", "dense"),
     # PEFT's adapters on linears do not reach experts, which are stacks.
     "mixtral": ("q_proj", "k_proj", "v_proj"),
 }
