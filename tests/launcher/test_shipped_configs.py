@@ -13,11 +13,20 @@ from launcher.sweep.sweep_config import read_sweep
 from launcher.yaml_files import merge, parse_yaml, read_mapping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+PAPERS = sorted((CONFIGS / "runs" / "papers").glob("*.yaml"))
+RUNS = [*sorted((CONFIGS / "runs").glob("*.yaml")), *PAPERS]
 SWEEPS = [CONFIGS / "studies" / name for name in ("depth.yaml", "quick-sweep.yaml")]
-FRAGMENTS = sorted(file for folder in ("models", "methods", "clusters") for file in (CONFIGS / folder).glob("*.yaml"))
 # What a fragment of each folder may hold: nothing that another folder decides.
-SECTIONS = {"models": {"model"}, "methods": {"selection", "zero"}, "clusters": {"cluster"}}
+SECTIONS = {
+    "models": {"model"},
+    "methods": {"selection", "zero"},
+    # What is asked of a model, and the data.
+    "tasks": {"model", "data"},
+    # A paper's schedule, batches and length.
+    "training": {"data", "training", "checkpoint"},
+    "clusters": {"cluster"},
+}
+FRAGMENTS = sorted(file for folder in SECTIONS for file in (CONFIGS / folder).glob("*.yaml"))
 
 
 def name(path: Path) -> str:
@@ -43,7 +52,16 @@ def test_every_file_is_checked() -> None:
         "llama-2-13b-mixed-8x24gb",
         "llama-3.1-70b-smt-8x80gb",
     }
-    assert {run.stem for run in RUNS} == {*expected, *answers, "llama-2-13b-smt-nf4", "quickstart"}
+    own = {run.stem for run in RUNS if run not in PAPERS}
+    assert own == {*expected, *answers, "llama-2-13b-smt-nf4", "quickstart"}
+    decoders = ("llama-2-7b", "llama-2-13b", "bloom-7b1")
+    tasks, glue = ("commonsense", "math"), ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+    assert {run.stem for run in PAPERS} == {
+        *(f"smt-{model}-{task}" for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b") for task in tasks),
+        *(f"rocoft-{kind}-{model}-{task}" for kind in ("rows", "columns") for model in decoders for task in tasks),
+        *(f"rocoft-rows-roberta-{size}-{task}" for size in ("base", "large") for task in glue),
+        *("diablo-llama-2-7b-commonsense", "diablo-llama-3-8b-commonsense", "diablo-llama-2-7b-gsm8k"),
+    }
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
@@ -177,3 +195,39 @@ def test_recipes_of_the_papers() -> None:
     for run in ("llama-2-13b-mixed-1x8", "quickstart"):
         mixed = load_config(CONFIGS / "runs" / f"{run}.yaml")
         assert {region.kind for region in mixed.selection.regions} == {"block", "row", "column"}
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=name)
+def test_recipes_of_the_papers_folder(path: Path) -> None:
+    """What the authors' repositories say, as far as it is the same for all of a method's recipes."""
+    config = load_config(path)
+    training, selection = config.training, config.selection
+    ranks = config.cluster.num_nodes * (config.cluster.ranks_per_node or 1)
+    assert deepspeed_config(config, ranks)["train_batch_size"] == training.global_batch_size
+    # A family whose samples would read one another in a packed row is among them.
+    assert config.data.batching == "pad"
+    method = path.stem.partition("-")[0]
+    if method == "smt":
+        assert (training.epochs, training.global_batch_size, training.learning_rate) == (3, 64, 9.65e-6)
+        assert (training.beta1, training.beta2, training.warmup_fraction) == (0.9, 0.95, 0.0)
+        assert selection.calibration_batches * selection.calibration_batch_size == 100 * 64
+        assert selection.budget is not None
+        assert selection.budget.fraction == (0.0071 if "llama-3" in path.stem else 0.0084)
+    elif method == "diablo":
+        (region,) = selection.regions
+        assert (region.blocks_per_side, region.per_matrix, selection.score) == (64, 64, "diagonal")
+        assert training.learning_rate == (5e-4 if "gsm8k" in path.stem else 2.5e-4)
+    else:
+        assert selection.score == "first"
+        assert selection.regions[0].per_matrix == 3
+        assert (training.schedule, config.data.template) == ("cosine", "alpaca")
+
+
+def test_rows_and_columns_of_the_papers_folder_differ_in_that_alone() -> None:
+    for rows in (run for run in PAPERS if run.stem.startswith("rocoft-rows") and "roberta" not in run.stem):
+        changes = ["--selection.regions.0.kind=column", f"--output.folder=runs/{rows.stem.replace('rows', 'columns')}"]
+        assert load_config(rows, changes) == load_config(rows.with_name(rows.name.replace("rows", "columns")))
+    methods = CONFIGS / "methods"
+    mapping = read_mapping(methods / "rocoft-rows-roberta.yaml")
+    mapping["selection"]["regions"][0]["kind"] = "column"
+    assert mapping == read_mapping(methods / "rocoft-columns-roberta.yaml")

@@ -24,7 +24,12 @@ FORM = "\n\nAnswer format: answer1/answer2/answer3"
 
 def records_of(outputs: Sequence[str], answers: Sequence[str] = ANSWERS) -> list[dict[str, str]]:
     return [
-        {"instruction": f"Which is it, case {number}?{FORM}", "input": f"hint {number}", "output": output, "answer": answer}
+        {
+            "instruction": f"Which is it, case {number}?{FORM}",
+            "input": f"hint {number}",
+            "output": output,
+            "answer": answer,
+        }
         for number, (output, answer) in enumerate(zip(outputs, answers, strict=True))
     ]
 
@@ -73,9 +78,7 @@ def inputs_of(
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_evaluation_shows_a_part_of_the_solution(
-    model: Any, tokenizer: Any, template: Template, kind: str
-) -> None:
+def test_no_evaluation_shows_a_part_of_the_solution(model: Any, tokenizer: Any, template: Template, kind: str) -> None:
     records = solved()
     read = inputs_of(model, tokenizer, records, template, kind)
     texts = [tokenizer.decode(ids) for ids in read]

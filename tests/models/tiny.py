@@ -20,9 +20,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(*, vocab: int = 384, bos: bool = True, pad: bool = True) -> Any:
-    """A byte-level BPE tokenizer, trained on four sentences; ids 0 to 3 are unk, bos, eos and pad."""
-    tokenizer = train_tokenizer(CORPUS, vocab, Specials(single="<s> $A" if bos else None))
+def tiny_tokenizer(*, vocab: int = 384, bos: bool = True, pad: bool = True, pairs: bool = False) -> Any:
+    """A byte-level BPE tokenizer, trained on four sentences; ids 0 to 3 are unk, bos, eos and pad.
+
+    With ``pairs`` it writes one text or two as RoBERTa's does.
+    """
+    specials = Specials(single="<s> $A" if bos else None)
+    if pairs:
+        specials = Specials(single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>")
+    tokenizer = train_tokenizer(CORPUS, vocab, specials)
     if not pad:
         tokenizer.pad_token = None
     tokenizer.chat_template = CHAT_TEMPLATE

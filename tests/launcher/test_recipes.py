@@ -1,0 +1,121 @@
+"""Does every shipped run plan its memory without a network, and do its two first steps at reduced depth?"""
+
+import json
+import math
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from launcher.config import RunConfig, load_config
+from launcher.plan.planned_run import Gpu, plan_run
+from sparse_zero.selection.selection import Selection
+from tests.launcher.test_train import ROOT, environment
+from tests.launcher.tiny_recipes import CONFIGS, STEPS, reduced
+
+PAPERS = sorted((CONFIGS / "runs" / "papers").glob("*.yaml"))
+# The quickstart has its own test, with its own model.
+RUNS = [*PAPERS, *(run for run in sorted((CONFIGS / "runs").glob("*.yaml")) if run.stem != "quickstart")]
+# A decoder with calibration, and an encoder, for every test run: each takes seconds.
+QUICK = ("smt-llama-2-7b-commonsense", "rocoft-rows-roberta-base-rte")
+
+
+def paper(name: str) -> Path:
+    return CONFIGS / "runs" / "papers" / f"{name}.yaml"
+
+
+def groups() -> dict[str, list[Path]]:
+    """The runs by method and model: what is trained in one process."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in RUNS:
+        if path.stem not in QUICK:
+            found[path.stem.rpartition("-")[0]].append(path)
+    return found
+
+
+def train(paths: list[Path], folder: Path) -> None:
+    """Two steps of each, one after another in one process; checks what each has left."""
+    overrides = {path: reduced(path, folder / path.stem) for path in paths}
+    runs = folder / "runs.json"
+    runs.write_text(json.dumps([(str(path), overrides[path]) for path in paths]))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.launcher.recipe_workers", str(runs)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    for path in paths:
+        config, run = load_config(path, overrides[path]), folder / path.stem / "run"
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        trained = [row for row in rows if row["kind"] == "train"]
+        assert [row["step"] for row in trained] == list(range(1, STEPS + 1)), path
+        assert all(math.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in trained), path
+        check_selection(config, Selection.load(run / "selection.safetensors"))
+        summary = json.loads((run / "summary.json").read_text())
+        # What `plan` says would be trained.
+        assert summary["parameters"]["trained"] == plan_run(config, 1).num_trained, path
+        assert summary["adapter_bytes"] > 0, path
+        if config.output.evaluate:
+            assert summary["accuracy"]["num_problems"] == 6, path
+
+
+def check_selection(config: RunConfig, selection: Selection) -> None:
+    """Every matrix of the recipe's has its regions, and no other."""
+    kinds = {region.kind for region in config.selection.regions}
+    found = set()
+    for chosen in selection.weights.values():
+        for kind in ("row", "column"):
+            count = len(getattr(chosen, f"{kind}s"))
+            if count:
+                found.add(kind)
+                fixed = [region.per_matrix for region in config.selection.regions if region.kind == kind]
+                assert count in fixed
+        found |= {"block"} if len(chosen.blocks) else set()
+    assert found == kinds - {"whole"}
+
+
+def test_the_quick_ones_do_two_steps(tmp_path: Path) -> None:
+    train([paper(name) for name in QUICK], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", groups())
+def test_two_steps(group: str, tmp_path: Path) -> None:
+    train(groups()[group], tmp_path)
+
+
+def check_plan(path: Path) -> None:
+    """Offline, from the config alone; recipes are for GPUs of 80 GB, or of what their names say."""
+    config = load_config(path)
+    ranks = config.cluster.num_nodes * (config.cluster.ranks_per_node or 1)
+    run = plan_run(config, ranks)
+    assert run.num_trained > 0
+    assert run.fits(Gpu(gib=80)), f"{run.needed_bytes:,}"
+    if config.selection.budget is not None:
+        total = sum(parameter.numel() for parameter in run.shapes.model.parameters())
+        assert 0.99 * config.selection.budget.fraction < run.num_trained / total <= config.selection.budget.fraction
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_memory_of_the_quick_ones_is_planned(name: str) -> None:
+    check_plan(paper(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in PAPERS if path.stem not in QUICK], ids=lambda path: path.stem)
+def test_memory_is_planned(path: Path) -> None:
+    check_plan(path)
+
+
+def test_recipes_train_as_many_parameters_as_the_papers() -> None:
+    """Rows and columns of Llama and RoBERTa, by the authors' notebooks and the paper's tables."""
+    columns = plan_run(load_config(paper("rocoft-columns-llama-2-7b-commonsense")), 1)
+    # The notebooks print 4,441,856: with 3 columns of the head, and all norms, which they leave trainable.
+    assert columns.num_trained + 3 * 32_000 + 65 * 4096 == 4_441_856
+    diablo = plan_run(load_config(paper("diablo-llama-2-7b-commonsense")), 1)
+    assert round(100 * diablo.num_trained / 6_738_415_616, 2) == 1.04
+    for kind in ("row", "column"):
+        config = load_config(paper("rocoft-rows-roberta-base-rte"), [f"--selection.regions.0.kind={kind}"])
+        head = 768 * 768 + 768 + 2 * 768 + 2
+        assert plan_run(config, 1).num_trained - head == 248_832  # the paper's 0.249M
