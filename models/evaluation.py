@@ -35,6 +35,7 @@ class EvaluationConfig:
     # generate: greedy text, whose answer is compared. choice: the likeliest of the record's options. Neither shows the
     # model anything of the record's output. classify: the class that a classifier gives. None: classify with model.task
     # sequence_classification, else generate.
+    kind: Kind | None = None
     # Problems answered at once by one rank (with choice: each with all of its options). Decoding is bound by
     # reading the weights, so more is faster until memory ends.
     batch_size: int = 32

@@ -108,6 +108,8 @@ def test_fragment_completes_the_quickstart(path: Path) -> None:
     mapping = read_mapping(CONFIGS / "runs" / "quickstart.yaml")
     # A method replaces the selection as a whole: its budget may be of the other form.
     mapping.update({key: value for key, value in fragment.items() if key == "selection"})
+    if path.parent.name == "tasks":  # So does a task with the data.
+        mapping.update(data=fragment["data"], output={**mapping["output"], "evaluate": "test" in fragment["data"]})
     parse_config(merge(mapping, fragment))
 
 

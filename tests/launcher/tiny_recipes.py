@@ -61,8 +61,11 @@ def write_data(config: RunConfig, folder: Path, num_records: int = 70) -> dict[s
         return " ".join(numbers.choices(_WORDS, k=numbers.randint(3, 8)))
 
     def record(index: int) -> dict[str, Any]:
-        if getattr(config.model, "task", None) == "sequence_classification":
+        if config.model.classifies:
             classes = config.model.num_labels
+            assert classes is not None
+            assert fields.text is not None
+            assert fields.label is not None
             label = round(numbers.uniform(0, 5), 1) if classes == 1 else index % classes
             pair = {} if fields.second_text is None else {fields.second_text: sentence()}
             return {fields.text: sentence(), **pair, fields.label: label}

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from models.classified_data import find_labels, load_classified
+from models.classified_evaluation import evaluate_classify
 from models.data import IGNORED, DataConfig, FieldConfig, load_samples
 from models.evaluation import KINDS, EvaluationConfig, evaluate
 from models.templates import TEMPLATES, Template
 from tests.models.tiny import tiny_llama, tiny_tokenizer
 
 FIELDS = FieldConfig()
+# Of prompts; classify has none, and its own test below.
+PROMPTED = ("generate", "choice")
 # Words that stand nowhere else, so that each of them would be seen.
 SOLUTIONS = ("Quaggas eat 31 lemons", "Herons fold 47 kites", "Wizards melt 58 jugs", "Foxes paint 69 yawls")
 ANSWERS = ("answer2", "answer1", "answer3", "answer2")
@@ -77,7 +81,7 @@ def inputs_of(
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROMPTED)
 def test_no_evaluation_shows_a_part_of_the_solution(model: Any, tokenizer: Any, template: Template, kind: str) -> None:
     records = solved()
     read = inputs_of(model, tokenizer, records, template, kind)
@@ -93,7 +97,7 @@ def test_no_evaluation_shows_a_part_of_the_solution(model: Any, tokenizer: Any, 
     assert inputs_of(model, tokenizer, bare, template, kind) == read
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROMPTED)
 def test_a_wording_that_all_records_share_does_not_tell_the_answer(model: Any, tokenizer: Any, kind: str) -> None:
     read = inputs_of(model, tokenizer, worded(), "alpaca", kind)
     assert inputs_of(model, tokenizer, worded(["answer3", "answer3", "answer1", "answer1"]), "alpaca", kind) == read
@@ -117,7 +121,7 @@ def test_of_mixed_data_only_the_common_wording_is_used(model: Any, tokenizer: An
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROMPTED)
 def test_training_and_evaluation_have_the_same_prompts(
     model: Any, tokenizer: Any, tmp_path: Any, template: Template, kind: str
 ) -> None:
@@ -135,3 +139,44 @@ def test_training_and_evaluation_have_the_same_prompts(
             assert sample.input_ids in read
         else:
             assert read.count(prompt) == 1
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert set(KINDS) == {*PROMPTED, "classify"}
+
+
+def test_a_classifier_reads_the_texts_as_in_training_and_no_label(tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=2, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    fields = FieldConfig(text="one", second_text="two", label="class")
+    file = tmp_path / "data.json"
+    data = DataConfig(train=str(file), test=str(file), fields=fields)
+
+    def read(labels: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        records = [{"one": how, "two": f"case {at}", "class": labels[at]} for at, how in enumerate(SOLUTIONS)]
+        file.write_text(json.dumps(records))
+        known = find_labels(data, 2)
+        seen: list[list[int]] = []
+        handle = model.register_forward_pre_hook(
+            lambda _, __, kwargs: seen.extend(
+                row[mask.bool()].tolist()
+                for row, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
+            ),
+            with_kwargs=True,
+        )
+        evaluate_classify(model, tokenizer, records, data, known)
+        handle.remove()
+        return sorted(seen), sorted(
+            sample.input_ids for sample in load_classified(data, tokenizer, "train", known).samples
+        )
+
+    evaluated, trained = read(["yes", "no", "yes", "no"])
+    assert len(evaluated) == 4
+    assert evaluated == trained
+    assert (evaluated, trained) == read(["no", "yes", "no", "yes"])
+    assert not [ids for ids in evaluated if "yes" in tokenizer.decode(ids) or "no" in tokenizer.decode(ids).split()]
