@@ -1,7 +1,7 @@
 """Does an evaluation ever show the model a part of the answer, or another prompt than training had?
 
-RoCoFT's published notebooks for commonsense and maths give the model the right response but for its last tokens
-(arXiv 2410.10075, the authors' repository). Here what a model reads follows from the instruction and its input alone.
+RoCoFT's published notebooks give the model the right response but for its last tokens (arXiv 2410.10075, the authors'
+repository). Here what a model reads follows from the instruction and its input alone.
 """
 
 import json
