@@ -110,6 +110,8 @@ def test_fragment_completes_the_quickstart(path: Path) -> None:
     mapping.update({key: value for key, value in fragment.items() if key == "selection"})
     if path.parent.name == "tasks":  # So does a task with the data.
         mapping.update(data=fragment["data"], output={**mapping["output"], "evaluate": "test" in fragment["data"]})
+    if path.parent.name == "training":  # How long is the task's, where the paper has one number for each.
+        mapping.update(training={} if "epochs" in fragment["training"] else {"steps": 1})
     parse_config(merge(mapping, fragment))
 
 
