@@ -46,7 +46,7 @@ def train(paths: list[Path], folder: Path) -> None:
     runs.write_text(json.dumps([(str(path), overrides[path]) for path in paths]))
     done = subprocess.run(
         [sys.executable, "-m", "tests.launcher.recipe_workers", str(runs)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1000, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     for path in paths:
@@ -88,6 +88,7 @@ def test_the_quick_ones_do_two_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # up to nine runs
 @pytest.mark.parametrize("group", groups())
 def test_two_steps(group: str, tmp_path: Path) -> None:
     train(groups()[group], tmp_path)
