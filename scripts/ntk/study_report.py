@@ -102,7 +102,8 @@ def parts_of(study: Study, rows: Rows) -> list[Part]:
                     "distance is the least of |c K_S - K| / |K| over c; p=1 and p=2 are |K_S - K|_p / |K|_p as they "
                     "are; CKA is the cosine of centred kernels; all of the training samples' kernels. Accuracy is of "
                     f"kernel ridge regression on {config.data.num_test} test samples, agreement with the full kernel's "
-                    f"predictions. The function itself, before any training, has {outputs[0]:.1%} ± {outputs[1]:.1%}."
+                    f"predictions. The function itself, by its sign or largest "
+                    f"output and without an offset, has {outputs[0]:.1%} ± {outputs[1]:.1%}."
                 ),
                 head=_HEAD,
                 rows=tuple(_cells(line) for line in (*references, *ranked)),
