@@ -82,8 +82,8 @@ def _described(config: ModelConfig, source: Path | KnownShape, **options: Any) -
         else:
             described = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code, **gguf)
         if config.classifies:
-            for name, value in label_settings(config).items():
-                setattr(described, name, value)
+            for setting, value in label_settings(config).items():
+                setattr(described, setting, value)
         kind = AutoModelForSequenceClassification if config.classifies else AutoModelForCausalLM
         model: PreTrainedModel = kind.from_config(
             described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, **options

@@ -219,6 +219,7 @@ def test_numbers_are_near_or_not(folder):
     config = DataConfig(train="x.csv", test=str(folder / "data" / "dev.csv"), fields=fields)
     records = load_records(config, "test")
     found = evaluate_classify(model, tokenizer, records, config, labels)
+    assert found.metrics is not None
     assert set(found.metrics) == {"pearson", "spearman", "mean_squared_error"}
     for prediction, record in zip(found.predictions, records, strict=True):
         assert prediction.correct == (abs(float(prediction.prediction) - float(record["score"])) < 0.5)
@@ -250,7 +251,7 @@ def test_measures_of_numbers():
     ranks = [
         [(values < each).sum() + ((values == each).sum() + 1) / 2 for each in values] for values in (targets, given)
     ]
-    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert found["spearman"] == pytest.approx(np.corrcoef(np.array(ranks))[0, 1])
     assert classification_metrics([1.0, 2.0], [3.0, 3.0], Labels(num_labels=1))["pearson"] is None
 
 

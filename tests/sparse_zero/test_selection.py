@@ -255,6 +255,28 @@ def test_vectors_are_selected_whole_and_count():
     assert selection.metadata["num_parameters_left"] == 10
 
 
+def test_a_matrix_above_the_layers_is_selected_whole_as_its_rows():
+    model = make_model()
+    model.classifier = nn.Linear(6, 3)
+    whole = sz.RegionConfig(kind="whole", modules=("classifier.*", "*.q_proj.bias"))
+    selection = sz.select(model, None, sz.SelectionConfig(regions=(whole,)))
+    assert selection.weights["classifier.weight"].rows.tolist() == [0, 1, 2]
+    assert selection.weights["classifier.bias"].whole
+    assert selection.num_parameters_by_kind() == {"row": 18, "whole": 63}
+    # It comes before what competes, and counts.
+    with_rows = replace(rows(parameters=191), regions=(*rows(parameters=1).regions, whole))
+    found = sz.select(model, None, with_rows)
+    assert found.num_parameters_by_kind() == {"row": 118, "whole": 63}
+    assert found.metadata["num_parameters_left"] == 10
+    twice = sz.RegionConfig(kind="row", modules=("classifier",), per_matrix=1, score="first")
+    with pytest.raises(InputError, match=r"trains classifier\.weight entirely \(kind whole\) and names its rows too"):
+        sz.select(model, None, sz.SelectionConfig(regions=(whole, twice)))
+    # Matrices of the layers are not meant by it.
+    with pytest.raises(InputError, match=r"'\*\.q_proj\.weight' matches no vector, and no matrix of a head"):
+        inside = sz.RegionConfig(kind="whole", modules=("*.q_proj.weight",))
+        sz.select(model, None, sz.SelectionConfig(regions=(inside,)))
+
+
 # -- scores that are kept
 
 
