@@ -46,7 +46,7 @@ def measure_forgetting(
     with at_work(config, world, model, f"measuring the {name} model on other text") as tell:
         found = mean_loss(
             model,
-            prepared.forgetting.samples,
+            prepared.forgetting.texts,
             pad_token_id(prepared.tokenizer),
             batching=config.data.batching,
             batch_size=config.training.micro_batch_size,

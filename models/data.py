@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from models.evaluation import EvaluationConfig
 from models.plain_text import cut_text
@@ -208,6 +208,11 @@ class SampleSet:
     samples: Sequence[Sample]
     num_truncated_responses: int  # samples whose response (of classified ones: whose text) was cut
     num_dropped: int  # records without a sample: no room for a response token
+
+    @property
+    def texts(self) -> Sequence[TokenizedSample]:
+        """The samples, of what is no classifier's data."""
+        return cast(Sequence[TokenizedSample], self.samples)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def text_loss(
             "lower it"
         )
     return mean_loss(
-        model, samples.samples, pad_token_id(tokenizer), batch_size=batch_size, rank=rank, world_size=world_size
+        model, samples.texts, pad_token_id(tokenizer), batch_size=batch_size, rank=rank, world_size=world_size
     )
 
 

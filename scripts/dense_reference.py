@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 def adamw_on_entries(
     model: nn.Module,
     masks: Mapping[str, Tensor],
-    loss_of: Callable[[nn.Module, Tensor], Tensor],
-    batches: Iterable[Tensor],
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    batches: Iterable[Any],
     placement: str,
     *,
     learning_rate: float,

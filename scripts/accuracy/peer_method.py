@@ -99,7 +99,7 @@ class PeerTraining:
         plan, tokens = self.plan, [0]
         if plan.method == "trainable_tokens":
             vocabulary = prepared.model.get_input_embeddings().num_embeddings
-            tokens = frequent_tokens(prepared.train.samples, plan.rank, vocabulary)
+            tokens = frequent_tokens(prepared.train.texts, plan.rank, vocabulary)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return add_adapters(

@@ -180,7 +180,7 @@ def reference(config_file: Path, selection: Selection, placement: str = "inplace
     norm = torch.cat([model.get_parameter(name).grad[mask] for name, mask in masks.items()]).norm().item()
     found, weights = adamw_on_entries(
         model, masks, loss_of, batches, placement, learning_rate=RATE, decay=DECAY, clip=1.0
-    )  # type: ignore[arg-type]
+    )
     return found, weights, norm
 
 

@@ -337,8 +337,7 @@ def test_bad_problems_are_refused(model: Any, tokenizer: Any) -> None:
 def test_ranks_share_every_problem_once(num_problems: int, world_size: int, batch_size: int, lockstep: bool) -> None:
     lengths = [(5 * index) % 7 + 1 for index in range(num_problems)]
     per_rank = [
-        evaluation_module._batches_of_rank(lengths, batch_size, rank, world_size, lockstep)
-        for rank in range(world_size)
+        evaluation_module.batches_of_rank(lengths, batch_size, rank, world_size, lockstep) for rank in range(world_size)
     ]
     real = [index for batches in per_rank for batch, is_real in batches if is_real for index in batch]
     assert sorted(real) == list(range(num_problems))

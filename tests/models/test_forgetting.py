@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_a_plain_loop(file: str) -> None:
         DataConfig(train=file, forgetting=file, max_length=LENGTH, forgetting_tokens=TOKENS),
         tiny_tokenizer(),
         "forgetting",
-    ).samples
+    ).texts
     for options in ({"batching": "pack", "batch_size": 3}, {"chunk": 11, "batch_size": 2}):
         assert mean_loss(model, samples, 3, **options).loss == pytest.approx(expected, rel=1e-5)
 
