@@ -236,7 +236,7 @@ def _run_alone(
     total = num_parameters(prepared.model)
     if new := fresh_head(prepared.model):
         _say(world, f"the base lacks a head: {', '.join(new)} start from training.seed {config.training.seed}")
-    if prepared.test:
+    if prepared.test and config.output.evaluate_base:
         with phases.measure("evaluate_base"), memory.phase("evaluate"):
             found = _evaluate(prepared, world, prepared.model, "base")
             accuracy["base"], accuracy["num_problems"], metrics["base"] = found
@@ -271,7 +271,7 @@ def _run_alone(
     if prepared.test:
         with phases.measure("evaluate_tuned"), memory.phase("evaluate"):
             found = _evaluate(prepared, world, model.to(world.device), "tuned")
-            accuracy["tuned"], _, metrics["tuned"] = found
+            accuracy["tuned"], accuracy["num_problems"], metrics["tuned"] = found
     if forgetting is not None:
         with phases.measure("forgetting"), memory.phase("evaluate"):
             forgetting = measure_forgetting(prepared, world, model.to(world.device), "tuned", forgetting)

@@ -155,6 +155,8 @@ class OutputConfig:
     merged: bool = False
     # Evaluate data.test before and after training.
     evaluate: bool = False
+    # With evaluate: before training, too. Runs that share a base need its answers once.
+    evaluate_base: bool = True
     # Draw the report (pictures and one HTML page) at the end; needs the extra "plots".
     report: bool = False
     # Also write the metrics for TensorBoard; needs the extra "tracking".

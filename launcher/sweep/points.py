@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.config import RunConfig, parse_config, set_value
 from launcher.deepspeed_config import check_own_config
-from launcher.sweep.sweep_config import SweepConfig, excluded_values, identity, is_choice, parse_choice
+from launcher.sweep.sweep_config import Choice, SweepConfig, excluded_values, identity, is_choice, parse_choice
 from launcher.yaml_files import merge, parse_yaml, read_mapping
 from sparse_zero.errors import InputError
 
@@ -170,7 +170,8 @@ def _parse(
         for key, value in settings.items():
             if is_choice(sweep.grid[key]):
                 place = f"sweep.grid.{key}.{value}"
-                mapping = _with_choice(mapping, place, sweep.grid[key][value], files[key, value])
+                choice = parse_choice(place, sweep.grid[key][value])
+                mapping = with_choice(mapping, place, choice, files[key, value])
         for key, value in settings.items():
             if not is_choice(sweep.grid[key]):
                 set_value(mapping, key, copy.deepcopy(value), f"sweep.grid.{key}")
@@ -182,10 +183,20 @@ def _parse(
     return config
 
 
-def _with_choice(
-    mapping: dict[str, Any], place: str, content: Mapping[str, Any], files: Sequence[Mapping[str, Any]]
+def with_choice(
+    mapping: dict[str, Any], place: str, choice: Choice, files: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    choice = parse_choice(place, content)
+    """A config changed by a choice.
+
+    Args:
+        mapping: the config; it may be changed in place.
+        place: where the choice stands, for errors.
+        choice: what it does.
+        files: the content of those that the choice extends.
+
+    Raises:
+        InputError: the choice takes out what is not there, or sets what has no place.
+    """
     for key in choice.without:
         _take_out(mapping, key, place)
     for each in files:

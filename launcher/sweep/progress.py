@@ -18,37 +18,52 @@ class SweepProgress:
         num_points: that are to be run.
         console: where to; None is standard error.
         clock: seconds from any origin; for tests.
+        at_once: points that run side by side.
     """
 
     def __init__(
-        self, num_points: int, console: "Console | None" = None, clock: Callable[[], float] = time.monotonic
+        self,
+        num_points: int,
+        console: "Console | None" = None,
+        clock: Callable[[], float] = time.monotonic,
+        at_once: int = 1,
     ) -> None:
         from rich.console import Console
 
         self._console = Console(stderr=True) if console is None else console
-        self._clock, self._num_points = clock, num_points
-        self._number, self._seconds, self._started = 0, 0.0, 0.0
+        self._clock, self._num_points, self._at_once = clock, num_points, at_once
+        self._done, self._seconds = 0, 0.0
+        # Of the points that run: their numbers, and when they began.
+        self._running: dict[str, tuple[int, float]] = {}
         self._bar: Any = None
         self._task: Any = None
 
+    def add(self, num_points: int) -> None:
+        """So many more are to be run."""
+        self._num_points += num_points
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._num_points)
+
     def start(self, name: str) -> None:
         """A point begins."""
-        self._number += 1
-        self._started = self._clock()
+        number = self._done + len(self._running) + 1
+        self._running[name] = number, self._clock()
         if self._bar is None:
-            self.say(f"[{self._number}/{self._num_points}] {name}{self._left()}")
+            self.say(f"[{number}/{self._num_points}] {name}{self._left()}")
         else:
             self._bar.update(self._task, description=f"{name}{self._left()}")
 
     def end(self, name: str, what: str, details: Sequence[str] = ()) -> None:
         """A point has ended."""
-        seconds = self._clock() - self._started
+        number, started = self._running.pop(name)
+        seconds = self._clock() - started
+        self._done += 1
         self._seconds += seconds
-        self.say(f"[{self._number}/{self._num_points}] {name}: {what} after {format_duration(seconds)}")
+        self.say(f"[{number}/{self._num_points}] {name}: {what} after {format_duration(seconds)}")
         for line in details:
             self.say(f"    {line}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._number)
+            self._bar.update(self._task, completed=self._done)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -57,8 +72,10 @@ class SweepProgress:
 
     def _left(self) -> str:
         """By the mean of the points so far: those of other methods or sizes take other times."""
-        done = self._number - 1
-        return f", about {format_duration(self._seconds / done * (self._num_points - done))} left" if done else ""
+        if not self._done:
+            return ""
+        mean, left = self._seconds / self._done, self._num_points - self._done
+        return f", about {format_duration(mean * left / self._at_once)} left"
 
     def __enter__(self) -> "SweepProgress":
         if self._console.is_terminal and self._num_points:

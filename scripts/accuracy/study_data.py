@@ -1,0 +1,240 @@
+"""Which records are learned from, tuned on and tested on? Splits that share no question, written once for all points.
+
+Each split is a file of the study's folder whose name has a hash of its content, so that all methods read the same
+bytes, and a point whose data has changed is another point. The tuning runs are given no test file at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from launcher.config import parse_as
+from launcher.yaml_files import merge
+from models.data import DataConfig, load_records
+from scripts.accuracy.study_config import StudyConfig, Task
+from sparse_zero.errors import InputError
+from sparse_zero.files import atomic_write_text, to_json
+
+Record = Mapping[str, str]
+# Of the split into training and development data: the same for every seed, since it is part of the task.
+_SPLIT_SEED = 20_240_607
+_HASH_DIGITS = 12
+# A text that is one file is cut after a line.
+_TEXT_SUFFIX = ".txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """The files of a task, and what was found out about them."""
+
+    train: Path
+    development: Path
+    # Problems that are answered; None: the task is plain text.
+    test: Path | None
+    # Held-out text whose loss is the result, where there are no problems.
+    held_out: Path | None
+    # Of each split, and ``dropped``: training records left out since a held-out split has their question; ``shared``:
+    # questions that training and test data have in common before that.
+    counts: Mapping[str, int]
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether the result is an accuracy; else it is a loss."""
+        return self.test is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A split in memory: records, or one text."""
+
+    records: Sequence[Record]
+    # None: the records are not one text file.
+    text: str | None = None
+
+    @property
+    def content(self) -> str:
+        if self.text is not None:
+            return self.text
+        return "".join(to_json(dict(each)) + "\n" for each in self.records)
+
+    @property
+    def suffix(self) -> str:
+        return ".jsonl" if self.text is None else _TEXT_SUFFIX
+
+
+def data_config(config: StudyConfig, task: Task) -> DataConfig:
+    """The task's section ``data``, checked.
+
+    Raises:
+        InputError: it has none, or what is in it does not hold.
+    """
+    section = merge(config.run, task.sections).get("data")
+    if not isinstance(section, dict):
+        raise InputError(f"tasks.{task.name}.data is missing: name the data of the task, at least data.train")
+    try:
+        return parse_as(DataConfig, section, f"tasks.{task.name}.data")
+    except InputError as error:
+        raise InputError(f"the task {task.name}: {error}") from error
+
+
+def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
+    """Read the task's data, take development data out of it if need be, and write the splits.
+
+    Args:
+        config: of the study.
+        task: one of it.
+        folder: for the files.
+
+    Raises:
+        InputError: data is missing or too small, or training and test data share questions and the study refuses that.
+    """
+    data = data_config(config, task)
+    held_out = data.test if data.test is not None else data.validation
+    if held_out is None:
+        raise InputError(
+            f"tasks.{task.name}.data has neither test nor validation: name the problems that are answered (test), or "
+            "the text whose loss is the result (validation)"
+        )
+    if held_out == data.train and Path(held_out).is_file():
+        raise InputError(f"tasks.{task.name}.data.train is {data.train!r}, the same as what is tested on: name another")
+    test = _read(data, "test" if data.test is not None else "validation")
+    train = _read(dataclasses.replace(data, limit=None), "train")
+    key = _Key(data)
+    shared = key.of(train) & key.of(test)
+    if shared and config.study.overlap == "refuse":
+        raise InputError(
+            f"tasks.{task.name}: {len(shared)} questions are in the training and in the test data, one of them "
+            f"{sorted(shared)[0][:80]!r}: give other data, or set study.overlap to drop, which leaves those records "
+            "out of the training data"
+        )
+    taken: set[str] = key.of(test) if config.study.overlap != "keep" else set()
+    if task.development is not None:
+        development = _read(dataclasses.replace(data, validation=task.development), "validation")
+        common = key.of(development) & key.of(test)
+        if common:
+            raise InputError(
+                f"tasks.{task.name}.development: {len(common)} of its questions are in the test data, one of them "
+                f"{sorted(common)[0][:80]!r}: the rate would be tuned on the test; give other data"
+            )
+        left, _ = _split(_without(train, key, taken | key.of(development)), key, 0, task)
+        dropped = len(train.records) - len(left.records)
+    else:
+        rest = _without(train, key, taken)
+        dropped = len(train.records) - len(rest.records)
+        left, development = _split(rest, key, config.tuning.records, task)
+    left = _limited(left, data.limit)
+    if not left.records:
+        raise InputError(f"tasks.{task.name}.data.train: no record is left without those of development and test data")
+    places = {
+        name: _write(folder / task.name, name, part)
+        for name, part in (("train", left), ("development", development), ("test", test))
+    }
+    if data.test is not None and config.tuning.metric == "accuracy":
+        # The development data is answered in tuning runs: it needs what test data needs.
+        load_records(dataclasses.replace(data, test=str(places["development"]), format="auto"), "test")
+    return TaskData(
+        train=places["train"],
+        development=places["development"],
+        test=places["test"] if data.test is not None else None,
+        held_out=places["test"] if data.test is None else None,
+        counts={
+            "train": len(left.records),
+            "development": len(development.records),
+            "test": len(test.records),
+            "dropped": dropped,
+            "shared": len(shared),
+        },
+    )
+
+
+def data_settings(data: DataConfig, files: TaskData, *, is_tuning: bool, metric: str) -> dict[str, Any]:
+    """What a point's section ``data`` says of the files; nothing in it leads a tuning run to the test data."""
+    settings: dict[str, Any] = {"train": str(files.train), "format": "auto", "limit": None}
+    if is_tuning:
+        answers = metric == "accuracy" and files.has_problems
+        problems = str(files.development) if answers else None
+        return {**settings, "validation": str(files.development), "test": problems}
+    held_out = None if files.held_out is None else str(files.held_out)
+    return {**settings, "validation": held_out, "test": None if files.test is None else str(files.test)}
+
+
+class _Key:
+    """What makes two records ask the same: the text of their prompt, without case and spaces."""
+
+    def __init__(self, data: DataConfig) -> None:
+        fields = data.fields
+        names = (fields.instruction, fields.input) if fields.text is None else (fields.text,)
+        second = getattr(fields, "second_text", None)
+        self._names = names if second is None else (*names, second)
+
+    def __call__(self, record: Record) -> str:
+        return " ".join(" ".join(record.get(name, "") for name in self._names).casefold().split())
+
+    def of(self, part: _Part) -> set[str]:
+        return {self(each) for each in part.records}
+
+
+def _read(data: DataConfig, split: Any) -> _Part:
+    source = getattr(data, split)
+    if Path(source).suffix.lower() == _TEXT_SUFFIX and data.format in ("auto", "text"):
+        from launcher.yaml_files import read_text
+
+        text = read_text(Path(source).expanduser(), f"data.{split}")
+        return _Part(records=[{data.fields.text or "text": text}], text=text)
+    return _Part(records=load_records(data, split))
+
+
+def _without(part: _Part, key: _Key, questions: set[str]) -> _Part:
+    if part.text is not None:
+        return part
+    return _Part(records=[each for each in part.records if key(each) not in questions])
+
+
+def _limited(part: _Part, limit: int | None) -> _Part:
+    return part if part.text is not None else _Part(records=part.records[:limit])
+
+
+def _split(part: _Part, key: _Key, num_records: int, task: Task) -> tuple[_Part, _Part]:
+    """Training and development data: whole questions, in an order drawn once; of a text, its end."""
+    if part.text is not None:
+        return _cut(part, task) if num_records else (part, part)
+    by_question: dict[str, list[Record]] = {}
+    for record in part.records:
+        by_question.setdefault(key(record), []).append(record)
+    questions = list(by_question)
+    Random(_SPLIT_SEED).shuffle(questions)
+    development: list[Record] = []
+    while questions and len(development) < num_records:
+        development += by_question[questions.pop()]
+    left = [record for question in questions for record in by_question[question]]
+    if len(left) < len(development):
+        raise InputError(
+            f"tuning.records is {num_records}, and tasks.{task.name} has {len(part.records)} training records: leave "
+            "more to train on, or name a file as development"
+        )
+    return _Part(records=left), _Part(records=development)
+
+
+def _cut(whole: _Part, task: Task) -> tuple[_Part, _Part]:
+    """All of a text but its last tenth, and that from the line on that it begins in."""
+    text = whole.text or ""
+    end = text.rfind("\n", 0, len(text) * 9 // 10) + 1
+    if not end or not text[end:].strip():
+        raise InputError(f"tasks.{task.name}.data.train is a text of one line: name a file as development")
+    train, development = (_Part(records=[{"text": each}], text=each) for each in (text[:end], text[end:]))
+    return train, development
+
+
+def _write(folder: Path, name: str, part: _Part) -> Path:
+    content = part.content
+    digest = hashlib.sha256(content.encode("utf-8", errors="surrogatepass")).hexdigest()[:_HASH_DIGITS]
+    path = folder / f"{name}-{digest}{part.suffix}"
+    if not path.is_file():
+        atomic_write_text(path, content)
+    return path

@@ -1,0 +1,228 @@
+"""How do the results of a study look? Pure functions from its JSON to matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.plots import LIGHT, WIDTH_INCHES, Theme, new_figure, style, title
+from scripts.accuracy.study_results import share_of_row
+from scripts.accuracy.study_tables import Results, rows_of_task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without their yellow, and two that stay apart from them.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#9a6324")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Most panels of learning rates beside each other.
+_MAX_COLUMNS = 3
+_BAR = {"elinewidth": 1.2, "capsize": 3, "markersize": 5.5, "linewidth": 1.8}
+
+Drawing = Callable[[Theme], "Figure"]
+
+
+def scale_of(metric: str) -> float:
+    """Accuracies are drawn in percent."""
+    return 100.0 if metric == "accuracy" else 1.0
+
+
+def _name(metric: str) -> str:
+    return "accuracy, %" if metric == "accuracy" else "loss per token"
+
+
+def _looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method, the same in every picture of a study."""
+    names = dict.fromkeys(row["method"] for row in rows)
+    return {name: (_COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]) for at, name in enumerate(names)}
+
+
+def _axes(axes: Axes, theme: Theme) -> None:
+    style(axes, theme)
+    axes.grid(True, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], theme: Theme, columns: int = 3) -> None:
+    found: dict[str, Any] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        legend = figure.legend(
+            list(found.values()), list(found), loc="outside lower left", ncols=columns, fontsize=9, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_color(theme.ink)
+
+
+def _log_ticks(axes: Axes, values: Sequence[float], label: Callable[[float], str]) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(values, [label(value) for value in values])
+
+
+def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that have a score."""
+    return [row for row in rows if row["score"] is not None]
+
+
+def share_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
+    """The result against the trained share, a line for each method with budgets; the others as bands."""
+    metric = results["tasks"][task]["metric"]
+    scale, rows = scale_of(metric), measured(rows_of_task(results, task))
+    looks = _looks(results["rows"])
+    figure = new_figure(WIDTH_INCHES, 4.9, theme)
+    axes = figure.subplots()
+    _axes(axes, theme)
+    ticks: list[float] = []
+    for method, (colour, marker) in looks.items():
+        own = [row for row in rows if row["method"] == method]
+        shares = [share_of_row(row) or 0.0 for row in own]
+        if any(row["budget"] is not None for row in own) or (own and 0 < shares[0] < 1):
+            ordered = sorted(zip(shares, own, strict=True), key=lambda pair: pair[0])
+            means = [scale * row["score"]["mean"] for _, row in ordered]
+            deviations = [scale * (row["score"]["deviation"] or 0.0) for _, row in ordered]
+            axes.errorbar(
+                [100 * share for share, _ in ordered], means, yerr=deviations, color=colour, marker=marker,
+                label=own[0]["label"], **_BAR,
+            )  # fmt: skip
+            ticks += [100 * row["budget"] if row["budget"] else 100 * share for share, row in ordered]
+            continue
+        for row in own:
+            mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
+            axes.axhspan(mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+            axes.axhline(mean, color=colour, linestyle=(0, (5, 2)), linewidth=1.4, label=row["label"])
+    kept: list[float] = []
+    for value in sorted(set(ticks)):
+        # Where the labels have room.
+        if not kept or value / kept[-1] > 1.35:
+            kept.append(value)
+    if kept:
+        _log_ticks(axes, kept, lambda value: f"{value:.3g}")
+    axes.set_xlabel("trained share of the parameters, %")
+    axes.set_ylabel(_name(metric))
+    title(axes, f"{results['tasks'][task]['label']}: mean ± standard deviation over seeds", theme)
+    _legend(figure, [axes], theme)
+    return figure
+
+
+def methods_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
+    """The result of each line of the table, with the single seeds; for methods that are no lines over budgets."""
+    metric = results["tasks"][task]["metric"]
+    scale, rows = scale_of(metric), measured(rows_of_task(results, task))
+    figure = new_figure(WIDTH_INCHES, 1.3 + 0.34 * len(rows), theme)
+    axes = figure.subplots()
+    _axes(axes, theme)
+    axes.grid(False, axis="y")
+    labels = []
+    for at, row in enumerate(reversed(rows)):
+        mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
+        values = [scale * value for value in row["scores"].values() if value is not None]
+        is_full = row["method"] == results["protocol"]["full"]
+        if is_full:
+            axes.axvspan(mean - deviation, mean + deviation, color=theme.secondary, alpha=0.12, linewidth=0)
+        axes.plot(values, [at] * len(values), "o", color=theme.muted, markersize=3.5, alpha=0.7)
+        axes.errorbar(
+            [mean], [at], xerr=[deviation], color=theme.secondary if is_full else theme.primary, marker="o", **_BAR
+        )
+        share = share_of_row(row)
+        budget = "" if row["budget"] is None else f" {100 * row['budget']:g} %"
+        labels.append(f"{row['label']}{budget}" + (f"  ({100 * share:.3g} %)" if share else ""))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
+    axes.set_xlabel(_name(metric))
+    title(axes, f"{results['tasks'][task]['label']}: mean ± standard deviation, and each seed", theme)
+    return figure
+
+
+def rates_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
+    """What each candidate reached on the development data, a panel for each method, a line for each budget."""
+    info = results["tasks"][task]
+    by_loss = info["metric"] == "loss" or results["protocol"]["tuning_metric"] == "loss"
+    name, scale = ("loss", 1.0) if by_loss else ("accuracy", 100.0)
+    rows = [row for row in rows_of_task(results, task) if row["tried"]]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    num_columns = min(len(methods), _MAX_COLUMNS)
+    num_rows = -(-len(methods) // num_columns)
+    figure = new_figure(WIDTH_INCHES, 0.7 + 2.3 * num_rows, theme)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
+    for at, method in enumerate(methods):
+        axes = grid[at // num_columns][at % num_columns]
+        _axes(axes, theme)
+        own = [row for row in rows if row["method"] == method]
+        rates = sorted({each["rate"] for row in own for each in row["tried"]})
+        for row in own:
+            colour = theme.ink if row["budget"] is None else _COLOURS[budgets.index(row["budget"]) % len(_COLOURS)]
+            known = [(each["rate"], scale * each[name]) for each in row["tried"] if each[name] is not None]
+            label = None if row["budget"] is None else f"{100 * row['budget']:g} %"
+            axes.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
+            best = [point for point in known if point[0] == row["rate"]]
+            axes.plot(*zip(*best, strict=True), "o", color=colour, markersize=8, fillstyle="none")
+        # As many ticks as have room.
+        _log_ticks(axes, rates if len(rates) <= 4 else rates[:: -(-len(rates) // 4)], lambda value: f"{value:.2g}")
+        title(axes, own[0]["label"], theme)
+        if at % num_columns == 0:
+            axes.set_ylabel("development " + ("loss" if by_loss else "accuracy, %"))
+        if at // num_columns == num_rows - 1 or at + num_columns >= len(methods):
+            axes.set_xlabel("learning rate")
+    for at in range(len(methods), num_rows * num_columns):
+        grid[at // num_columns][at % num_columns].set_visible(False)
+    _legend(figure, [each for row in grid for each in row], theme, columns=6)
+    return figure
+
+
+def forgetting_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
+    """What was added to the loss on other text against what was learned; nearer to the upper left is better."""
+    metric = results["tasks"][task]["metric"]
+    scale, looks = scale_of(metric), _looks(results["rows"])
+    rows = [row for row in measured(rows_of_task(results, task)) if row["forgetting_after"] is not None]
+    figure = new_figure(WIDTH_INCHES, 4.7, theme)
+    axes = figure.subplots()
+    _axes(axes, theme)
+    for method, (colour, marker) in looks.items():
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        axes.errorbar(
+            [row["forgetting_after"]["mean"] - row["forgetting_before"]["mean"] for row in own],
+            [scale * row["score"]["mean"] for row in own],
+            xerr=[row["forgetting_after"]["deviation"] or 0.0 for row in own],
+            yerr=[scale * (row["score"]["deviation"] or 0.0) for row in own],
+            color=colour, marker=marker, label=own[0]["label"], **{**_BAR, "linewidth": 0.8},
+        )  # fmt: skip
+    axes.set_xlabel("added to the loss per token on other text")
+    axes.set_ylabel(_name(metric))
+    title(axes, f"{results['tasks'][task]['label']}: learned and forgotten", theme)
+    _legend(figure, [axes], theme)
+    return figure
+
+
+def drawings(results: Results) -> dict[str, tuple[str, Drawing]]:
+    """Every picture that the results have numbers for: what it shows and how it is drawn, by the name of its file."""
+    found: dict[str, tuple[str, Drawing]] = {}
+    for task, info in results["tasks"].items():
+        rows = measured(rows_of_task(results, task))
+        suffix = "" if len(results["tasks"]) == 1 else f"-{task}"
+        label = info["label"]
+
+        def drawing(draw: Callable[..., Figure], task: str = task) -> Drawing:
+            return lambda theme: draw(results, task, theme)
+
+        if any(row["budget"] is not None for row in rows):
+            found[f"share{suffix}"] = f"{label}: {info['metric']} against the trained share", drawing(share_figure)
+        elif rows:
+            found[f"methods{suffix}"] = f"{label}: {info['metric']} of each method", drawing(methods_figure)
+        if any(row["tried"] for row in rows):
+            found[f"rates{suffix}"] = (
+                f"{label}: development data by learning rate; ringed: chosen",
+                drawing(rates_figure),
+            )
+        if any(row["forgetting_after"] is not None for row in rows):
+            found[f"forgetting{suffix}"] = f"{label}: forgetting against {info['metric']}", drawing(forgetting_figure)
+    return found

@@ -1,0 +1,310 @@
+"""What has each method of a study reached, and how sure are the differences? From run folders to one small JSON.
+
+The JSON has every number that tables and pictures show, and no prediction and no text of the data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from launcher.run_folder import RunFolder
+from launcher.summary import as_mapping, as_number
+from launcher.sweep.collecting import collect
+from launcher.sweep.sweep_folder import Listed, SweepFolder
+from scripts.accuracy import study_statistics as statistics
+from scripts.accuracy.heads import Sizes
+from scripts.accuracy.study_statistics import Difference, Spread
+from scripts.accuracy.study_config import StudyConfig
+from scripts.accuracy.study_data import TaskData
+from scripts.accuracy.study_points import FINAL, Setup, StudyPoint
+from scripts.accuracy.study_tuning import Tried, Tuned, choose_rate
+from sparse_zero.errors import InputError
+from sparse_zero.files import read_json
+
+FORMAT = "sparse_zero.accuracy_study"
+Key = tuple[str, str, float | None]
+# Of what runs depend on; those that are not installed are left out.
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What one final run has reached."""
+
+    seed: int
+    row: Mapping[str, Any]
+    # Of each test problem in the order of the data; None: the result is a loss.
+    correct: tuple[bool, ...] | None
+
+    @property
+    def score(self) -> float | None:
+        """Accuracy, or the loss on held-out text."""
+        if self.correct is not None:
+            return as_number(self.row["accuracy_tuned"])
+        return as_number(self.row["validation_loss_last"])
+
+
+def rows_by_name(folder: SweepFolder, points: Sequence[StudyPoint]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The numbers of every point by its name, and what could not be read."""
+    listed = [
+        Listed(index=index, name=point.name, settings=point.settings, point=None) for index, point in enumerate(points)
+    ]
+    rows, notes = collect(folder, listed)
+    return {row["name"]: row for row in rows}, notes
+
+
+def tuned_of(points: Sequence[StudyPoint], rows: Mapping[str, Mapping[str, Any]], metric: str) -> Tuned | None:
+    """What the tuning runs of one setup have found; None where none of them has finished."""
+    tried = []
+    for point in points:
+        row = rows[point.name]
+        assert point.rate is not None
+        is_finished = row["state"] == "finished"
+        tried.append(
+            Tried(
+                rate=point.rate,
+                accuracy=as_number(row["accuracy_tuned"]) if is_finished else None,
+                loss=as_number(row["validation_loss_last"]) if is_finished else None,
+            )
+        )
+    return choose_rate(tried, metric)
+
+
+def read_correct(run: RunFolder) -> tuple[bool, ...]:
+    """Whether each test problem was answered right, in the order of the data.
+
+    Raises:
+        InputError: the file of the predictions is missing or damaged.
+    """
+    path = run.evaluation / "tuned.json"
+    predictions = as_mapping(read_json(path, strict=True)).get("predictions")
+    if not isinstance(predictions, list) or not all(
+        isinstance(each, dict) and isinstance(each.get("correct"), bool) and isinstance(each.get("index"), int)
+        for each in predictions
+    ):
+        raise InputError(f"{path} holds no list of predictions: delete {run.path} and run the study again")
+    ordered = sorted(predictions, key=lambda each: each["index"])
+    return tuple(each["correct"] for each in ordered)
+
+
+def finished_of(
+    folder: SweepFolder, points: Sequence[StudyPoint], rows: Mapping[str, Mapping[str, Any]], *, has_problems: bool
+) -> list[Finished]:
+    """The final runs that have ended well, in the order of the seeds."""
+    found = []
+    for point in points:
+        if rows[point.name]["state"] == "finished":
+            correct = read_correct(folder.run(point.name)) if has_problems else None
+            found.append(Finished(seed=point.seed, row=rows[point.name], correct=correct))
+    return found
+
+
+def compare(ours: Sequence[Finished], reference: Sequence[Finished], resamples: int) -> Difference | None:
+    """Ours minus the reference over the seeds that both have; None where there are none, or other problems."""
+    theirs = {each.seed: each for each in reference}
+    pairs = [(each, theirs[each.seed]) for each in ours if each.seed in theirs]
+    if not pairs:
+        return None
+    if pairs[0][0].correct is not None:
+        lengths = {len(each.correct or ()) for pair in pairs for each in pair}
+        if len(lengths) > 1:
+            return None
+        matrices = [[each.correct for each in side] for side in zip(*pairs, strict=True)]
+        return statistics.paired_difference(matrices[0], matrices[1], resamples=resamples)
+    numbers = [[each.score for each in side] for side in zip(*pairs, strict=True)]
+    if any(value is None for side in numbers for value in side):
+        return None
+    return statistics.paired_difference(numbers[0], numbers[1], resamples=resamples)
+
+
+def _spread(values: Sequence[object]) -> Spread | None:
+    known = [number for number in map(as_number, values) if number is not None]
+    return statistics.spread(known) if known else None
+
+
+def _over(runs: Sequence[Finished], name: str) -> Any:
+    return statistics.as_json(_spread([each.row.get(name) for each in runs]))
+
+
+def _row(
+    config: StudyConfig,
+    setup: Setup,
+    tuned: Tuned | None,
+    runs: Sequence[Finished],
+    sizes: Sizes | None,
+    references: tuple[Sequence[Finished], Sequence[Finished]],
+    *,
+    higher_is_better: bool,
+    num_failed: int,
+) -> dict[str, Any]:
+    scores = {str(each.seed): each.score for each in runs}
+    spread = _spread(list(scores.values()))
+    full, baseline = references
+    full_spread = _spread([each.score for each in full])
+    is_full, is_baseline = (setup.method.name == name for name in (config.study.full, config.study.baseline))
+    row = runs[0].row if runs else {}
+    trained = as_number(row.get("parameters_trained"))
+    within = None
+    if spread is not None and full_spread is not None and not is_full:
+        within = statistics.is_within_one_deviation(spread, full_spread, higher_is_better=higher_is_better)
+    resamples = config.study.resamples
+    return {
+        "task": setup.task.name,
+        "method": setup.method.name,
+        "label": setup.method.label,
+        "budget": setup.budget,
+        "parameters_total": as_number(row.get("parameters_total")),
+        "parameters_trained": trained,
+        "parameters_head": 0 if sizes is None else sizes.head,
+        "rate": None if tuned is None else tuned.rate,
+        "rate_at_edge": None if tuned is None else tuned.at_edge,
+        "tried": [] if tuned is None else [asdict(each) for each in tuned.tried],
+        "num_finished": len(runs),
+        "num_failed": num_failed,
+        "score": statistics.as_json(spread),
+        "scores": scores,
+        "to_full": None if is_full else statistics.as_json(compare(runs, full, resamples)),
+        "within_full": within,
+        "to_baseline": None if is_baseline else statistics.as_json(compare(runs, baseline, resamples)),
+        "forgetting_before": _over(runs, "forgetting_base"),
+        "forgetting_after": _over(runs, "forgetting_tuned"),
+        "final_loss": _over(runs, "final_loss"),
+        "seconds": _over(runs, "total_seconds"),
+        "train_seconds": _over(runs, "train_seconds"),
+        "tokens_per_second": _over(runs, "tokens_per_second"),
+        "peak_memory_bytes": _over(runs, "peak_memory_bytes"),
+        "adapter_bytes": _over(runs, "adapter_bytes"),
+    }
+
+
+def results_of(
+    config: StudyConfig,
+    folder: SweepFolder,
+    found: Mapping[Key, Tuned | None],
+    finals: Mapping[Key, Sequence[StudyPoint]],
+    setups: Sequence[Setup],
+    data: Mapping[str, TaskData],
+    sizes: Mapping[str, Sizes | None],
+    machine: Mapping[str, Any],
+    command: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """The content of ``results.json``, and what could not be read.
+
+    Args:
+        config: of the study.
+        folder: with the run folders.
+        found: what tuning has found, by setup; without an entry where nothing was tuned.
+        finals: the final points, by setup.
+        setups: in the order of the table.
+        data: of each task.
+        sizes: of each task with a head.
+        machine: what the runs ran on: ``machine``, see :func:`scripts.benchmarking.machine`, and ``jobs``.
+        command: that makes the study anew, without paths of this machine.
+    """
+    rows, notes = rows_by_name(folder, [point for points in finals.values() for point in points])
+    runs = {
+        setup.key: finished_of(folder, finals.get(setup.key, ()), rows, has_problems=data[setup.task.name].has_problems)
+        for setup in setups
+    }
+    table = []
+    for setup in setups:
+        task = setup.task.name
+        full = next((runs[key] for key in runs if key[:2] == (task, config.study.full)), [])
+        baseline = runs.get((task, config.study.baseline, setup.budget), [])
+        states = [rows[point.name]["state"] for point in finals.get(setup.key, ())]
+        table.append(
+            _row(
+                config,
+                setup,
+                found.get(setup.key),
+                runs[setup.key],
+                sizes[task],
+                (full, baseline),
+                higher_is_better=data[task].has_problems,
+                num_failed=states.count("failed"),
+            )
+        )
+    content = {
+        "format": FORMAT,
+        "name": folder.path.name,
+        "question": config.study.question,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d", time.gmtime(_newest(folder, finals))),
+        **machine,
+        "versions": versions(),
+        "protocol": {
+            "seeds": list(config.study.seeds),
+            "tuning_seed": config.tuning.seed,
+            "tuning_steps": config.tuning.steps,
+            "tuning_metric": config.tuning.metric,
+            "overlap": config.study.overlap,
+            "full": config.study.full,
+            "baseline": config.study.baseline,
+        },
+        "tasks": {
+            task.name: _task(task.label, data[task.name], finals, task.name, runs, sizes[task.name])
+            for task in config.all_tasks()
+        },
+        "rows": table,
+    }
+    return content, notes
+
+
+def _task(
+    label: str,
+    data: TaskData,
+    finals: Mapping[Key, Sequence[StudyPoint]],
+    name: str,
+    runs: Mapping[Key, Sequence[Finished]],
+    sizes: Sizes | None,
+) -> dict[str, Any]:
+    point = next((point for key, points in finals.items() if key[0] == name for point in points), None)
+    training = None if point is None else point.config.training
+    some = next((each for key, found in runs.items() if key[0] == name for each in found), None)
+    return {
+        "label": label,
+        "metric": "accuracy" if data.has_problems else "loss",
+        "records": dict(data.counts),
+        "num_problems": None if some is None or some.correct is None else len(some.correct),
+        "model": None if point is None else point.config.model.name_or_path.rstrip("/").rpartition("/")[2],
+        "steps": None if training is None else training.steps,
+        "epochs": None if training is None else training.epochs,
+        "global_batch_size": None if training is None else training.global_batch_size,
+        "schedule": None if training is None else training.schedule,
+        "head_parameters": 0 if sizes is None else sizes.head,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python's packages that runs depend on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            # Without the build: a CPU's and a GPU's are one version.
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _newest(folder: SweepFolder, finals: Mapping[Key, Sequence[StudyPoint]]) -> float:
+    """When the last of the final runs ended."""
+    paths = [folder.run(point.name).summary for points in finals.values() for point in points]
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=time.time())
+
+
+def share_of_row(row: Mapping[str, Any]) -> float | None:
+    """The trained share of the parameters, the head in neither."""
+    trained, total, head = (row.get(f"parameters_{name}") for name in ("trained", "total", "head"))
+    if trained is None or not total:
+        return None
+    return float(max(trained - head, 0) / (total - head))
+
+
+def is_final(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings are those of a final point."""
+    return settings.get("stage") == FINAL

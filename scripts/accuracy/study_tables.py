@@ -1,0 +1,189 @@
+"""How are the results of a study written down: a table for a terminal, a document, a program? Pure, from the JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.summary import ABSENT, format_bytes, format_duration, format_percent
+from scripts.accuracy.study_results import share_of_row
+from scripts.benchmarks.tables import Table
+
+Results = Mapping[str, Any]
+
+
+def value_text(value: float, metric: str, *, signed: bool = False) -> str:
+    """An accuracy in percent with one digit, a loss with four."""
+    digits, scale = (1, 100.0) if metric == "accuracy" else (4, 1.0)
+    return f"{value * scale:{'+' if signed else ''}.{digits}f}"
+
+
+def spread_text(spread: Mapping[str, Any] | None, metric: str) -> str:
+    """Mean ± deviation."""
+    if spread is None:
+        return ABSENT
+    text = value_text(spread["mean"], metric)
+    return text if spread["deviation"] is None else f"{text} ± {value_text(spread['deviation'], metric)}"
+
+
+def difference_text(difference: Mapping[str, Any] | None, metric: str) -> str:
+    """A difference and its interval: ``+0.4 [-0.3, +1.1]``."""
+    if difference is None:
+        return ABSENT
+    mean, low, high = (value_text(difference[name], metric, signed=True) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    if row["rate"] is None:
+        return ABSENT
+    return f"{row['rate']:g}" + (" (edge)" if row["rate_at_edge"] else "")
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    share = share_of_row(row)
+    return ABSENT if share is None else "0 %" if share == 0 else format_percent(share)
+
+
+def _within(row: Mapping[str, Any]) -> str:
+    return ABSENT if row["within_full"] is None else "yes" if row["within_full"] else "no"
+
+
+def _mean(row: Mapping[str, Any], name: str) -> float | None:
+    return None if row.get(name) is None else row[name]["mean"]
+
+
+def _forgetting(row: Mapping[str, Any]) -> str:
+    before, after = _mean(row, "forgetting_before"), _mean(row, "forgetting_after")
+    return ABSENT if before is None or after is None else f"{before:.3f} → {after:.3f}"
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    return "" if row["budget"] is None else f" {100 * row['budget']:g} %"
+
+
+def _finished(row: Mapping[str, Any], num_seeds: int) -> str:
+    return "" if row["num_finished"] == num_seeds else f" (n={row['num_finished']})"
+
+
+def rows_of_task(results: Results, task: str) -> list[Mapping[str, Any]]:
+    """The lines of one task."""
+    return [row for row in results["rows"] if row["task"] == task]
+
+
+def tables_of(results: Results) -> list[Table]:
+    """A table for each task; columns that no line has a number for are left out."""
+    tables = []
+    for name, task in results["tasks"].items():
+        rows = rows_of_task(results, name)
+        columns = {heading: cells for heading, cells in _columns(results, task, rows).items() if _has_some(cells)}
+        lines = [list(cells) for cells in zip(*columns.values(), strict=True)]
+        tables.append(Table(f"{results['name']}: {task['label']}", list(columns), lines))
+    return tables
+
+
+def _columns(results: Results, task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    metric, protocol = task["metric"], results["protocol"]
+    num_seeds = len(protocol["seeds"])
+    name = "accuracy %" if metric == "accuracy" else "loss"
+    speed = [_mean(row, "tokens_per_second") for row in rows]
+    return {
+        "method": [f"{row['label']}{_budget(row)}{_finished(row, num_seeds)}" for row in rows],
+        "trained": [_share(row) for row in rows],
+        "rate": [_rate(row) for row in rows],
+        name: [spread_text(row["score"], metric) for row in rows],
+        f"to {protocol['full']}": [difference_text(row["to_full"], metric) for row in rows],
+        "within 1 sd": [_within(row) for row in rows],
+        f"to {protocol['baseline']}": [difference_text(row["to_baseline"], metric) for row in rows],
+        "other text": [_forgetting(row) for row in rows],
+        "time": [format_duration(_mean(row, "seconds")) for row in rows],
+        "peak memory": [format_bytes(_mean(row, "peak_memory_bytes")) for row in rows],
+        "adapter": [format_bytes(_mean(row, "adapter_bytes")) for row in rows],
+        "tokens/s": [ABSENT if each is None else f"{each:,.0f}" for each in speed],
+    }
+
+
+def _has_some(cells: Sequence[str]) -> bool:
+    return any(cell != ABSENT for cell in cells)
+
+
+def protocol_text(results: Results) -> str:
+    """What was done, in words, with the numbers of the files."""
+    protocol = results["protocol"]
+    seeds = ", ".join(map(str, protocol["seeds"]))
+    parts = []
+    for task in results["tasks"].values():
+        records = task["records"]
+        length = f"{task['steps']} steps" if task["steps"] is not None else f"{task['epochs']} epochs"
+        head = f", a head of {task['head_parameters']:,} parameters beside" if task["head_parameters"] else ""
+        problems = f"{task['num_problems']:,} problems" if task["num_problems"] else "its text"
+        parts.append(
+            f"{task['label']}: {task['model']}{head}, {length} of {task['global_batch_size']} samples from "
+            f"{records['train']:,} records, rates tuned on {records['development']:,} others, tested on {problems}"
+            f"{_overlap(records, protocol)}."
+        )
+    steps = "" if protocol["tuning_steps"] is None else f", {protocol['tuning_steps']} steps each"
+    tried = sorted({len(row["tried"]) for row in results["rows"] if row["tried"]})
+    number = " or ".join(map(str, tried)) if tried else "no"
+    tuning = (
+        f"Learning rates: {number} candidates for each task, method and budget, seed {protocol['tuning_seed']}{steps}, "
+        f"the best {protocol['tuning_metric']} on the development data; (edge): the best was the lowest or highest."
+    )
+    measure = (
+        f"Mean ± standard deviation (of the sample) over the seeds {seeds}. Differences with the 95 % interval of a "
+        "paired bootstrap over seeds and test problems. Within 1 sd: not worse than full fine-tuning's mean by more "
+        "than its standard deviation over seeds. Trained: share of the parameters, without the head. Time is that of a "
+        "whole run."
+    )
+    return "\n\n".join(["\n".join(parts), tuning, measure])
+
+
+def _overlap(records: Mapping[str, int], protocol: Mapping[str, Any]) -> str:
+    if records["shared"] and protocol["overlap"] == "keep":
+        return f"; {records['shared']:,} questions are in training and in test data"
+    dropped = records["dropped"]
+    return f"; {dropped:,} training records whose question is held out were left out" if dropped else ""
+
+
+def markdown(results: Results) -> str:
+    """Tables and protocol as a document."""
+    lines = [f"# {results['name']}", "", results["question"], "", protocol_text(results), ""]
+    lines += [each.markdown() for each in tables_of(results)]
+    lines += [f"`{results['command']}`; {made_on(results)}.", ""]
+    return "\n".join(lines)
+
+
+def made_on(results: Results) -> str:
+    """Date, machine and versions, in words."""
+    machine, versions = results["machine"], results["versions"]
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    jobs = results.get("jobs")
+    side = "" if jobs is None else f", {jobs['jobs']} runs at a time with {jobs['threads']} threads each"
+    cores = f"{machine['cores']} cores{side}"
+    return f"{results['date']}, {machine['cpu']}{gpu}, {cores}, Python {machine['python']}, {packages}"
+
+
+def as_csv(results: Results) -> str:
+    """A line for each task, method and budget; numbers as they are."""
+    lines = []
+    for row in results["rows"]:
+        line = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        line["share_trained"] = share_of_row(row)
+        for name, value in row.items():
+            if name not in ("scores", "tried") and (isinstance(value, dict) or value is None):
+                for part in ("mean", "deviation", "low", "high"):
+                    if value is None or part in value:
+                        line[f"{name}_{part}"] = None if value is None else value[part]
+        line |= {f"score_seed_{seed}": value for seed, value in row["scores"].items()}
+        lines.append(line)
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    # Columns of nothing but nothing tell nothing.
+    names = [name for name in names if any(line.get(name) is not None for line in lines)]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([["" if line.get(name) is None else line[name] for name in names] for line in lines])
+    return buffer.getvalue()
