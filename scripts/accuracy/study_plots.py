@@ -131,8 +131,9 @@ def methods_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
             [mean], [at], xerr=[deviation], color=theme.secondary if is_full else theme.primary, marker="o", **_BAR
         )
         share = share_of_row(row)
-        budget = "" if row["budget"] is None else f" {100 * row['budget']:g} %"
-        labels.append(f"{row['label']}{budget}" + (f"  ({100 * share:.3g} %)" if share else ""))
+        if row["budget"] is not None:
+            share = row["budget"]
+        labels.append(row["label"] + (f"  {100 * share:.3g} %" if share else ""))
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.set_xlabel(_name(metric))
@@ -214,7 +215,7 @@ def drawings(results: Results) -> dict[str, tuple[str, Drawing]]:
         def drawing(draw: Callable[..., Figure], task: str = task) -> Drawing:
             return lambda theme: draw(results, task, theme)
 
-        if any(row["budget"] is not None for row in rows):
+        if len({row["budget"] for row in rows} - {None}) > 1:
             found[f"share{suffix}"] = f"{label}: {info['metric']} against the trained share", drawing(share_figure)
         elif rows:
             found[f"methods{suffix}"] = f"{label}: {info['metric']} of each method", drawing(methods_figure)

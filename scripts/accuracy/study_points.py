@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from launcher.config import RunConfig, parse_config, resolved_yaml, set_value
 from launcher.deepspeed_config import check_own_config
 from launcher.sweep.points import name_of, with_choice
 from launcher.sweep.sweep_config import Choice
-from launcher.yaml_files import merge, parse_yaml, read_mapping
+from launcher.yaml_files import merge, read_mapping
 from scripts.accuracy.study_config import Method, StudyConfig, Task
 from scripts.accuracy.study_data import TaskData, data_config, data_settings
 from sparse_zero.errors import InputError
@@ -72,7 +73,7 @@ class StudyPoint:
         """Whether another worker than ``sparse-zero train`` trains it."""
         return hasattr(self.config, "peer")
 
-    @property
+    @cached_property
     def yaml(self) -> str:
         """The resolved config that it is started with."""
         return resolved_yaml(self.config)
@@ -93,7 +94,8 @@ def tuning_point(config: StudyConfig, setup: Setup, rate: float, data: TaskData,
     point = _point(config, setup, TUNE, rate, config.tuning.seed, data, sizes)
     held_out = {str(path) for path in (data.test, data.held_out) if path is not None}
     # What the protocol promises, whatever a method or task has set.
-    assert not any(path in point.yaml for path in held_out), "a tuning run must not be given the test data"
+    told = repr(point.config)
+    assert not any(path in told for path in held_out), "a tuning run must not be given the test data"
     return point
 
 
@@ -124,11 +126,11 @@ def check_same_protocol(points: Sequence[StudyPoint]) -> None:
 
 
 def _protocol(point: StudyPoint) -> dict[str, Any]:
-    content = parse_yaml(point.yaml, point.name)
+    config = point.config
     free = (*_FREE_TRAINING, "seed", "max_nonfinite_steps", "validation_every")
-    training = {f"training.{key}": value for key, value in content["training"].items() if key not in free}
-    model = {f"model.{key}": content["model"][key] for key in ("name_or_path", "dtype")}
-    return {**training, **model, **{f"data.{key}": value for key, value in content["data"].items()}}
+    training = {f"training.{key}": value for key, value in vars(config.training).items() if key not in free}
+    model = {f"model.{key}": getattr(config.model, key) for key in ("name_or_path", "dtype")}
+    return {**training, **model, **{f"data.{key}": value for key, value in vars(config.data).items()}}
 
 
 def _point(

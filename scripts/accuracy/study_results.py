@@ -17,10 +17,10 @@ from launcher.sweep.collecting import collect
 from launcher.sweep.sweep_folder import Listed, SweepFolder
 from scripts.accuracy import study_statistics as statistics
 from scripts.accuracy.heads import Sizes
-from scripts.accuracy.study_statistics import Difference, Spread
 from scripts.accuracy.study_config import StudyConfig
 from scripts.accuracy.study_data import TaskData
 from scripts.accuracy.study_points import FINAL, Setup, StudyPoint
+from scripts.accuracy.study_statistics import Difference, Spread
 from scripts.accuracy.study_tuning import Tried, Tuned, choose_rate
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_json

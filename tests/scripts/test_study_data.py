@@ -1,0 +1,91 @@
+"""Do training, development and test data of a study share no question, and do the points read the same files?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.accuracy.study_config import StudyConfig
+from scripts.accuracy.study_data import TaskData, prepare_data
+from sparse_zero.errors import InputError
+from tests.scripts.study_examples import read_example, write_records
+
+QUESTIONS = [f"What is {number}?" for number in range(20)]
+
+
+def study(path: Path, train: list[str], test: list[str], overlap: str = "refuse", **task: Any) -> StudyConfig:
+    write_records(path / "train.json", train)
+    write_records(path / "test.json", test)
+    section = {"folder": str(path / "out"), "question": "Which?", "overlap": overlap}
+    data = {"train": str(path / "train.json"), "test": str(path / "test.json"), **task.pop("data", {})}
+    return read_example(path, {"study": section, "tasks": {"words": {"data": data, **task}}})
+
+
+def prepare(config: StudyConfig, path: Path) -> TaskData:
+    return prepare_data(config, config.all_tasks()[0], path / "out" / "data")
+
+
+def questions(path: Path | None) -> list[str]:
+    assert path is not None
+    return [json.loads(line)["instruction"] for line in path.read_text().splitlines()]
+
+
+def test_development_data_is_taken_out_of_the_training_data(tmp_path: Path) -> None:
+    # Two records ask the same, in other case: they stay together.
+    train = [*QUESTIONS[:15], "what is  3?"]
+    found = prepare(study(tmp_path, train, QUESTIONS[15:]), tmp_path)
+    keys = [
+        {question.casefold().replace("  ", " ") for question in questions(path)}
+        for path in (found.train, found.development, found.test)
+    ]
+    assert not keys[0] & keys[1]
+    assert not (keys[0] | keys[1]) & keys[2]
+    assert found.counts["train"] + found.counts["development"] == 16
+    assert found.counts["development"] in (4, 5)
+    assert sorted(questions(found.test)) == sorted(QUESTIONS[15:])
+    again = prepare(study(tmp_path, train, QUESTIONS[15:]), tmp_path)
+    assert (again.train, again.development, again.test) == (found.train, found.development, found.test)
+
+
+def test_a_shared_question_is_refused_or_dropped_or_kept(tmp_path: Path) -> None:
+    train, test = QUESTIONS, [*QUESTIONS[18:], "Another?"]
+    with pytest.raises(InputError, match=r"2 questions are in the training and in the test data.*study.overlap"):
+        prepare(study(tmp_path, train, test), tmp_path)
+    dropped = prepare(study(tmp_path, train, test, "drop"), tmp_path)
+    assert (dropped.counts["dropped"], dropped.counts["shared"]) == (2, 2)
+    assert not set(test) & {*questions(dropped.train), *questions(dropped.development)}
+    kept = prepare(study(tmp_path, train, test, "keep"), tmp_path)
+    assert (kept.counts["dropped"], kept.counts["shared"]) == (0, 2)
+    assert kept.counts["train"] + kept.counts["development"] == 20
+
+
+def test_a_file_of_development_data(tmp_path: Path) -> None:
+    development = write_records(tmp_path / "development.json", QUESTIONS[:3])
+    found = prepare(study(tmp_path, QUESTIONS[:15], QUESTIONS[15:], development=str(development)), tmp_path)
+    # What it has is not learned from.
+    assert sorted(questions(found.train)) == sorted(QUESTIONS[3:15])
+    assert (found.counts["development"], found.counts["dropped"]) == (3, 3)
+    write_records(development, QUESTIONS[14:16])
+    with pytest.raises(InputError, match="the rate would be tuned on the test"):
+        prepare(study(tmp_path, QUESTIONS[:15], QUESTIONS[15:], development=str(development)), tmp_path)
+
+
+def test_a_limit_is_a_sample_of_the_records(tmp_path: Path) -> None:
+    found = prepare(study(tmp_path, QUESTIONS[:15], QUESTIONS[15:], data={"limit": 6}), tmp_path)
+    assert found.counts["train"] == 6
+    assert questions(found.train) != QUESTIONS[:6]
+
+
+def test_changed_data_are_other_files(tmp_path: Path) -> None:
+    first = prepare(study(tmp_path, QUESTIONS[:15], QUESTIONS[15:]), tmp_path)
+    second = prepare(study(tmp_path, QUESTIONS[:14], QUESTIONS[15:]), tmp_path)
+    assert first.train != second.train
+    assert first.test == second.test
+
+
+def test_too_few_records_and_no_test_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tuning\.records is 4"):
+        prepare(study(tmp_path, QUESTIONS[:5], QUESTIONS[15:]), tmp_path)
+    with pytest.raises(InputError, match="neither test nor validation"):
+        prepare(study(tmp_path, QUESTIONS[:5], [], data={"test": None}), tmp_path)

@@ -1,0 +1,128 @@
+"""Are the runs of a study those that its config says, under one protocol, and kept from the test data while tuning?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.accuracy.study_config import read_study
+from scripts.accuracy.study_points import check_same_protocol, setups_of
+from sparse_zero.errors import InputError
+from tests.scripts.study_examples import SIZES, STUDIES, all_points, read_example
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_is_runs_that_could_be_started(path: Path) -> None:
+    config = read_study(path)
+    assert config.study.folder == f"runs/studies/{path.stem}"
+    assert len(config.study.seeds) >= 3
+    tuning, finals = all_points(config)
+    check_same_protocol([*tuning, *finals])
+    names = [point.name for point in (*tuning, *finals)]
+    assert len(set(names)) == len(names)
+    for point in tuning:
+        # The file of the test data is named in no place.
+        assert "held-out" not in repr(point.config)
+        assert point.seed not in config.study.seeds
+    for point in finals:
+        assert "development" not in repr(point.config)
+    # As many candidates for every method that has any.
+    assert len({len(setup.method.rates) for setup in setups_of(config) if setup.method.rates}) == 1
+
+
+def test_the_plateau_has_five_budgets_of_three_methods() -> None:
+    config = read_study(next(path for path in STUDIES if path.stem == "plateau"))
+    setups = setups_of(config)
+    assert {setup.method.name for setup in setups if len(setup.method.budgets) == 5} == {"lora", "blocks", "mixed"}
+    _, finals = all_points(config)
+    found = {
+        point.setup.key[1:]: point.config.selection.budget.parameters - SIZES.head
+        for point in finals
+        if point.setup.method.name == "blocks"
+    }
+    assert found == {("blocks", budget): int(budget * SIZES.total) for budget in (0.001, 0.005, 0.01, 0.05, 0.2)}
+    heads = {point.config.selection.regions[-1].modules for point in finals if not point.is_peer}
+    assert heads == {("classifier.*",)}
+    small = [point for point in finals if point.setup.key[1:] == ("lora", 0.001)]
+    assert {point.config.peer.modules for point in small} == {("*.layer.*.{query,value}",)}
+    assert {point.config.peer.head for point in small} == {("classifier.*",)}
+
+
+def test_tuning_is_short_and_final_runs_have_the_seeds(tmp_path: Path) -> None:
+    tuning, finals = all_points(read_example(tmp_path))
+    assert [point.name for point in tuning][:2] == [
+        "stage=tune,task=words,method=full,budget=none,rate=0.001",
+        "stage=tune,task=words,method=full,budget=none,rate=0.01",
+    ]
+    for point in tuning:
+        assert point.config.data.test == point.config.data.validation == "data/development.jsonl"
+        assert (point.config.training.steps, point.config.training.seed) == (2, 0)
+        assert point.config.training.learning_rate == point.rate
+    rows = [point for point in finals if point.setup.method.name == "rows"]
+    assert [point.config.training.seed for point in rows] == [1, 2, 3]
+    assert [point.config.selection.seed for point in rows] == [1, 2, 3]
+    assert {point.config.training.steps for point in finals} == {3}
+    assert {point.config.data.test for point in finals} == {"data/held-out.jsonl"}
+    assert all(not point.config.output.evaluate_base for point in finals)
+
+
+def test_tuning_by_the_loss_answers_nothing(tmp_path: Path) -> None:
+    tuning, finals = all_points(read_example(tmp_path, {"tuning": {"rates": [1e-3], "metric": "loss"}}))
+    assert {(point.config.data.test, point.config.output.evaluate) for point in tuning} == {(None, False)}
+    assert {point.config.output.evaluate for point in finals} == {True}
+
+
+def test_text_is_judged_by_its_loss(tmp_path: Path) -> None:
+    data = {"train": "a.json", "validation": "b.json", "fields": {"text": "text"}}
+    tuning, finals = all_points(read_example(tmp_path, {"tasks": {"text": {"data": data}}}))
+    assert {(each.config.data.validation, each.config.data.test) for each in tuning} == {
+        ("data/development.jsonl", None)
+    }
+    assert {(each.config.data.validation, each.config.data.test) for each in finals} == {("data/held-out.jsonl", None)}
+
+
+def test_methods_that_learn_from_other_batches_are_refused(tmp_path: Path) -> None:
+    methods = {
+        "one": {"selection.regions": [{"kind": "row", "modules": ["*"], "per_matrix": 1}], "selection.score": "first"},
+        "two": {"selection.regions": [{"kind": "row", "modules": ["*"], "per_matrix": 1}], "training.steps": 9},
+    }
+    tuning, finals = all_points(read_example(tmp_path, {"methods": methods, "budgets": []}))
+    with pytest.raises(InputError, match=r"methods.two has training.steps 9, and one has 3"):
+        check_same_protocol([*tuning, *finals])
+
+
+_ROWS: dict[str, Any] = {"selection": {"regions": [{"kind": "row", "modules": ["*"], "per_matrix": 1}]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study": {"folder": "f", "question": "q", "seeds": [1, 2]}}, "study.seeds is"),
+        ({"study": {"folder": "f", "question": "q", "seeds": [0, 1, 2]}}, "tuning.seed is 0, one of study.seeds"),
+        ({"study": {"folder": "f", "question": "q", "sedes": [1]}}, "did you mean study.seeds"),
+        ({"tuning": {"rates": [1e-2, 1e-3]}}, "tuning.rates is .*rising order"),
+        ({"methods": {"a": {**_ROWS, "rates": [1e-3]}, "b": _ROWS}, "budgets": []}, "different numbers of rates"),
+        ({"methods": {"a": {**_ROWS, "budgets": [0.3]}}}, "methods.a.budgets is"),
+        ({"methods": {"a": {**_ROWS, "at": {"0.3": {}}}}}, "methods.a.at has '0.3'"),
+        ({"methods": {"a/b": _ROWS}}, "it goes into paths"),
+        ({"budgets": [0.0]}, "budgets has 0.0"),
+    ],
+)
+def test_what_does_not_hold_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_example(tmp_path, changes)
+
+
+@pytest.mark.parametrize("key", ["training.learning_rate", "training.seed", "data.train"])
+def test_a_method_does_not_set_what_the_study_sets(tmp_path: Path, key: str) -> None:
+    config = read_example(tmp_path, {"methods": {"a": {**_ROWS, key: 1}}, "budgets": []})
+    with pytest.raises(InputError, match=f"methods.a sets {key}"):
+        all_points(config)
+
+
+def test_overrides_change_a_task(tmp_path: Path) -> None:
+    config = read_example(tmp_path, overrides=["--tasks.words.data.train=other.json", "--tuning.steps=7"])
+    assert config.tasks["words"]["data"]["train"] == "other.json"
+    assert config.tuning.steps == 7
+    assert json.dumps(config.run)

@@ -1,0 +1,127 @@
+"""Do tables, pictures and the page of results say what the JSON of a study says, and nothing else?"""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher.plots import LIGHT, to_png
+from scripts import results as results_script
+from scripts.accuracy.results_page import markdown as page_of
+from scripts.accuracy.results_page import read_study_results, shipped_studies, stored, study_pictures
+from scripts.accuracy.study_plots import drawings
+from scripts.accuracy.study_results import share_of_row
+from scripts.accuracy.study_tables import as_csv, markdown, tables_of
+from tests.scripts.study_examples import STUDIES, example_results
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_a_line_has_the_numbers_of_its_row() -> None:
+    results = example_results()
+    (table,) = tables_of(results)
+    assert len(table.rows) == len(results["rows"])
+    row, line = next(
+        (row, dict(zip(table.headings, line, strict=True)))
+        for row, line in zip(results["rows"], table.rows, strict=True)
+        if row["method"] == "blocks" and row["budget"] == 0.2
+    )
+    assert line["method"] == "blocks 20 %"
+    assert line["accuracy %"] == f"{100 * row['score']['mean']:.1f} ± {100 * row['score']['deviation']:.1f}"
+    assert line["rate"] == "0.001 (edge)"
+    assert line["within 1 sd"] == "yes"
+    low = 100 * row["to_baseline"]["low"]
+    assert line["to lora"].startswith(f"{100 * row['to_baseline']['mean']:+.1f} [{low:+.1f}, ")
+    assert line["other text"] == "3.100 → 3.500"
+    assert share_of_row(row) == pytest.approx(200_000 / 999_230)
+
+
+def test_csv_and_document() -> None:
+    results = example_results()
+    lines = list(csv.DictReader(io.StringIO(as_csv(results))))
+    assert [float(line["score_mean"]) for line in lines] == [row["score"]["mean"] for row in results["rows"]]
+    assert float(lines[0]["score_seed_2"]) == results["rows"][0]["scores"]["2"]
+    text = markdown(results)
+    assert "2 training records whose question is held out were left out" in text
+    assert "3 candidates for each task, method and budget, seed 100, 40 steps each" in text
+    assert "a head of 770 parameters beside" in text
+
+
+def test_columns_without_numbers_are_left_out() -> None:
+    results = example_results()
+    for row in results["rows"]:
+        row["forgetting_after"] = None
+    assert "other text" not in tables_of(results)[0].headings
+    assert set(drawings(results)) == {"share", "rates"}
+
+
+def test_pictures_can_be_drawn() -> None:
+    results = example_results()
+    assert set(drawings(results)) == {"share", "rates", "forgetting"}
+    by_method = example_results(budgets=())
+    assert set(drawings(by_method)) == {"methods", "rates", "forgetting"}
+    for found in (results, by_method):
+        for _, draw in drawings(found).values():
+            assert to_png(draw(LIGHT)).startswith(b"\x89PNG")
+
+
+def test_the_page_of_the_documents_is_what_the_stored_results_give() -> None:
+    assert (DOCS / "results.md").read_text(encoding="utf-8") == page_of(stored(DOCS / "results"))
+    for study in stored(DOCS / "results"):
+        for name in study_pictures(study):
+            assert (DOCS / "pictures" / f"{name}.png").is_file()
+        # Numbers alone: no prediction, no text.
+        assert "predictions" not in json.dumps(study.content)
+
+
+def test_results_are_taken_in_and_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "plateau"
+    run.mkdir()
+    (run / "results.json").write_text(json.dumps(example_results("plateau")))
+    html = tmp_path / "page.html"
+    arguments = ["--docs", str(tmp_path / "docs"), "--html", str(html)]
+    assert results_script.main([str(run), *arguments]) == 0
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "## plateau" in text
+    assert "- `plateau`:" not in text
+    assert "- `scores`:" in text
+    assert (tmp_path / "docs" / "pictures" / "plateau-share.png").stat().st_size < 150_000
+    assert "data:image/png;base64" in html.read_text()
+    shutil.rmtree(run)
+    assert results_script.main(["--check", *arguments]) == 0
+    (tmp_path / "docs" / "results.md").write_text("other")
+    assert results_script.main(["--check", *arguments]) == 2
+    assert "write it anew" in capsys.readouterr().err
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    for place in ("a.json", "missing"):
+        assert results_script.main([str(tmp_path / place), "--docs", str(tmp_path)]) == 2
+    assert "no result of a study" in capsys.readouterr().err
+
+
+def test_every_shipped_study_is_on_the_page() -> None:
+    assert set(shipped_studies()) == {*(path.stem for path in STUDIES), "ntk"}
+
+
+def test_kernel_studies_have_a_table_and_pictures(tmp_path: Path) -> None:
+    line = {
+        "head": None, "shots": 16, "subset": "rows-1-first", "kind": "row", "budget": 1, "score": "first",
+        "num_seeds": 3, "fraction": 0.001, "num_parameters": 1000,
+    }  # fmt: skip
+    for name in ("scaled_distance", "centred_alignment", "accuracy", "agreement"):
+        line |= {name: 0.25, f"{name}_deviation": 0.01}
+    content = {"config": {"model": {"name_or_path": "/secret"}}, "machine": example_results()["machine"]}
+    (tmp_path / "results.json").write_text(
+        json.dumps({**content, "summary": [line, {**line, "fraction": 0.01}], "rows": []})
+    )
+    found = read_study_results(tmp_path)
+    assert "secret" not in json.dumps(found.content)
+    text = page_of([found])
+    assert "| rows-1-first | 1,000 | 0.10% | 0.250 ± 0.010 | 0.250 ± 0.010 | 25.0 ± 1.0 % | 25.0 % |" in text
+    for _, draw in study_pictures(found).values():
+        assert to_png(draw(LIGHT)).startswith(b"\x89PNG")
