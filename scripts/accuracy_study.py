@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check everything, and list the runs instead of running them"
     )
     what.add_argument("--collect", action="store_true", help="only make tables and pictures of what has finished")
-    options, options.overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    options.overrides = overrides
     try:
         return run(options)
     except InputError as error:

@@ -18,7 +18,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Most panels of learning rates beside each other.
 _MAX_COLUMNS = 3
-_BAR = {"elinewidth": 1.2, "capsize": 3, "markersize": 5.5, "linewidth": 1.8}
+_BAR: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "markersize": 5.5, "linewidth": 1.8}
 
 Drawing = Callable[[Theme], "Figure"]
 

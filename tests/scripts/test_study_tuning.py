@@ -25,7 +25,7 @@ def tried(*values: float | None, losses: tuple[float, ...] | None = None) -> lis
         ((0.5, None, 0.4), None, "accuracy", 1e-4, True),
     ],
 )
-def test_the_best_rate(values, losses, metric, rate, at_edge) -> None:  # type: ignore[no-untyped-def]
+def test_the_best_rate(values, losses, metric, rate, at_edge) -> None:
     found = choose_rate(list(reversed(tried(*values, losses=losses))), metric)
     assert found is not None
     assert (found.rate, found.at_edge) == (rate, at_edge)
