@@ -95,10 +95,10 @@ def example_results(name: str = "example", *, budgets: Sequence[float] = (0.001,
     hard = generator.random(300)
     answers: dict[tuple[str, float | None], Any] = {("full", None): hard[None] < generator.normal(0.86, 0.01, (3, 1))}
     answers["frozen", None] = hard[None] < generator.normal(0.7, 0.004, (3, 1))
-    for budget in budgets:
+    for amount in budgets:
         for peer, top in (("lora", 0.84), ("blocks", 0.87)):
-            share = 0.7 + (top - 0.7) * (1 + numpy.log10(budget / 0.001)) / 3.4
-            answers[peer, budget] = hard[None] < generator.normal(share, 0.012, (3, 1))
+            share = 0.7 + (top - 0.7) * (1 + numpy.log10(amount / 0.001)) / 3.4
+            answers[peer, amount] = hard[None] < generator.normal(share, 0.012, (3, 1))
     labels = {"full": "full fine-tuning", "frozen": "frozen", "lora": "LoRA", "blocks": "blocks"}
     rows = []
     for (method, budget), correct in answers.items():
