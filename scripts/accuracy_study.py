@@ -17,7 +17,6 @@ Exit code: 0 all runs are finished, 1 one is not, 2 wrong input, 128 + signal.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,20 +25,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.stopping import EXIT_SIGNAL, Stopped
+from scripts.accuracy.commands import command_of
 from scripts.accuracy.study import Study, open_study, run_study, study_results
 from scripts.accuracy.study_config import read_study
 from scripts.accuracy.study_running import Machine, num_cores
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_bytes, atomic_write_json, atomic_write_text
-
-
-def command_of(config: Path, overrides: Sequence[str]) -> str:
-    """What makes the study anew, with the last part only of paths that lead elsewhere on every machine."""
-    words = [f"python scripts/accuracy_study.py --config {config if not config.is_absolute() else config.name}"]
-    for override in overrides:
-        name, _, value = override.partition("=")
-        words.append(f"{name}=.../{Path(value).name}" if os.path.isabs(os.path.expanduser(value)) else override)
-    return " ".join(words)
 
 
 def show_points(study: Study) -> None:
@@ -48,6 +39,7 @@ def show_points(study: Study) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    study.check_finished()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
@@ -102,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
             return EXIT_SIGNAL + stop.signal
         if code > EXIT_SIGNAL:  # A user who interrupts does not wait for pictures.
             return code
-    results, notes = study_results(study, command_of(options.config, options.overrides))
+    results, notes = study_results(study, command_of("scripts/accuracy_study.py", options.config, options.overrides))
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     print("\n".join(str(path) for path in write_results(results, study.folder.path)))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.config import parse_as
 from launcher.page import note, picture, section, table, write_page
 from launcher.plots import WIDTH_INCHES, Theme, new_figure, style, title
 from launcher.yaml_files import read_mapping
+from scripts.accuracy.commands import override
 from scripts.accuracy.study_plots import Drawing, drawings
 from scripts.accuracy.study_results import FORMAT
 from scripts.accuracy.study_tables import made_on, protocol_text, tables_of
 from scripts.benchmarks.tables import Table
+from scripts.ntk.study_config import StudyConfig as NtkConfig
 from sparse_zero.errors import InputError
-from sparse_zero.files import read_json
+from sparse_zero.files import read_json, to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +32,8 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "studies"
 _NTK_HEAD = ("subset", "parameters", "share", "scaled distance", "CKA", "accuracy", "agreement")
 # The order of the page: what comes first here stands first, the others after them.
 _ORDER = ("plateau", "words", "commonsense", "text", NTK)
-_COLOURS = {"row": "#0072b2", "column": "#009e73", "block": "#cc79a7", "lora": "#d55e00"}
+# By the kinds of scripts/ntk/subsets.py that have budgets.
+_COLOURS = {"rows": "#0072b2", "columns": "#009e73", "blocks": "#cc79a7", "lora": "#d55e00"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +65,26 @@ def read_study_results(place: Path) -> StudyResults:
         return StudyResults(name=str(content["name"]), content=content)
     if isinstance(content.get("summary"), list) and isinstance(content.get("machine"), dict):
         kept = {"format": NTK_FORMAT, "name": NTK, "machine": content["machine"], "summary": content["summary"]}
-        return StudyResults(name=NTK, content=kept)
+        return StudyResults(name=NTK, content={**kept, "command": _ntk_command(content.get("config"))})
     raise InputError(f"{path} is no result of a study: name one of scripts/accuracy_study.py or scripts/ntk_study.py")
+
+
+def _ntk_command(config: Any) -> str:
+    """What makes a study of kernels anew: all that its config has otherwise than the shipped one."""
+    shipped = read_mapping(_CONFIGS / f"{NTK}.yaml")
+    # Settings that the shipped file leaves out have their defaults.
+    usual = _flat(json.loads(to_json(asdict(parse_as(NtkConfig, shipped, NTK)))))
+    own = _flat(config) if isinstance(config, dict) else {}
+    words = [override(f"--{key}", each) for key, each in own.items() if key in usual and each != usual[key]]
+    return " ".join([f"python scripts/ntk_study.py --config configs/studies/{NTK}.yaml", *words])
+
+
+def _flat(mapping: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """By dotted keys."""
+    found: dict[str, Any] = {}
+    for key, each in mapping.items():
+        found |= _flat(each, f"{place}{key}.") if isinstance(each, dict) else {f"{place}{key}": each}
+    return found
 
 
 def stored(folder: Path) -> list[StudyResults]:
@@ -189,7 +212,7 @@ def _made(study: StudyResults) -> str:
         return f"`{study.content['command']}`; {made_on(study.content)}"
     machine = study.content["machine"]
     told = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, torch {machine['torch']}"
-    return f"`python scripts/ntk_study.py --config configs/studies/ntk.yaml`; {told}"
+    return f"`{study.content['command']}`; {told}"
 
 
 def _not_run(studies: Sequence[StudyResults]) -> list[tuple[str, str]]:

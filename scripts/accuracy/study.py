@@ -23,14 +23,14 @@ from scripts.accuracy.study_points import (
     setups_of,
     tuning_point,
 )
-from scripts.accuracy.study_results import Key, results_of, rows_by_name, tuned_of
-from scripts.accuracy.study_running import Machine, list_points, run_points
+from scripts.accuracy.study_results import Key, results_of, rows_by_name, tuned_of, versions
+from scripts.accuracy.study_running import Machine, check_finished, list_points, run_points
 from scripts.accuracy.study_tuning import Tuned, is_known, next_candidate
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json
 
-# How much ran at a time when the study was run last.
-_JOBS = "jobs.json"
+# How much ran at a time when the study was run last, and on what.
+_JOBS, _MADE = "jobs.json", ("machine", "versions")
 
 
 @dataclass
@@ -90,7 +90,8 @@ class Study:
             if tuned is None:
                 continue
             rate = next_candidate(tuned, self._metric(setup))
-            if not is_known(rate, [each.rate for each in tuned.tried]):
+            # Of all candidates, those among them that have not been run.
+            if not is_known(rate, [each.rate for each in points if each.rate is not None]):
                 points.append(self._tuning_point(setup, rate))
                 added = True
         return added
@@ -104,6 +105,15 @@ class Study:
             elif (tuned := found[setup.key]) is not None:
                 points[setup.key] = self._finals(setup, tuned.rate)
         return points
+
+    def check_finished(self) -> None:
+        """Raise where a finished run was another one than the config says now.
+
+        Raises:
+            InputError: names what differs.
+        """
+        finals = [point for points in self.finals().values() for point in points]
+        check_finished(self.folder, [*self.tuning_points, *finals])
 
 
 def open_study(config: StudyConfig) -> Study:
@@ -124,12 +134,15 @@ def open_study(config: StudyConfig) -> Study:
 
 def run_study(study: Study, machine: Machine) -> int:
     """Run what is not finished; returns the exit code: of a signal, 1 where a point did not finish, or 0."""
+    from scripts.benchmarking import machine as this_machine
+
     folder, config = study.folder, study.config
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()
-        # What times depend on; a collection later on asks for it.
-        atomic_write_json(folder.path / _JOBS, asdict(machine))
+        # What times depend on; a collection later on, maybe elsewhere, asks for it.
+        ran_on = {"machine": this_machine(), "versions": versions()}
+        atomic_write_json(folder.path / _JOBS, {**asdict(machine), **ran_on})
         num_finals = len(study.setups) * len(config.study.seeds)
         left = [point for point in study.tuning_points if folder.state(point.name) != "finished"]
         progress = SweepProgress(len(left) + num_finals, at_once=machine.jobs)
@@ -173,10 +186,13 @@ def study_results(study: Study, command: str) -> tuple[dict[str, Any], list[str]
     for _ in range(study.config.tuning.extend):
         if not study.extend():
             break
+    study.check_finished()
     finals = study.finals()
     if not any(study.folder.state(point.name) == "finished" for points in finals.values() for point in points):
         raise InputError(f"no final run has finished in {study.folder.path}: run the study first")
     jobs = study.folder.path / _JOBS
+    ran = read_json(jobs) if jobs.is_file() else {}
+    made = {"machine": machine(), "versions": versions(), **{key: ran[key] for key in _MADE if key in ran}}
     return results_of(
         study.config,
         study.folder,
@@ -185,6 +201,6 @@ def study_results(study: Study, command: str) -> tuple[dict[str, Any], list[str]
         study.setups,
         study.data,
         study.sizes,
-        {"machine": machine(), "jobs": read_json(jobs) if jobs.is_file() else None},
+        {**made, "jobs": {key: ran[key] for key in ("jobs", "threads")} if ran else None},
         command,
     )

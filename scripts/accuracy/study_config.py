@@ -38,7 +38,7 @@ class StudySection:
     full: str = "full"
     baseline: str = "lora"
     # A question that training (or development) and test data share. refuse: the study does not start; drop: the record
-    # leaves the training data, counted; keep: it stays, counted in the report.
+    # leaves the training data, counted; keep: it stays there, counted in the report, and is not tuned on.
     overlap: Literal["refuse", "drop", "keep"] = "refuse"
     # Adapters of finished points (the peers' too), whose size is in the table either way. Checkpoints never stay.
     keep_adapters: bool = False

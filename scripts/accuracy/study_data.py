@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -127,7 +127,8 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
     else:
         rest = _without(train, key, taken)
         dropped = len(train.records) - len(rest.records)
-        left, development = _split(rest, key, config.tuning.records, task)
+        # What is kept in the training data although it is tested on is not tuned on, too.
+        left, development = _split(rest, key, config.tuning.records, task, barred=shared)
     left = _limited(left, data.limit)
     if not left.records:
         raise InputError(f"tasks.{task.name}.data.train: no record is left without those of development and test data")
@@ -200,8 +201,8 @@ def _limited(part: _Part, limit: int | None) -> _Part:
     return part if part.text is not None else _Part(records=part.records[:limit])
 
 
-def _split(part: _Part, key: _Key, num_records: int, task: Task) -> tuple[_Part, _Part]:
-    """Training and development data: whole questions, in an order drawn once; of a text, its end."""
+def _split(part: _Part, key: _Key, num_records: int, task: Task, barred: Collection[str] = ()) -> tuple[_Part, _Part]:
+    """Training and development data: whole questions but barred ones, in an order drawn once; of a text, its end."""
     if part.text is not None:
         return _cut(part, task) if num_records else (part, part)
     by_question: dict[str, list[Record]] = {}
@@ -210,9 +211,10 @@ def _split(part: _Part, key: _Key, num_records: int, task: Task) -> tuple[_Part,
     questions = list(by_question)
     Random(_SPLIT_SEED).shuffle(questions)
     development: list[Record] = []
-    while questions and len(development) < num_records:
-        development += by_question[questions.pop()]
-    left = [record for question in questions for record in by_question[question]]
+    free = [question for question in questions if question not in barred]
+    while free and len(development) < num_records:
+        development += by_question.pop(free.pop())
+    left = [record for question in questions for record in by_question.get(question, ())]
     if len(left) < len(development):
         raise InputError(
             f"tuning.records is {num_records}, and tasks.{task.name} has {len(part.records)} training records: leave "

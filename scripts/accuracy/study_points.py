@@ -172,6 +172,11 @@ def _point(
         for key, value in changes.items():
             set_value(mapping, key, value, f"the study's {key}")
         parsed = parse_run(mapping)
+        if parsed.checkpoint.keep_best != "none":
+            raise InputError(
+                f"checkpoint.keep_best is {parsed.checkpoint.keep_best!r}: a final run would be chosen by the data "
+                "that it is judged by, and only of the methods that keep one; leave it out"
+            )
     except InputError as error:
         raise InputError(f"the point {name} of the study: {error}") from error
     return StudyPoint(name=name, stage=stage, setup=setup, rate=rate, seed=seed, settings=settings, config=parsed)

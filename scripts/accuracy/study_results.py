@@ -58,11 +58,16 @@ def rows_by_name(folder: SweepFolder, points: Sequence[StudyPoint]) -> tuple[dic
 
 
 def tuned_of(points: Sequence[StudyPoint], rows: Mapping[str, Mapping[str, Any]], metric: str) -> Tuned | None:
-    """What the tuning runs of one setup have found; None where none of them has finished."""
+    """What the tuning runs of one setup have found; None where none of them has finished.
+
+    Candidates that have not been run to an end are none yet: that one of them lies beyond the best says nothing.
+    """
     tried = []
     for point in points:
         row = rows[point.name]
         assert point.rate is not None
+        if row["state"] not in ("finished", "failed"):
+            continue
         is_finished = row["state"] == "finished"
         tried.append(
             Tried(
@@ -202,7 +207,7 @@ def results_of(
         setups: in the order of the table.
         data: of each task.
         sizes: of each task with a head.
-        machine: what the runs ran on: ``machine``, see :func:`scripts.benchmarking.machine`, and ``jobs``.
+        machine: what the runs ran on: ``machine``, see :func:`scripts.benchmarking.machine`, ``versions``, ``jobs``.
         command: that makes the study anew, without paths of this machine.
     """
     rows, notes = rows_by_name(folder, [point for points in finals.values() for point in points])
@@ -235,7 +240,6 @@ def results_of(
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime(_newest(folder, finals))),
         **machine,
-        "versions": versions(),
         "protocol": {
             "seeds": list(config.study.seeds),
             "tuning_seed": config.tuning.seed,

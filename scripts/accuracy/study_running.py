@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.config import resolved_yaml
 from launcher.run_folder import RunFolder
 from launcher.stopping import EXIT_ERROR, EXIT_SIGNAL, Stopped, StopRequest
 from launcher.sweep.progress import SweepProgress
 from launcher.sweep.running import last_lines
 from launcher.sweep.sweep_folder import FORMAT, SweepFolder
 from launcher.yaml_files import parse_yaml
-from scripts.accuracy.study_points import StudyPoint
+from scripts.accuracy.study_points import StudyPoint, parse_run
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, atomic_write_text
 
@@ -72,19 +73,34 @@ def list_points(folder: SweepFolder, points: Sequence[StudyPoint]) -> None:
     Raises:
         InputError: a finished point was another run; names what differs.
     """
+    check_finished(folder, points)
     for point in points:
         path = folder.config(point.name)
-        if path.is_file() and path.read_text(encoding="utf-8") == point.yaml:
-            continue
-        if path.is_file() and folder.run(point.name).summary.is_file():
-            _check_same(point, path, folder)
-        atomic_write_text(path, point.yaml)
+        if not path.is_file() or path.read_text(encoding="utf-8") != point.yaml:
+            atomic_write_text(path, point.yaml)
     content = [{"name": point.name, "settings": dict(point.settings)} for point in points]
     atomic_write_json(folder.points, {"format": FORMAT, "points": content})
 
 
+def check_finished(folder: SweepFolder, points: Sequence[StudyPoint]) -> None:
+    """Raise where a finished point was another run than it would be now: its numbers are those of another study.
+
+    Raises:
+        InputError: names what differs.
+    """
+    for point in points:
+        path = folder.config(point.name)
+        if not path.is_file() or path.read_text(encoding="utf-8") == point.yaml:
+            continue
+        if folder.run(point.name).summary.is_file():
+            _check_same(point, path, folder)
+
+
 def _check_same(point: StudyPoint, path: Path, folder: SweepFolder) -> None:
     old, new = parse_yaml(path.read_text(encoding="utf-8"), str(path)), parse_yaml(point.yaml, point.name)
+    # A setting that is newer than the run had its default then; what cannot be read anymore is compared as it stands.
+    with contextlib.suppress(InputError):
+        old = parse_yaml(resolved_yaml(parse_run(old)), str(path))
     for section in _FREE_SECTIONS:
         old.pop(section, None)
         new.pop(section, None)
@@ -99,7 +115,6 @@ def _check_same(point: StudyPoint, path: Path, folder: SweepFolder) -> None:
 def _difference(old: Any, new: Any, place: str) -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
-            # A setting that one of the two does not know has its default there.
             found = _difference(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
             if found is not None:
                 return found

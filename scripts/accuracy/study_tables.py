@@ -12,6 +12,8 @@ from scripts.accuracy.study_results import share_of_row
 from scripts.benchmarks.tables import Table
 
 Results = Mapping[str, Any]
+# Numbers of parameters that differ by less than this share of them are called equal.
+_EQUAL = 0.05
 
 
 def value_text(value: float, metric: str, *, signed: bool = False) -> str:
@@ -137,7 +139,49 @@ def protocol_text(results: Results) -> str:
         "than its standard deviation over seeds. Trained: share of the parameters, without the head. Time is that of a "
         "whole run."
     )
-    return "\n\n".join(["\n".join(parts), tuning, measure])
+    return "\n\n".join(["\n".join(parts), tuning, measure, *_reservations(results)])
+
+
+def _reservations(results: Results) -> list[str]:
+    """What a reader must know of these numbers and not of others: what is missing, and what is not equal."""
+    protocol, rows = results["protocol"], results["rows"]
+    found = []
+    num_seeds = len(protocol["seeds"])
+    missing = sum(num_seeds - row["num_finished"] for row in rows)
+    if missing:
+        found.append(f"Unfinished: {missing} of {num_seeds * len(rows)} final runs (n: those that a line is made of).")
+    failed = [
+        f"{row['label']}{_budget(row)} at {each['rate']:g}"
+        for row in rows
+        for each in row["tried"]
+        if each["accuracy"] is None and each["loss"] is None
+    ]
+    if failed:
+        found.append(f"Candidates whose tuning run failed, diverged ones among them: {', '.join(failed)}.")
+    if num_seeds < 4 and any(task["metric"] == "loss" for task in results["tasks"].values()):
+        found.append(f"Losses are resampled over seeds alone: with {num_seeds}, the interval is their whole range.")
+    unequal = [each for row in rows if (each := _unequal(row, results)) is not None]
+    if unequal:
+        found.append(
+            "Parameters at a budget are not equal where ranks or blocks do not fit it. Against "
+            f"{protocol['baseline']}, or without it the budget: {', '.join(unequal)}."
+        )
+    return found
+
+
+def _unequal(row: Mapping[str, Any], results: Results) -> str | None:
+    """By how much a method has more or less than the baseline at its budget, if that is more than a twentieth.
+
+    Where there is no baseline, it is the budget itself that a method has more or less than.
+    """
+    if row["budget"] is None or row["method"] == results["protocol"]["baseline"]:
+        return None
+    key = (row["task"], results["protocol"]["baseline"], row["budget"])
+    other = next((each for each in results["rows"] if (each["task"], each["method"], each["budget"]) == key), None)
+    ours, theirs = share_of_row(row), row["budget"] if other is None else share_of_row(other)
+    if not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL:
+        return None
+    return f"{row['label']}{_budget(row)} {100 * (ours / theirs - 1):+.0f} %"
 
 
 def _overlap(records: Mapping[str, int], protocol: Mapping[str, Any]) -> str:

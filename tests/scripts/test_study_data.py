@@ -58,6 +58,8 @@ def test_a_shared_question_is_refused_or_dropped_or_kept(tmp_path: Path) -> None
     kept = prepare(study(tmp_path, train, test, "keep"), tmp_path)
     assert (kept.counts["dropped"], kept.counts["shared"]) == (0, 2)
     assert kept.counts["train"] + kept.counts["development"] == 20
+    assert not set(test) & set(questions(kept.development))
+    assert set(test) & set(questions(kept.train)) == set(QUESTIONS[18:])
 
 
 def test_a_file_of_development_data(tmp_path: Path) -> None:

@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 
+from launcher.sweep.sweep_folder import SweepFolder
+from launcher.yaml_files import read_mapping
 from scripts.accuracy.study_config import read_study
 from scripts.accuracy.study_points import check_same_protocol, setups_of
+from scripts.accuracy.study_results import tuned_of
+from scripts.accuracy.study_running import check_finished, list_points
 from sparse_zero.errors import InputError
-from tests.scripts.study_examples import SIZES, STUDIES, all_points, read_example
+from sparse_zero.selection.candidates import match_names
+from tests.scripts.study_examples import CONFIGS, SIZES, STUDIES, all_points, read_example
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -119,6 +124,63 @@ def test_a_method_does_not_set_what_the_study_sets(tmp_path: Path, key: str) -> 
     config = read_example(tmp_path, {"methods": {"a": {**_ROWS, key: 1}}, "budgets": []})
     with pytest.raises(InputError, match=f"methods.a sets {key}"):
         all_points(config)
+
+
+def test_no_run_is_chosen_by_what_it_is_judged_by(tmp_path: Path) -> None:
+    data = {"train": "a.json", "validation": "b.json", "fields": {"text": "text"}}
+    kept = {**_ROWS, "checkpoint": {"every": 1, "keep_best": "validation_loss"}}
+    with pytest.raises(InputError, match=r"keep_best is 'validation_loss': a final run would be chosen"):
+        all_points(read_example(tmp_path, {"tasks": {"text": {"data": data}}, "methods": {"a": kept}}))
+
+
+def test_rows_of_the_encoders_mixture_are_of_the_mlp_alone() -> None:
+    content = read_mapping(CONFIGS / "parts" / "encoder-mixed.yaml")
+    blocks, rows = (region["modules"] for region in content["selection"]["regions"])
+    attention = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+    names = [f"bert.encoder.layer.10.{name}" for name in (*attention, "intermediate.dense", "output.dense")]
+    assert match_names(blocks, names, "blocks", "matrix") == names[:4]
+    assert match_names(rows, names, "rows", "matrix") == names[4:]
+
+
+def test_a_finished_run_of_another_protocol_is_not_collected(tmp_path: Path) -> None:
+    (point, *_), _ = all_points(read_example(tmp_path))
+    (changed, *_), _ = all_points(read_example(tmp_path, overrides=["--run.training.warmup_fraction=0.5"]))
+    folder = SweepFolder(tmp_path / "out")
+    list_points(folder, [point])
+    # Before it has run, nothing is lost.
+    check_finished(folder, [changed])
+    folder.run(point.name).path.mkdir(parents=True)
+    folder.run(point.name).summary.write_text("{}")
+    check_finished(folder, [point])
+    # One of an older version, which did not know a setting yet that has its default now.
+    older = folder.config(point.name)
+    older.write_text("".join(line for line in point.yaml.splitlines(keepends=True) if "beta2" not in line))
+    assert older.read_text() != point.yaml
+    check_finished(folder, [point])
+    with pytest.raises(InputError, match=r"is finished, and training.warmup_fraction was .* and is now 0.5"):
+        check_finished(folder, [changed])
+
+
+def test_a_candidate_that_has_not_run_is_none(tmp_path: Path) -> None:
+    tuning, _ = all_points(read_example(tmp_path, {"tuning": {"rates": [1e-3, 3e-3, 1e-2], "steps": 2}}))
+    points = [point for point in tuning if point.setup.method.name == "rows"]
+
+    def found(*states: str) -> Any:
+        numbers = [{"accuracy_tuned": each, "validation_loss_last": 1.0} for each in (0.5, 0.7, 0.6)]
+        rows = {
+            point.name: {**each, "state": state} for point, each, state in zip(points, numbers, states, strict=True)
+        }
+        return tuned_of(points, rows, "accuracy")
+
+    assert (found("finished", "finished", "finished").rate, found("finished", "finished", "finished").at_edge) == (
+        3e-3, False,
+    )  # fmt: skip
+    # Nothing is known beyond the best yet.
+    waiting = found("finished", "finished", "missing")
+    assert (waiting.rate, waiting.at_edge, len(waiting.tried)) == (3e-3, True, 2)
+    # What failed there was tried.
+    assert not found("finished", "finished", "failed").at_edge
+    assert found("missing", "stopped", "running") is None
 
 
 def test_overrides_change_a_task(tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ import pytest
 
 from launcher.plots import LIGHT, to_png
 from scripts import results as results_script
+from scripts.accuracy.commands import command_of
 from scripts.accuracy.results_page import markdown as page_of
 from scripts.accuracy.results_page import read_study_results, shipped_studies, stored, study_pictures
 from scripts.accuracy.study_plots import drawings
 from scripts.accuracy.study_results import share_of_row
 from scripts.accuracy.study_tables import as_csv, markdown, tables_of
+from scripts.ntk.study_config import SubsetsConfig
+from scripts.ntk.subsets import named_subsets
 from tests.scripts.study_examples import STUDIES, example_results
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,6 +40,35 @@ def test_a_line_has_the_numbers_of_its_row() -> None:
     assert line["to lora"].startswith(f"{100 * row['to_baseline']['mean']:+.1f} [{low:+.1f}, ")
     assert line["other text"] == "3.100 → 3.500"
     assert share_of_row(row) == pytest.approx(200_000 / 999_230)
+
+
+def test_what_is_missing_or_unequal_is_said() -> None:
+    results = example_results()
+    text = markdown(results)
+    for word in ("Unfinished", "tuning run failed", "not equal", "resampled over seeds alone"):
+        assert word not in text
+    row = next(row for row in results["rows"] if row["method"] == "blocks" and row["budget"] == 0.2)
+    row["num_finished"] = 2
+    row["parameters_trained"] = 770 + 1.3 * 200_000
+    row["tried"][2] |= {"accuracy": None, "loss": None}
+    results["tasks"]["words"]["metric"] = "loss"
+    text = markdown(results)
+    assert f"Unfinished: 1 of {3 * len(results['rows'])} final runs" in text
+    assert "tuning run failed, diverged ones among them: blocks 20 % at 0.001." in text
+    assert "Against lora, or without it the budget: blocks 20 % +30 %." in text
+    assert "with 3, the interval is their whole range" in text
+    results["rows"] = [each for each in results["rows"] if each["method"] != "lora"]
+    row["parameters_trained"] = 770 + 0.8 * 200_000
+    assert "without it the budget: blocks 20 % -20 %." in markdown(results)
+
+
+def test_a_command_tells_no_folder_of_a_machine() -> None:
+    overrides = ["--a.model=/x/y/model", "--a.train=../z/train.tsv", "--study.folder=runs/mine", "--b=[1, 2]"]
+    found = command_of("scripts/accuracy_study.py", Path("configs/studies/words.yaml"), overrides)
+    assert found == (
+        "python scripts/accuracy_study.py --config configs/studies/words.yaml --a.model=.../model "
+        "--a.train=.../train.tsv --study.folder=runs/mine '--b=[1, 2]'"
+    )
 
 
 def test_csv_and_document() -> None:
@@ -109,19 +141,28 @@ def test_every_shipped_study_is_on_the_page() -> None:
 
 
 def test_kernel_studies_have_a_table_and_pictures(tmp_path: Path) -> None:
+    config = SubsetsConfig(per_matrix=(1,), kinds=("row", "column", "block"), scores=("first",), lora_ranks=(1,))
+    kinds = {named.kind for named in named_subsets(config)} - {"full", "matrices", "vectors"}
     line = {
-        "head": None, "shots": 16, "subset": "rows-1-first", "kind": "row", "budget": 1, "score": "first",
+        "head": None, "shots": 16, "subset": "rows-1-first", "kind": "rows", "budget": 1, "score": "first",
         "num_seeds": 3, "fraction": 0.001, "num_parameters": 1000,
     }  # fmt: skip
     for name in ("scaled_distance", "centred_alignment", "accuracy", "agreement"):
         line |= {name: 0.25, f"{name}_deviation": 0.01}
-    content = {"config": {"model": {"name_or_path": "/secret"}}, "machine": example_results()["machine"]}
-    (tmp_path / "results.json").write_text(
-        json.dumps({**content, "summary": [line, {**line, "fraction": 0.01}], "rows": []})
-    )
+    model = {"name_or_path": "/secret/minilm", "function": "probe"}
+    content = {"config": {"model": model, "heads": ["fitted"], "shots": [16]}, "machine": example_results()["machine"]}
+    others = [{**line, "kind": kind, "subset": kind, "fraction": 0.01} for kind in sorted(kinds)]
+    (tmp_path / "results.json").write_text(json.dumps({**content, "summary": [line, *others], "rows": []}))
     found = read_study_results(tmp_path)
     assert "secret" not in json.dumps(found.content)
     text = page_of([found])
+    # What was changed is in the command, and no more.
+    command = "ntk.yaml --model.name_or_path=.../minilm '--heads=[\"fitted\"]'`"
+    assert command in text
+    # Every kind that the study makes has its line.
+    (axes,) = study_pictures(found)["ntk-distance"][1](LIGHT).axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert {label.partition(",")[0] for label in labels} == kinds == {"rows", "columns", "blocks", "lora"}
     assert "| rows-1-first | 1,000 | 0.10% | 0.250 ± 0.010 | 0.250 ± 0.010 | 25.0 ± 1.0 % | 25.0 % |" in text
     for _, draw in study_pictures(found).values():
         assert to_png(draw(LIGHT)).startswith(b"\x89PNG")

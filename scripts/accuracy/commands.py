@@ -1,0 +1,32 @@
+"""How is a command told on a page, so that it can be repeated elsewhere and says nothing of this machine's folders?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def override(name: str, value: Any) -> str:
+    """``--name=value`` for a shell; of a path that leads elsewhere on every machine, its last part."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if os.path.isabs(os.path.expanduser(text)) or Path(text).parts[:1] == ("..",):
+        text = f".../{Path(text).name}"
+    return shlex.quote(f"{name}={text}")
+
+
+def command_of(script: str, config: Path, overrides: Sequence[str]) -> str:
+    """What makes a study anew.
+
+    Args:
+        script: its path in the repository.
+        config: as it was given.
+        overrides: ``--section.key=value``.
+    """
+    pairs = [each.partition("=") for each in overrides]
+    words = [override(name, value) for name, _, value in pairs]
+    place = config.name if config.is_absolute() or config.parts[:1] == ("..",) else config
+    return " ".join([f"python {script} --config {place}", *words])
