@@ -47,9 +47,20 @@ def read_documents(files: Sequence[Path], num_characters: int, seed: int) -> tup
 
 
 def split_documents(documents: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Those for training, and those at the end for validation."""
+    """Those for training, and those at the end for validation: without the ones that training has, too.
+
+    Raises:
+        InputError: training has all of them.
+    """
     held_out = max(_MIN_VALIDATION_DOCUMENTS, round(_VALIDATION_SHARE * len(documents)))
-    return documents[:-held_out], documents[-held_out:]
+    training = documents[:-held_out]
+    known = set(training)
+    validation = [each for each in documents[-held_out:] if each not in known]
+    if not validation:
+        raise InputError(
+            f"--text ends with {held_out} documents that all stand before, too: give text whose end is its own"
+        )
+    return training, validation
 
 
 def train_tokenizer(documents: Sequence[str], vocab: int) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from scripts import pretrain_llama
 from scripts.pretraining import loop, text
 from scripts.pretraining.settings import Schedule
 from scripts.pretraining.state import STATE_NAME, Progress
+from sparse_zero.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--vocab", "512", "--hidden", "256", "--intermediate", "256", "--layers", "1", "--heads", "2"]
@@ -30,6 +31,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "llama"
     assert pretrain_llama.main(["--out", str(folder), *SHORT]) == 0
     return folder
+
+
+def test_held_out_documents_are_in_no_training_data() -> None:
+    documents = [f"document {number}" for number in range(300)]
+    training, validation = text.split_documents([*documents[:299], "document 7"])
+    assert (len(training), validation) == (297, ["document 297", "document 298"])
+    with pytest.raises(InputError, match="3 documents that all stand before"):
+        text.split_documents([*documents[:297], *documents[:3]])
 
 
 def test_the_folder_is_a_model_with_its_tokenizer_and_its_story(made: Path) -> None:
