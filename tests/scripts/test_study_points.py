@@ -46,10 +46,11 @@ def test_the_plateau_has_five_budgets_of_three_methods() -> None:
         for point in finals
         if point.setup.method.name == "blocks"
     }
-    assert found == {("blocks", budget): int(budget * SIZES.total) for budget in (0.001, 0.005, 0.01, 0.05, 0.2)}
+    assert found == {("blocks", budget): int(budget * SIZES.total) for budget in config.budgets}
+    assert (min(config.budgets), max(config.budgets)) == (0.00122, 0.2)
     heads = {point.config.selection.regions[-1].modules for point in finals if not point.is_peer}
     assert heads == {("classifier.*",)}
-    small = [point for point in finals if point.setup.key[1:] == ("lora", 0.001)]
+    small = [point for point in finals if point.setup.key[1:] == ("lora", 0.00122)]
     assert {point.config.peer.modules for point in small} == {("*.layer.*.{query,value}",)}
     assert {point.config.peer.head for point in small} == {("classifier.*",)}
 
