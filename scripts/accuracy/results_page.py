@@ -14,7 +14,7 @@ from launcher.page import note, picture, section, table, write_page
 from launcher.plots import WIDTH_INCHES, Theme, new_figure, style, title
 from launcher.yaml_files import read_mapping
 from scripts.accuracy.commands import override
-from scripts.accuracy.study_plots import Drawing, drawings
+from scripts.accuracy.study_plots import Drawing, drawings, log_ticks
 from scripts.accuracy.study_results import FORMAT
 from scripts.accuracy.study_tables import made_on, protocol_text, tables_of
 from scripts.benchmarks.tables import Table
@@ -141,8 +141,9 @@ def _ntk_figure(content: Mapping[str, Any], measure: str, label: str, theme: The
     axes = figure.subplots()
     style(axes, theme)
     axes.grid(True, color=theme.grid, linewidth=0.8)
-    if len({line["fraction"] for line in lines}) > 1:
-        axes.set_xscale("log")
+    shares = [100 * line["fraction"] for line in lines if line["kind"] in _COLOURS]
+    if len(set(shares)) > 1:
+        log_ticks(axes, shares, lambda value: f"{value:.2g}")
     styles: dict[str, Any] = {}
     for kind, score in dict.fromkeys((line["kind"], line["score"]) for line in lines if line["kind"] in _COLOURS):
         own = sorted(

@@ -57,13 +57,18 @@ def _legend(figure: Figure, axes: Sequence[Axes], theme: Theme, columns: int = 3
             text.set_color(theme.ink)
 
 
-def _log_ticks(axes: Axes, values: Sequence[float], label: Callable[[float], str]) -> None:
+def log_ticks(axes: Axes, values: Sequence[float], label: Callable[[float], str]) -> None:
+    """A logarithmic axis with a label at each of these values, but where it has no room."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
+    kept: list[float] = []
+    for value in sorted(set(values)):
+        if not kept or value / kept[-1] > 1.35:
+            kept.append(value)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(values, [label(value) for value in values])
+    axes.set_xticks(kept, [label(value) for value in kept])
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -97,13 +102,8 @@ def share_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
             mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
             axes.axhspan(mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
             axes.axhline(mean, color=colour, linestyle=(0, (5, 2)), linewidth=1.4, label=row["label"])
-    kept: list[float] = []
-    for value in sorted(set(ticks)):
-        # Where the labels have room.
-        if not kept or value / kept[-1] > 1.35:
-            kept.append(value)
-    if kept:
-        _log_ticks(axes, kept, lambda value: f"{value:.3g}")
+    if ticks:
+        log_ticks(axes, ticks, lambda value: f"{value:.3g}")
     axes.set_xlabel("trained share of the parameters, %")
     axes.set_ylabel(_name(metric))
     title(axes, f"{results['tasks'][task]['label']}: mean ± standard deviation over seeds", theme)
@@ -166,7 +166,7 @@ def rates_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
             best = [point for point in known if point[0] == row["rate"]]
             axes.plot(*zip(*best, strict=True), "o", color=colour, markersize=8, fillstyle="none")
         # As many ticks as have room.
-        _log_ticks(axes, rates if len(rates) <= 4 else rates[:: -(-len(rates) // 4)], lambda value: f"{value:.2g}")
+        log_ticks(axes, rates if len(rates) <= 4 else rates[:: -(-len(rates) // 4)], lambda value: f"{value:.2g}")
         title(axes, own[0]["label"], theme)
         if at % num_columns == 0:
             axes.set_ylabel("development " + ("loss" if by_loss else "accuracy, %"))
