@@ -33,8 +33,8 @@ from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
 from models.base_identity import base_identity, begin_base_identity
 from models.chunked_loss import warn_of_chunks
-from models.classification import position_offset, set_up_classifier
-from models.classified_data import Labels, load_classified, targets_of
+from models.classification import check_context, set_up_classifier
+from models.classified_data import Labels, load_classified
 from models.collate import collate
 from models.data import Sample, SampleSet, load_records, load_samples
 from models.families import check_not_fused, mixes_packed, module_map
@@ -196,16 +196,6 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
     validate_model_source(config.model)
 
 
-def _check_context(model: Any, samples: SampleSet) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(samples.lengths)
-    if context is not None and longest > context - position_offset(model):
-        raise InputError(
-            f"data.max_length lets samples have up to {longest} tokens, and the model has room for "
-            f"{context - position_offset(model)}: lower data.max_length"
-        )
-
-
 def _load_data(
     config: RunConfig, source: ModelConfig, tokenizer: Any
 ) -> tuple[SampleSet, SampleSet | None, Labels | None]:
@@ -361,13 +351,16 @@ def prepare(
         identity = begin_base_identity(base_folder, source.gguf_file, head=head) if world.is_main else None
         train, validation, labels = _load_data(config, source, tokenizer)
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
-        if labels is not None:
-            targets_of(config.data, test, "test", labels)
+        # Not kept: what is wrong with them is said before anything is trained.
+        texts = test[: config.data.evaluation.limit] if labels is not None else []
+        classified = load_classified(config.data, tokenizer, "test", labels, texts) if labels and texts else None
         # Measured by a run, and not where only a selection is made.
         asked = continues and config.data.forgetting is not None
         forgetting = load_samples(config.data, tokenizer, "forgetting") if asked else None
     if world.world_size > 1:
-        samples = {"data.train": train, "data.validation": validation, "data.forgetting": forgetting}
+        samples = {
+            "data.train": train, "data.validation": validation, "data.forgetting": forgetting, "data.test": classified,
+        }  # fmt: skip
         check_same_input(config, source, samples)
     with failing_together():
         model = None if sharded else load_model(source, head_seed=config.training.seed)
@@ -379,9 +372,9 @@ def prepare(
         if labels is not None:
             set_up_classifier(model, tokenizer, labels)
         _check_packing(config, model)
-        for found in (train, validation, forgetting):
+        for found in (train, validation, forgetting, classified):
             if found is not None:
-                _check_context(model, found)
+                check_context(model, found.lengths)
         check_prefix_cache(config, model, train.lengths)
         family = module_map(model)
         check_model(config, model, family, checkpoint, sharded=sharded)

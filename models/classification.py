@@ -49,6 +49,20 @@ def position_offset(model: PreTrainedModel) -> int:
     return 0 if padding is None else int(padding) + 1
 
 
+def check_context(model: Any, lengths: Sequence[int]) -> None:
+    """Raise if samples of these lengths, at least one, are longer than the model has positions for.
+
+    Raises:
+        InputError: they are.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max(lengths) > context - position_offset(model):
+        raise InputError(
+            f"data.max_length lets samples have up to {max(lengths)} tokens, and the model has room for "
+            f"{context - position_offset(model)}: lower data.max_length"
+        )
+
+
 def takes(model: Any, name: str) -> bool:
     """Whether a model, also in an engine, can be given the input ``name``."""
     inner = getattr(model, "module", model)
@@ -103,6 +117,8 @@ def classification_metrics(targets: Sequence[float], predictions: Sequence[float
         of numbers ``pearson``, ``spearman`` and ``mean_squared_error``.
     """
     if labels.is_regression:
+        if not all(map(math.isfinite, predictions)):
+            return dict.fromkeys(("pearson", "spearman", "mean_squared_error"))
         return {
             "pearson": _pearson(targets, predictions),
             "spearman": _pearson(_ranks(targets), _ranks(predictions)),
@@ -136,6 +152,8 @@ def _matthews(pairs: Sequence[tuple[int, int]], num_labels: int) -> float | None
 
 
 def _pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
+    if min(first) == max(first) or min(second) == max(second):
+        return None  # Rounded means would make noise of it.
     means = [math.fsum(each) / len(each) for each in (first, second)]
     a, b = ([value - mean for value in each] for each, mean in zip((first, second), means, strict=True))
     below = math.sqrt(math.fsum(x * x for x in a) * math.fsum(x * x for x in b))

@@ -16,6 +16,8 @@ from sparse_zero.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Texts tokenized in one call: what the tokenizer tells of each token (its place, its text) takes more than the token.
+_CHUNK = 1024
 # What GLUE has in the place of labels that it does not tell.
 _HIDDEN = "-1"
 
@@ -146,9 +148,22 @@ def encode_texts(
 
     What is longer than ``data.max_length`` loses tokens at the end, of a pair those of the longer text. The token type
     ids are empty where the tokenizer gives none.
+
+    Raises:
+        InputError: ``data.max_length`` leaves no room behind the special tokens.
     """
-    if not records:
-        return [], 0
+    encoded: list[tuple[list[int], list[int]]] = []
+    num_cut = 0
+    for start in range(0, len(records), _CHUNK):
+        found, num_cut_here = _encode_chunk(config, tokenizer, records[start : start + _CHUNK])
+        encoded += found
+        num_cut += num_cut_here
+    return encoded, num_cut
+
+
+def _encode_chunk(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, str]]
+) -> tuple[list[tuple[list[int], list[int]]], int]:
     texts, seconds = zip(*(texts_of(config, record) for record in records), strict=True)
     pairs: dict[str, Any] = {} if config.fields.second_text is None else {"text_pair": list(seconds)}
     # Without the warning of samples longer than the tokenizer's own limit: they are cut below.
@@ -157,6 +172,10 @@ def encode_texts(
     encoded = whole
     if any(is_cut):
         encoded = tokenizer(list(texts), **pairs, truncation="longest_first", max_length=config.max_length)
+        if any(len(ids) > config.max_length for ids in encoded["input_ids"]):
+            raise InputError(
+                f"data.max_length is {config.max_length}, and the tokenizer's special tokens alone are more: raise it"
+            )
     types = encoded.get("token_type_ids") or [[] for _ in texts]
     return list(zip(encoded["input_ids"], types, strict=True)), sum(is_cut)
 
@@ -164,7 +183,7 @@ def encode_texts(
 def load_classified(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    split: Literal["train", "validation"],
+    split: Literal["train", "validation", "test"],
     labels: Labels,
     records: Sequence[Mapping[str, str]] | None = None,
 ) -> SampleSet:

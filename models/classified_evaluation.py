@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from models.classification import class_logits, classification_metrics
-from models.classified_data import Labels, encode_texts, targets_of, texts_of
-from models.collate import collate_classified
-from models.data import ClassifiedSample, DataConfig
+from models.classification import check_context, class_logits, classification_metrics
+from models.classified_data import Labels, load_classified, targets_of, texts_of
+from models.collate import collate
+from models.data import DataConfig
 from models.evaluation import (
     EvaluationResult,
     Prediction,
@@ -56,20 +56,21 @@ def evaluate_classify(
         progress: called after every batch.
 
     Raises:
-        InputError: there are no records, or a label stands for nothing.
+        InputError: there are no records, a label stands for nothing, or a text is empty or exceeds the model's context.
     """
     if not records:
         raise InputError("data.test has no problems: name a file with some")
     records = records[: config.evaluation.limit]
     targets = targets_of(config, records, "test", labels)
-    encoded, _ = encode_texts(config, tokenizer, records)
-    samples = [ClassifiedSample(ids, target, types) for (ids, types), target in zip(encoded, targets, strict=True)]
-    lengths = [len(sample.input_ids) for sample in samples]
-    batches = batches_of_rank(lengths, config.evaluation.batch_size, rank, world_size, lockstep)
+    found_samples = load_classified(config, tokenizer, "test", labels, records)
+    samples = found_samples.samples
+    check_context(model, found_samples.lengths)
+    batches = batches_of_rank(found_samples.lengths, config.evaluation.batch_size, rank, world_size, lockstep)
     found: list[tuple[int, list[float]]] = []
     with evaluating(model, None), without_gradients(lockstep):
         for batch, is_real in with_progress(batches, progress):
-            collated = collate_classified([samples[index] for index in batch], pad_token_id(tokenizer))
+            rows = [samples[index] for index in batch]
+            collated = collate(rows, batching="pad", pad_token_id=pad_token_id(tokenizer))
             logits_BC = class_logits(model, {name: tensor.to(model.device) for name, tensor in collated.items()})
             answers = logits_BC if labels.is_regression else logits_BC.softmax(1)
             found += list(zip(batch, answers.tolist(), strict=True)) if is_real else []

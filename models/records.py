@@ -154,7 +154,7 @@ def _read_file(path: Path, field: str, data_format: DataFormat) -> list[Record]:
     kind = _kind(path, data_format)
     if kind == "text":
         raise InputError(
-            f"{field} is {str(path)!r}: plain text has no records with fields; give JSON, JSONL, CSV or parquet"
+            f"{field} is {str(path)!r}: plain text has no records with fields; give JSON, JSONL, CSV, TSV or parquet"
         )
     readers: dict[str | None, Callable[[Path], list[Record]]] = {
         "json": _read_json,

@@ -19,7 +19,7 @@ from launcher.memory.notes import MemoryNotes
 from launcher.methods import save_merged
 from launcher.preparing import Prepared
 from launcher.world import World
-from models.data import TokenizedSample
+from models.data import Sample
 from models.peer_models import add_adapters
 from scripts.accuracy.peer_config import ADAPTERS, PeerConfig, PeerRunConfig
 from scripts.accuracy.peer_plan import PeerPlan, plan_peer
@@ -37,7 +37,7 @@ from sparse_zero.zero.unsupported import offload_device
 HEAD_FILE = "head.safetensors"
 
 
-def frequent_tokens(samples: Iterable[TokenizedSample], number: int, vocabulary: int) -> list[int]:
+def frequent_tokens(samples: Iterable[Sample], number: int, vocabulary: int) -> list[int]:
     """The most frequent tokens of the training data, in the order of their ids; those that do not occur come last."""
     counts = Counter(token for sample in samples for token in sample.input_ids)
     return sorted(sorted(range(vocabulary), key=lambda token: (-counts[token], token))[:number])
@@ -99,7 +99,7 @@ class PeerTraining:
         plan, tokens = self.plan, [0]
         if plan.method == "trainable_tokens":
             vocabulary = prepared.model.get_input_embeddings().num_embeddings
-            tokens = frequent_tokens(prepared.train.texts, plan.rank, vocabulary)
+            tokens = frequent_tokens(prepared.train.samples, plan.rank, vocabulary)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return add_adapters(

@@ -46,7 +46,8 @@ class BlockPlan(NamedTuple):
     columns: Tensor  # [N] grid column of each block
     strips: Tensor  # [U] distinct grid columns
     strip_of_block: Tensor  # [N] which of the strips each block reads
-    cells: tuple[Cell, ...]  # [N]
+    # [N], or empty where they are many and :func:`reads_many_cells` says no.
+    cells: tuple[Cell, ...]
     # Whether a block is cut off at the last row, and at the last column, of the weight.
     is_cut: tuple[bool, bool]
 
@@ -54,13 +55,18 @@ class BlockPlan(NamedTuple):
         """How products with operands like ``x_TF`` are formed by torch. Simulations are of GPUs."""
         if torch.compiler.is_compiling():
             return "gathered"
-        few = len(self.cells) <= MOST_VIEWS
-        if x_TF.device.type != "cpu" or _is_simulated(x_TF):
+        few = len(self.rows) <= MOST_VIEWS
+        if not reads_many_cells(x_TF):
             return "views" if few else "gathered"
-        copied = len(self.cells) * x_TF.shape[0] * (self.height + self.width) * x_TF.element_size()
+        copied = len(self.rows) * x_TF.shape[0] * (self.height + self.width) * x_TF.element_size()
         if copied <= MOST_GATHERED_BYTES:
             return "gathered"
         return "views" if few else "strips"
+
+
+def reads_many_cells(x: Tensor) -> bool:
+    """Whether products with tensors like ``x`` are formed one by one, however many they are: on a CPU."""
+    return x.device.type == "cpu" and not _is_simulated(x)
 
 
 def _is_simulated(x: Tensor) -> bool:
@@ -100,7 +106,7 @@ def block_gradients(dy_TO: Tensor, x_TI: Tensor | None, x_strips_UTW: Tensor | N
         return triton_kernels.block_gradients(dy_TO, x_TI, x_strips_UTW, plan)
     way = plan.way(dy_TO)
     if way != "gathered":
-        gradients = dy_TO.new_empty(len(plan.cells), plan.height, plan.width)
+        gradients = dy_TO.new_empty(len(plan.rows), plan.height, plan.width)
         if _is_simulated(gradients):
             return gradients
         dy_strips = _strips_of(dy_TO, plan.height, way)

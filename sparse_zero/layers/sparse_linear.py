@@ -8,7 +8,7 @@ from sparse_zero.layers.entries import Places, add_wide, gather_at, scatter_at, 
 from sparse_zero.layers.functional import PLAIN, Plan, sparse_linear
 from sparse_zero.layers.quantized import Quantization, dense_form
 from sparse_zero.layers.quantized_linear import QuantizedLinear
-from sparse_zero.layers.region_products import BlockPlan, Cell
+from sparse_zero.layers.region_products import MOST_VIEWS, BlockPlan, Cell, reads_many_cells
 from sparse_zero.layers.retired import RetiredEntries, RetiredProduct, retired_product
 from sparse_zero.layers.values_module import ValuesModule
 from sparse_zero.module_map import VALUES_PREFIX
@@ -103,8 +103,8 @@ class SparseLinear(ValuesModule):
         register("strip_of_block", strip_of_block if has_blocks else None)
         register("rows", selection.rows if "row" in present else None)
         register("columns", selection.columns if "column" in present else None)
-        places = torch.cat([selection.blocks, strip_of_block.unsqueeze(1)], 1).tolist()
-        self._cells = tuple(Cell(*place) for place in places)
+        # Many only where they are read: each one takes some hundred bytes of the host, and there may be millions.
+        self._cells = self._list_cells() if len(selection.blocks) <= MOST_VIEWS else None
         # Of the last strips only, whether anything is chosen there: known here, so that no forward need ask.
         ends = [(selection.blocks[:, side] + 1) * selection.block_shape[side] for side in (0, 1)]
         self._is_cut = (bool((ends[0] > self.out_features).any()), bool((ends[1] > self.in_features).any()))
@@ -112,15 +112,26 @@ class SparseLinear(ValuesModule):
             mask = selection.owned_mask(kind) if kind in present else None
             register(f"owned_{kind}", None if mask is None else mask.reshape(-1).nonzero().squeeze(1))
 
+    def _list_cells(self) -> tuple[Cell, ...]:
+        blocks = self.selection.blocks
+        strip_of_block = blocks[:, 1].unique(return_inverse=True)[1]
+        return tuple(Cell(*place) for place in torch.cat([blocks, strip_of_block.unsqueeze(1)], 1).tolist())
+
+    def _cells_to_read(self) -> tuple[Cell, ...]:
+        # What is traced reads none of them, and would be guarded by each.
+        if torch.compiler.is_compiling():
+            return ()
+        if self._cells is None and reads_many_cells(self.block_rows):
+            self._cells = self._list_cells()
+        return self._cells or ()
+
     @property
     def plan(self) -> Plan:
         """Where the values lie, for the autograd function."""
         blocks = None
         if self.block_rows is not None:
             places = (self.block_rows, self.block_columns, self.strips, self.strip_of_block)
-            # What is traced reads none of them, and would be guarded by each.
-            cells = () if torch.compiler.is_compiling() else self._cells
-            blocks = BlockPlan(*self.selection.block_shape, *places, cells, self._is_cut)
+            blocks = BlockPlan(*self.selection.block_shape, *places, self._cells_to_read(), self._is_cut)
         return Plan(
             blocks=blocks,
             rows=self.rows,

@@ -328,6 +328,7 @@ RUN_CASES = [
     Case(name="number that is none", overrides=[*CLASSES, "--model.num_labels=1"], files={"classes.tsv": "sentence\tlabel\na\t1.5\nb\tmuch\n"}, says=["record 2 of data.train has the label 'much'", "model.num_labels is 1"]),
     Case(name="words of one class too many", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\tno\nb\tyes\nc\tmaybe\n"}, says=["model.num_labels is 2", "3 different labels", "'maybe', 'no', 'yes'"]),
     Case(name="hidden labels", overrides=[*CLASSES, "--data.validation=dev.tsv"], files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n", "dev.tsv": "sentence\tlabel\na\t-1\n"}, says=["record 1 of data.validation has the label '-1'", "hidden"]),
+    Case(name="text to classify beyond the context", overrides=[*CLASSES, "--data.test=dev.tsv", "--data.max_length=9999", "--output.evaluate=true", "--output.evaluate_base=false"], files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n", "dev.tsv": "sentence\tlabel\n" + "a b " * 2000 + "\t1\n"}, says=["data.max_length lets samples have up to", "lower data.max_length"]),
     Case(name="ragged tsv", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\tb\t1\n"}, says=["classes.tsv", "line 2 has 3 values for 2 columns"]),
     # the data
     Case(name="data missing", overrides=["--data.train=./gone.json"], says=["data.train is './gone.json'"]),

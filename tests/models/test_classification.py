@@ -201,7 +201,7 @@ def test_answers_do_not_depend_on_the_batch(folder, kind):
         encoded = tokenizer(record["premise"], record["hypothesis"], return_tensors="pt")
         if kind != "bert":
             encoded.pop("token_type_ids", None)
-        probabilities = model(**encoded).logits.softmax(1)[0]
+        probabilities = model(**encoded).logits.detach().softmax(1)[0]
         assert prediction.prediction == ("no", "yes")[int(probabilities.argmax())]
         assert float(prediction.text) == pytest.approx(float(probabilities.max()), abs=1e-3)
         assert prediction.correct == (prediction.prediction == record["relation"])
@@ -252,7 +252,25 @@ def test_measures_of_numbers():
         [(values < each).sum() + ((values == each).sum() + 1) / 2 for each in values] for values in (targets, given)
     ]
     assert found["spearman"] == pytest.approx(np.corrcoef(np.array(ranks))[0, 1])
-    assert classification_metrics([1.0, 2.0], [3.0, 3.0], Labels(num_labels=1))["pearson"] is None
+    # The mean of the second, rounded, is no 0.1.
+    for constant in ([3.0, 3.0, 3.0], [0.1, 0.1, 0.1]):
+        found = classification_metrics([1.0, 2.0, 3.0], constant, Labels(num_labels=1))
+        assert (found["pearson"], found["spearman"]) == (None, None)
+
+
+@pytest.mark.parametrize("given", [[1.0, math.nan, math.nan], [math.inf, -math.inf, 1.0]])
+def test_numbers_of_a_model_that_diverged_are_not_measured(given):
+    found = classification_metrics([1.0, 2.0, 3.0], given, Labels(num_labels=1))
+    assert found == {"pearson": None, "spearman": None, "mean_squared_error": None}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_text_that_the_model_has_no_positions_for_is_refused(folder, kind):
+    model, tokenizer, labels = loaded(folder, kind)
+    config = DataConfig(train="x.tsv", test="x.tsv", fields=FieldConfig(text="sentence", label="label"))
+    records = [{"sentence": "good " * 80, "label": "yes"}]
+    with pytest.raises(InputError, match=r"data\.max_length lets samples have up to \d+ tokens, .* room for 64"):
+        evaluate_classify(model, tokenizer, records, config, labels)
 
 
 def test_positions_of_roberta_begin_behind_the_padding(folder):

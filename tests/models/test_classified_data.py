@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from models import classified_data
 from models.classified_data import Labels, encode_texts, find_labels, load_classified, stored_labels
 from models.data import DataConfig, DataWarning, FieldConfig, load_records
 from models.records import read_records
@@ -104,6 +105,24 @@ def test_pairs_are_encoded_with_the_tokenizers_own_tokens(tmp_path):
     ids, types = encode_texts(config, roberta, records)[0][0]
     assert (types, [token for token in ids if token in (0, 2)]) == ([], [0, 2, 2, 2])
     assert roberta.decode(ids, skip_special_tokens=True) == records[0]["premise"] + records[0]["hypothesis"]
+
+
+def test_texts_are_encoded_chunk_by_chunk_as_all_at_once(tmp_path, monkeypatch):
+    write_records(tmp_path, "train", range(20))
+    config = data(tmp_path / "train.jsonl", "hypothesis", text="premise", label="relation", max_length=16)
+    records, tokenizer = load_records(config, "train"), wordpiece_tokenizer()
+    whole, num_cut = encode_texts(config, tokenizer, records)
+    assert num_cut > 0
+    monkeypatch.setattr(classified_data, "_CHUNK", 3)
+    assert encode_texts(config, tokenizer, records) == (whole, num_cut)
+
+
+def test_no_pair_is_longer_than_was_asked_for(tmp_path):
+    write_records(tmp_path, "train", range(20))
+    config = data(tmp_path / "train.jsonl", "hypothesis", text="premise", label="relation", max_length=2)
+    # [CLS] and two [SEP] alone are more, and the tokenizer then cuts nothing at all.
+    with pytest.raises(InputError, match=r"data\.max_length is 2, and the tokenizer's special tokens alone are more"):
+        encode_texts(config, wordpiece_tokenizer(), load_records(config, "train"))
 
 
 def test_long_texts_are_cut_and_counted(tmp_path):

@@ -100,6 +100,21 @@ def test_invariant_2_gradient_of_values_is_the_masked_full_gradient(
     assert torch.equal(layer.weight, original)
 
 
+def test_many_blocks_are_listed_only_where_they_are_multiplied_one_by_one():
+    grid = [[i, j] for i in range(8) for j in range(8)]
+    layer = SparseLinear(nn.Linear(16, 16), WeightSelection(shape=(16, 16), block_size=2, blocks=grid), "inplace")
+    plan = layer.plan.blocks
+    assert plan is not None
+    assert [(cell.row, cell.column, cell.strip) for cell in plan.cells] == [(i, j, j) for i, j in grid]
+    # On any other device: objects of Python for every block, of which a model may have millions.
+    elsewhere = SparseLinear(
+        nn.Linear(16, 16, device="meta"), WeightSelection(shape=(16, 16), block_size=2, blocks=grid), "inplace"
+    )
+    plan = elsewhere.plan.blocks
+    assert plan is not None
+    assert (plan.cells, plan.way(torch.empty(100_000, 16, device="meta"))) == ((), "gathered")
+
+
 @given(selection=weight_selections())
 @settings(max_examples=200, deadline=None)
 def test_entries_are_owned_once_counted_and_read_in_order(selection):
