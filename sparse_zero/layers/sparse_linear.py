@@ -121,7 +121,7 @@ class SparseLinear(ValuesModule):
         # What is traced reads none of them, and would be guarded by each.
         if torch.compiler.is_compiling():
             return ()
-        if self._cells is None and reads_many_cells(self.block_rows):
+        if self._cells is None and self.block_rows is not None and reads_many_cells(self.block_rows):
             self._cells = self._list_cells()
         return self._cells or ()
 
