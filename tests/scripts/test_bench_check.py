@@ -89,6 +89,7 @@ def test_other_ratios_than_the_reference_has() -> None:
         check.judge(measured, {"step/rows": _ratio(1, 0, 0), "step/columns": _ratio(1, 0, 0)}, {"step": 0.1})
 
 
+@pytest.mark.slow
 def test_a_really_slowed_step_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from scripts import bench_choice as bench
 
 
+@pytest.mark.slow
 def test_every_case_is_measured_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
     assert bench.main(["--small", "--cases", "blocks,layers", "--json", str(out)]) == 0

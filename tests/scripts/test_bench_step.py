@@ -56,6 +56,7 @@ def test_every_method_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "only 3 rounds" in printed
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     peaks = {method: bench.measure_memory(method, _larger()) for method in ("floor", "full", "rows")}
     parameters = 4 * 12 * 256**2

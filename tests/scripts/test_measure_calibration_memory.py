@@ -17,6 +17,7 @@ def options(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**settings, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_frozen_calibration_of_a_7b_needs_what_training_needs(checkpointing: bool) -> None:
     peaks = {

@@ -59,7 +59,8 @@ def test_known_families_go_on_from_stored_states(name):
     states = to_tokens(found[0], LENGTHS, is_packed=False)
     num_calls = len(calls)
     with layers.skipped(from_tokens(torch.cat(states), LENGTHS, 9)):
-        assert torch.equal(logits_of(model, batch), whole)
+        # Padding has no stored states: experts get fewer rows of it, which may be added up in another order.
+        torch.testing.assert_close(logits_of(model, batch), whole, rtol=1e-5, atol=1e-5)
     # In another order, in one row: what was stored padded serves packed micro-batches.
     packed = make_batch("pack", (2, 0, 1))
     with layers.skipped(from_tokens(torch.cat([states[2], states[0], states[1]]), (7, 5, 9), None)):
