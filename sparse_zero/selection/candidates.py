@@ -275,6 +275,21 @@ def head_matrices(module_map: ModuleMap) -> dict[str, Matrix]:
     }
 
 
+def _match_whole(patterns: Sequence[str], vectors: Sequence[str], matrices: Sequence[str]) -> list[str]:
+    """Names of vectors and of matrices; of these only by patterns that name something.
+
+    ``*`` and ``*.weight`` mean all vectors: a language model's head is not trained by the way.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        names_something = any(letter.isalnum() for letter in pattern.removesuffix("weight"))
+        known, what = (
+            ([*vectors, *matrices], "vector, and no matrix of a head") if names_something else (vectors, "vector")
+        )
+        found.update(match_names((pattern,), known, "selection.regions.modules", what))
+    return [name for name in (*vectors, *matrices) if name in found]
+
+
 def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[str, int]) -> dict[str, WeightSelection]:
     """The vectors, and the matrices of a head, that ``config`` trains entirely, by name.
 
@@ -294,8 +309,7 @@ def find_whole(config: SelectionConfig, module_map: ModuleMap, shapes: Mapping[s
     matrices = head_matrices(module_map)
     for region in config.regions:
         if region.kind == "whole":
-            known = [*module_map.vectors, *matrices]
-            names = match_names(region.modules, known, "selection.regions.modules", "vector, and no matrix of a head")
+            names = _match_whole(region.modules, [*module_map.vectors], [*matrices])
             layers = {name: at for name in names if (at := layer_index(name)) is not None}
             inside = _in_layers(region, names, replace(module_map, layer_of={**module_map.layer_of, **layers}))
             names = [name for name in names if name in inside]

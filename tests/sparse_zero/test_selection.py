@@ -263,6 +263,10 @@ def test_a_matrix_above_the_layers_is_selected_whole_as_its_rows():
     assert selection.weights["classifier.weight"].rows.tolist() == [0, 1, 2]
     assert selection.weights["classifier.bias"].whole
     assert selection.num_parameters_by_kind() == {"row": 18, "whole": 63}
+    # All vectors are no head.
+    vectors = sz.select(model, None, sz.SelectionConfig(regions=(replace(whole, modules=("*",)),)))
+    assert "classifier.bias" in vectors.weights
+    assert "classifier.weight" not in vectors.weights
     # It comes before what competes, and counts.
     with_rows = replace(rows(parameters=191), regions=(*rows(parameters=1).regions, whole))
     found = sz.select(model, None, with_rows)
