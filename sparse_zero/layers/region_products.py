@@ -25,6 +25,8 @@ from sparse_zero.layers.kernels import runs_triton
 MOST_VIEWS = 32
 # Bytes of the strips of all blocks up to which a CPU copies them for one batched product: they stay in its cache.
 MOST_GATHERED_BYTES = 2 * 2**20
+# Entries of a block from which on a CPU's product takes longer than its call.
+FEWEST_ENTRIES = 16 * 16
 
 Way = Literal["views", "strips", "gathered"]
 
@@ -61,7 +63,9 @@ class BlockPlan(NamedTuple):
         copied = len(self.rows) * x_TF.shape[0] * (self.height + self.width) * x_TF.element_size()
         if copied <= MOST_GATHERED_BYTES:
             return "gathered"
-        return "views" if few else "strips"
+        if few:
+            return "views"
+        return "strips" if self.height * self.width >= FEWEST_ENTRIES else "gathered"
 
 
 def reads_many_cells(x: Tensor) -> bool:
