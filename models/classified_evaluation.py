@@ -20,6 +20,7 @@ from models.evaluation import (
 )
 from models.gather import gather_json
 from models.loading import pad_token_id
+from models.transfer import to_device
 from sparse_zero.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def evaluate_classify(
         for batch, is_real in with_progress(batches, progress):
             rows = [samples[index] for index in batch]
             collated = collate(rows, batching="pad", pad_token_id=pad_token_id(tokenizer))
-            logits_BC = class_logits(model, {name: tensor.to(model.device) for name, tensor in collated.items()})
+            logits_BC = class_logits(model, to_device(collated, model.device))
             answers = logits_BC if labels.is_regression else logits_BC.softmax(1)
             found += list(zip(batch, answers.tolist(), strict=True)) if is_real else []
     everyone = sorted((index, row) for part in gather_json(found) for index, row in part)

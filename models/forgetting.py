@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.data import DataConfig, FieldConfig, TokenizedSample, load_samples
+from models.evaluation import Progress, evaluating
 from models.loading import pad_token_id
 from models.records import DataFormat
 from models.templates import Template
 from sparse_zero.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
-
-# Called after every batch with the batches that this rank has done and those that it has in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,7 @@ def mean_loss(
         chunk: as ``training.loss_chunk``.
         rank: this process's, in [0, world_size).
         world_size: processes that share the samples.
-        progress: called after every batch.
+        progress: called after every batch with those done and all of this rank's.
     """
     import torch
 
@@ -121,32 +117,19 @@ def mean_loss(
     from models.gather import gather_json
     from models.loss import response_nll
     from models.sampler import BatchSampler
+    from models.transfer import to_device
 
     sampler = BatchSampler(len(samples), batch_size * world_size, batch_size, world_size, rank, 0, False)
     total, num_tokens = 0.0, 0
     # Not inference mode: weights gathered in it could not be saved for a backward later.
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model, None), torch.no_grad():
         for step in range(sampler.steps_per_epoch):
             (indices,) = sampler.step(step).micro_batches
             mine = micro_batch(samples, indices)
             batch = collate(mine, batching=batching, pad_token_id=pad_id)
-            total += float(response_nll(model, _on(batch, model.device), chunk=chunk))
+            total += float(response_nll(model, to_device(batch, model.device), chunk=chunk))
             num_tokens += response_tokens(mine)
             if progress is not None:
                 progress(step + 1, sampler.steps_per_epoch)
     sums = [sum(each) for each in zip(*gather_json([total, num_tokens]), strict=True)]
     return TextLoss(loss=sums[0] / sums[1], num_tokens=int(sums[1]))
-
-
-def _on(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
