@@ -129,7 +129,7 @@ class SelectedParts:
     def save_merged(self, prepared: Prepared, world: World, model: Any) -> None:
         """Write the plain model; a quantized one is made dense on the host, when the device is needed no more."""
         if prepared.config.model.quantization == "none" or has_shards(model):
-            save_merged(prepared, world, model)
+            save_plain(prepared, world, model)
             return
         with failing_together():
             if world.is_main:
@@ -137,7 +137,7 @@ class SelectedParts:
                 save_model_folder(model, prepared.tokenizer, prepared.folder.merged)
 
 
-def save_merged(prepared: Prepared, world: World, model: Any) -> None:
+def save_plain(prepared: Prepared, world: World, model: Any) -> None:
     """Write a model that is plain already, whole or in shards. Collective."""
     if has_shards(model):
         save_model_folder(model, prepared.tokenizer, prepared.folder.merged)

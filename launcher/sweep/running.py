@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -84,27 +84,64 @@ def run_point(folder: SweepFolder, name: str, request: StopRequest, output: IO[b
         request: signals that have come are passed on.
         output: where the point's output goes; None: where this process's goes.
     """
-    if folder.state(name) != "running":
-        folder.outcome(name).unlink(missing_ok=True)
     began = time.monotonic()
-    # A session of its own: a terminal's interrupt comes to this process alone, which passes it on.
-    process = subprocess.Popen(
-        start_command(folder.config(name)),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
-        start_new_session=True,
-    )
+    process = begin_point(folder, name, start_command(folder.config(name)), output)
     try:
         code = _wait(process, request)
     finally:
         if process.poll() is None:
             process.terminate()
+    return keep_outcome(folder, name, code, time.monotonic() - began)
+
+
+def begin_point(
+    folder: SweepFolder,
+    name: str,
+    command: Sequence[str],
+    output: IO[bytes] | None,
+    environment: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start a point, and forget how an earlier start of it ended.
+
+    Args:
+        folder: of the sweep.
+        name: of the point.
+        command: what starts it.
+        output: where the point's output goes; None: where this process's goes.
+        environment: of the point; None: this process's.
+    """
+    if folder.state(name) != "running":
+        folder.outcome(name).unlink(missing_ok=True)
+    # A session of its own: a terminal's interrupt comes to this process alone, which passes it on.
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def shell_code(code: int) -> int:
+    """What a shell would call the code that :class:`subprocess.Popen` has, which is negative of a signal."""
+    return code if code >= 0 else EXIT_SIGNAL - code
+
+
+def keep_outcome(folder: SweepFolder, name: str, code: int, seconds: float) -> int:
+    """Write how a point ended; its exit code, which is 1 where its summary is missing.
+
+    Args:
+        folder: of the sweep.
+        name: of the point.
+        code: as :func:`shell_code` says it.
+        seconds: that it took.
+    """
     if code == 0 and not folder.run(name).summary.is_file():
         code = EXIT_ERROR
     # Another start that has the run folder will say how the point ends; this one was turned away.
     if not (code and folder.state(name) == "running"):
-        folder.write_outcome(name, code, time.monotonic() - began)
+        folder.write_outcome(name, code, seconds)
     return code
 
 
@@ -115,7 +152,7 @@ def _wait(process: "subprocess.Popen[bytes]", request: StopRequest) -> int:
         try:
             code = process.poll()
             if code is not None:
-                return code if code >= 0 else EXIT_SIGNAL - code
+                return shell_code(code)
             if request.signal and not told:
                 told = request.signal
                 interrupts = 1

@@ -16,7 +16,7 @@ from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
-from launcher.methods import save_merged
+from launcher.methods import save_plain
 from launcher.preparing import Prepared
 from launcher.world import World
 from models.data import Sample
@@ -186,4 +186,4 @@ class PeerTraining:
 
     def save_merged(self, prepared: Prepared, world: World, model: Any) -> None:
         """Write the plain model."""
-        save_merged(prepared, world, model)
+        save_plain(prepared, world, model)

@@ -18,7 +18,7 @@ from launcher.config import resolved_yaml
 from launcher.run_folder import RunFolder
 from launcher.stopping import EXIT_ERROR, EXIT_SIGNAL, Stopped, StopRequest
 from launcher.sweep.progress import SweepProgress
-from launcher.sweep.running import last_lines
+from launcher.sweep.running import begin_point, keep_outcome, last_lines, shell_code
 from launcher.sweep.sweep_folder import FORMAT, SweepFolder
 from launcher.yaml_files import parse_yaml
 from scripts.accuracy.study_points import StudyPoint, parse_run
@@ -184,20 +184,11 @@ def _signal(running: Sequence[_Running], number: int) -> None:
 
 
 def _start(folder: SweepFolder, point: StudyPoint, machine: Machine) -> _Running:
-    if folder.state(point.name) != "running":
-        folder.outcome(point.name).unlink(missing_ok=True)
     log = folder.log(point.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     output = log.open("ab")
-    # A session of its own: a terminal's interrupt comes to this process alone, which passes it on.
-    process = subprocess.Popen(
-        start_command(point, folder.config(point.name)),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=environment(os.environ, machine.threads),
-        start_new_session=True,
-    )
+    command = start_command(point, folder.config(point.name))
+    process = begin_point(folder, point.name, command, output, environment(os.environ, machine.threads))
     return _Running(point=point, process=process, output=output, log=log, begin=output.tell(), began=time.monotonic())
 
 
@@ -212,13 +203,8 @@ def _end(
 ) -> bool:
     """Keep how a point ended, and say so; whether it failed."""
     name = ended.point.name
-    code = ended.process.returncode
-    code = code if code >= 0 else EXIT_SIGNAL - code
     ended.output.close()
-    if code == 0 and not folder.run(name).summary.is_file():
-        code = EXIT_ERROR
-    if not (code and folder.state(name) == "running"):
-        folder.write_outcome(name, code, time.monotonic() - ended.began)
+    code = keep_outcome(folder, name, shell_code(ended.process.returncode), time.monotonic() - ended.began)
     if code == 0:
         clear(folder.run(name), keep_adapters=keep_adapters)
         progress.end(name, "finished")
