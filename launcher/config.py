@@ -35,6 +35,7 @@ _PATH_FIELDS = (
     "data.train",
     "data.validation",
     "data.test",
+    "data.calibration",
     "data.forgetting",
     "selection.file",
     "selection.accumulator_folder",
@@ -75,6 +76,15 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # What a batch system is told; read by `sparse-zero launch --emit` only.
     batch: BatchConfig = field(default_factory=BatchConfig)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is scored by gradients or activations, and so by calibration data.
+
+        Raises:
+            InputError: a score that does not exist.
+        """
+        return self.selection.file is None and self.selection.needs_data
 
     def __post_init__(self) -> None:
         self._check_task()

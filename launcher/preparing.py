@@ -108,6 +108,8 @@ class Prepared:
     train: SampleSet
     validation: SampleSet | None
     test: list[dict[str, str]]
+    # What scores are calculated on; None: the training data.
+    calibration: SampleSet | None
     # What the base and the tuned model are asked to predict, to see what was forgotten.
     forgetting: SampleSet | None
     # What is trained from; calibration may replace it, and writes the new one then.
@@ -117,6 +119,11 @@ class Prepared:
     selection: Selection | None
     # Of a classifier's data.
     labels: Labels | None = None
+
+    @property
+    def calibration_samples(self) -> Sequence[Sample]:
+        """What scores are calculated on."""
+        return (self.train if self.calibration is None else self.calibration).samples
 
     @property
     def resumes(self) -> bool:
@@ -198,16 +205,19 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
 
 def _load_data(
     config: RunConfig, source: ModelConfig, tokenizer: Any
-) -> tuple[SampleSet, SampleSet | None, Labels | None]:
-    """Training and validation samples, and of a classifier what their labels mean."""
+) -> tuple[SampleSet, SampleSet | None, SampleSet | None, Labels | None]:
+    """Training, validation and calibration samples, and of a classifier what their labels mean."""
     data = config.data
+    validates, calibrates = data.validation is not None, data.calibration is not None and config.calibrates
     if not source.classifies:
-        validation = load_samples(data, tokenizer, "validation") if data.validation else None
-        return load_samples(data, tokenizer, "train"), validation, None
+        validation = load_samples(data, tokenizer, "validation") if validates else None
+        calibration = load_samples(data, tokenizer, "calibration") if calibrates else None
+        return load_samples(data, tokenizer, "train"), validation, calibration, None
     records = load_records(data, "train")
     labels = labels_of(config, source, records)
-    validation = load_classified(data, tokenizer, "validation", labels) if data.validation else None
-    return load_classified(data, tokenizer, "train", labels, records), validation, labels
+    validation = load_classified(data, tokenizer, "validation", labels) if validates else None
+    calibration = load_classified(data, tokenizer, "calibration", labels) if calibrates else None
+    return load_classified(data, tokenizer, "train", labels, records), validation, calibration, labels
 
 
 def _check_packing(config: RunConfig, model: Any) -> None:
@@ -349,7 +359,7 @@ def prepare(
         base_folder = model_folder(source)
         head = head_text(source, base_folder, config.training.seed)
         identity = begin_base_identity(base_folder, source.gguf_file, head=head) if world.is_main else None
-        train, validation, labels = _load_data(config, source, tokenizer)
+        train, validation, calibration, labels = _load_data(config, source, tokenizer)
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
         # Not kept: what is wrong with them is said before anything is trained.
         texts = test[: config.data.evaluation.limit] if labels is not None else []
@@ -359,7 +369,8 @@ def prepare(
         forgetting = load_samples(config.data, tokenizer, "forgetting") if asked else None
     if world.world_size > 1:
         samples = {
-            "data.train": train, "data.validation": validation, "data.forgetting": forgetting, "data.test": classified,
+            "data.train": train, "data.validation": validation, "data.calibration": calibration,
+            "data.forgetting": forgetting, "data.test": classified,
         }  # fmt: skip
         check_same_input(config, source, samples)
     with failing_together():
@@ -372,7 +383,7 @@ def prepare(
         if labels is not None:
             set_up_classifier(model, tokenizer, labels)
         _check_packing(config, model)
-        for found in (train, validation, forgetting, classified):
+        for found in (train, validation, calibration, forgetting, classified):
             if found is not None:
                 check_context(model, found.lengths)
         check_prefix_cache(config, model, train.lengths)
@@ -404,6 +415,7 @@ def prepare(
         train=train,
         validation=validation,
         test=test,
+        calibration=calibration,
         forgetting=forgetting,
         base=base,
         checkpoint=checkpoint,
@@ -415,7 +427,7 @@ def prepare(
 def calibration_batches(
     config: RunConfig, samples: Sequence[Sample], pad_id: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of training data, the same on every rank and at every world size."""
+    """Micro-batches of calibration data, the same on every rank and at every world size."""
     selection = config.selection
     size = min(selection.calibration_batch_size, len(samples))
     sampler = BatchSampler(len(samples), size, size, 1, 0, selection.seed, True)
@@ -441,7 +453,8 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
     from rich.progress import Progress
 
     config = prepared.config
-    batches = calibration_batches(config, prepared.train.samples, pad_token_id(prepared.tokenizer), world.device)
+    samples = prepared.calibration_samples
+    batches = calibration_batches(config, samples, pad_token_id(prepared.tokenizer), world.device)
     console = Console(stderr=True, quiet=not (world.is_main and config.selection.needs_data))
     settings = deepspeed_config(config, world.world_size)
     with Progress(console=console, transient=True) as progress, sharded_forward(prepared.model, settings):

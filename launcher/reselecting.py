@@ -35,7 +35,7 @@ def check_selection_now(
         world: this process's place in the run.
         engine: between two steps; at its end when another one is returned.
         step: optimizer steps done.
-        samples: the training data, of which others are drawn at every check.
+        samples: the calibration data, of which others are drawn at every check.
         pad_token_id: for batches of different lengths.
         folder: where the new selection is written.
         module_map: of the base.

@@ -112,6 +112,7 @@ def _train(
         make_engine=lambda model: new_engine(model, prepared.config, world.world_size),
         module_map=prepared.module_map,
         train=prepared.train.samples,
+        calibration=prepared.calibration_samples,
         validation=prepared.validation.samples if prepared.validation else (),
         pad_token_id=pad_token_id(prepared.tokenizer),
         folder=prepared.folder,

@@ -88,6 +88,8 @@ class LoopState:
     # Of the base, which the model was before it was sparse.
     module_map: ModuleMap
     train: Sequence[Sample]
+    # What is scored by where the selection is checked.
+    calibration: Sequence[Sample]
     validation: Sequence[Sample]
     pad_token_id: int
     folder: RunFolder
@@ -222,7 +224,7 @@ def _check_selection(state: LoopState, step: int, progress: TrainingProgress, me
         state.world,
         state.engine,
         step,
-        samples=state.train,
+        samples=state.calibration,
         pad_token_id=state.pad_token_id,
         folder=state.folder,
         module_map=state.module_map,

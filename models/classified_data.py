@@ -183,7 +183,7 @@ def _encode_chunk(
 def load_classified(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    split: Literal["train", "validation", "test"],
+    split: Literal["train", "validation", "test", "calibration"],
     labels: Labels,
     records: Sequence[Mapping[str, str]] | None = None,
 ) -> SampleSet:

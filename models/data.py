@@ -22,7 +22,7 @@ IGNORED = -100
 # Records tokenized in one call: amortises the call of fast tokenizers, keeps the working set small.
 _CHUNK = 1024
 
-Split = Literal["train", "validation", "test", "forgetting"]
+Split = Literal["train", "validation", "test", "calibration", "forgetting"]
 
 
 class DataWarning(UserWarning):
@@ -77,10 +77,10 @@ class FieldConfig:
 class DataConfig:
     """Where the records or texts are, and how they become batches.
 
-    ``train``, ``validation``, ``test`` and ``forgetting`` each name a file, a folder that holds ``<split>.json`` (or
-    .jsonl, .csv, .tsv, .parquet, .txt), or a hub data set ``owner/name`` or ``owner/name:subset``. Relative paths
-    start at the current directory; ``~`` is expanded. A ``.txt`` file is plain text: it is cut into consecutive
-    samples of ``max_length`` tokens, each of which is predicted once.
+    ``train``, ``validation``, ``test``, ``calibration`` and ``forgetting`` each name a file, a folder that holds
+    ``<split>.json`` (or .jsonl, .csv, .tsv, .parquet, .txt), or a hub data set ``owner/name`` or ``owner/name:subset``.
+    Relative paths start at the current directory; ``~`` is expanded. A ``.txt`` file is plain text: it is cut into
+    consecutive samples of ``max_length`` tokens, each of which is predicted once.
     """
 
     # Training records, or plain text.
@@ -94,6 +94,10 @@ class DataConfig:
     # Problems answered before and after training; None: no evaluation. Not with plain text, which has no prompts.
     test: str | None = None
     test_split: str = "test"
+    # Records, or plain text, whose gradients and activations choose what is trained; None: the training data. Read only
+    # where scores need data.
+    calibration: str | None = None
+    calibration_split: str = "train"
     # Text, or records, of another kind than the training data: the mean loss per token on it is measured before and
     # after training, which tells what the model has forgotten. None: it is not.
     forgetting: str | None = None
@@ -125,7 +129,7 @@ class DataConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        sources = ("train", "validation", "test", "forgetting")
+        sources = get_args(Split)
         for name in (*sources, *(f"{each}_split" for each in sources)):
             value = getattr(self, name)
             if value is None and name in sources[1:]:
@@ -258,7 +262,7 @@ def _source(config: DataConfig, split: Split) -> tuple[str, str, str]:
 def load_samples(
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
-    split: Literal["train", "validation", "forgetting"],
+    split: Literal["train", "validation", "calibration", "forgetting"],
 ) -> SampleSet:
     """Read, render and tokenize the records of a split; or cut its plain text.
 

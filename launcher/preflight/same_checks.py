@@ -210,6 +210,7 @@ def check_data(wanted: Wanted, answers: Answers) -> list[Finding]:
         "data.train": data.train,
         "data.validation": data.validation,
         "data.test": data.test,
+        "data.calibration": data.calibration,
         "data.forgetting": data.forgetting,
         "selection.file": wanted.config.selection.file,
         "zero.config": str(wanted.config.zero.config),  # Asked for only where it names a file.

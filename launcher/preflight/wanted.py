@@ -105,6 +105,7 @@ def _files(config: RunConfig) -> dict[str, dict[str, str | None]]:
         "data.train": (data.train, data.train_split),
         "data.validation": (data.validation, data.validation_split),
         "data.test": (data.test if config.output.evaluate else None, data.test_split),
+        "data.calibration": (data.calibration if config.calibrates else None, data.calibration_split),
         "data.forgetting": (data.forgetting, data.forgetting_split),
         "selection.file": (config.selection.file, None),
         "zero.config": (config.zero.config if isinstance(config.zero.config, str) else None, None),

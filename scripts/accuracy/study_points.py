@@ -36,6 +36,8 @@ _FREE_TRAINING = (
     "learning_rate", "per_kind", "weight_decay", "optimizer", "micro_batch_size", "gradient_checkpointing",
     "loss_chunk", "kernels", "prefix_cache",
 )  # fmt: skip
+# What is trained may be chosen by other data than it is trained on.
+_FREE_DATA = ("calibration", "calibration_split")
 _SET_BY_STUDY = ("training.learning_rate", "training.seed", "selection.seed", "output.folder", "data.train")
 
 
@@ -130,7 +132,8 @@ def _protocol(point: StudyPoint) -> dict[str, Any]:
     free = (*_FREE_TRAINING, "seed", "max_nonfinite_steps", "validation_every")
     training = {f"training.{key}": value for key, value in vars(config.training).items() if key not in free}
     model = {f"model.{key}": getattr(config.model, key) for key in ("name_or_path", "dtype")}
-    return {**training, **model, **{f"data.{key}": value for key, value in vars(config.data).items()}}
+    data = {f"data.{key}": value for key, value in vars(config.data).items() if key not in _FREE_DATA}
+    return {**training, **model, **data}
 
 
 def _point(

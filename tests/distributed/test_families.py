@@ -5,7 +5,10 @@ import pytest
 from tests.distributed.spawn import run_ranks
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("gpt2", marks=pytest.mark.slow), "mixtral", pytest.param("bert", marks=pytest.mark.slow)],
+)
 def test_transposed_tied_expert_and_classifier_weights_equal_the_dense_reference(name, tmp_path):
     report = run_ranks("tests.distributed.family_workers:families_equal_dense", 2, name=name, folder=str(tmp_path))
     assert len(report) == 4

@@ -101,6 +101,7 @@ def loop_state(folder: Path, placement: Placement, stage: int) -> LoopState:
         make_engine=lambda model: new_engine(model, config, world.world_size),
         module_map=sz.default_module_map(tiny_llama(layers=2)),
         train=make_samples(),
+        calibration=(),
         validation=(),
         pad_token_id=PAD,
         folder=RunFolder(folder),

@@ -5,6 +5,7 @@ import re
 import shlex
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,28 @@ def selectable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     selection = {"regions": regions, "budget": {"fraction": 0.02}, "calibration_batches": 2}
     (tmp_path / "run.yaml").write_text(dump_yaml({**run_mapping(), "selection": selection}), encoding="utf-8")
     return tmp_path
+
+
+def test_select_calibrates_on_other_data_where_it_is_named(
+    selectable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"instruction": f"say {word}", "output": word * 3} for word in ("one", "two", "three", "four")]
+    (selectable / "other.json").write_text(json.dumps(records), encoding="utf-8")
+
+    def scores(name: str, *settings: str) -> Mapping[Any, torch.Tensor]:
+        assert main(["select", "--config", "run.yaml", "--out", f"{name}.safetensors", *settings]) == 0
+        return RegionScores.load(f"{name}.scores.safetensors").scores
+
+    plain, other = scores("plain"), scores("other", "--data.calibration=other.json")
+    trained_on = scores("trained-on", "--data.train=other.json")
+    assert other.keys() == trained_on.keys() == plain.keys()
+    assert all(torch.equal(found, trained_on[key]) for key, found in other.items())
+    assert not any(torch.equal(found, plain[key]) for key, found in other.items())
+    capsys.readouterr()
+    assert main(["select", "--config", "run.yaml", "--out", "x.safetensors", "--data.calibration=gone.json"]) == 2
+    assert "data.calibration" in capsys.readouterr().err
+    # Nothing reads it where nothing is scored by data.
+    scores("random", "--data.calibration=gone.json", "--selection.score=random")
 
 
 def test_select_writes_scores_and_chooses_again_from_them(selectable: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ LAUNCHERS = {
     [
         pytest.param("forward", "torchrun", marks=pytest.mark.slow),
         ("collective", "torchrun"),
-        ("write_back", "deepspeed"),
+        pytest.param("write_back", "deepspeed", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_raises_ends_all_ranks_and_leaves_the_checkpoint(place, launcher, base, tmp_path):

@@ -239,6 +239,7 @@ def digest(folder: Path) -> str:
     return str(json.loads((folder / "run" / "adapter" / "adapter.json").read_text())["selection_digest"])
 
 
+@pytest.mark.slow
 def test_mpirun_starts_the_same_run(single, base, tmp_path):
     mpirun = shutil.which("mpirun", path=environment()["PATH"])
     if mpirun is None:
@@ -331,7 +332,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
     raise AssertionError(f"no step {step}: {process.communicate()[0].decode()[-3000:]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base, tmp_path):
     config = write_config(base, tmp_path, output__evaluate=False)
     process = subprocess.Popen(
@@ -410,6 +413,7 @@ def test_another_config_in_the_same_folder_is_refused(single, base):
     assert "training.learning_rate was 0.0002 and is now 0.5" in output
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_the_global_batch_train_like_one_batch_of_them(base, tmp_path):
     curves = []
     for global_batch in (40, 64):

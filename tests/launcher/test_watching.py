@@ -64,6 +64,7 @@ def log(run_folder: Path, rank: int) -> str:
     return (run_folder / "logs" / f"rank-{rank}.log").read_text()
 
 
+@pytest.mark.slow
 def test_of_a_crash_the_first_rank_is_heard_and_all_is_kept(base: Path, tmp_path: Path) -> None:
     config = write_config(base, tmp_path, **short_run(20_000), output__report=False)
     process = launched(config, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -26,6 +26,7 @@ def _threads() -> object:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_action_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
     assert bench.main(["--small", "--json", str(out)]) == 0

@@ -21,6 +21,7 @@ def _threads() -> object:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_budget_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "numbers.json", tmp_path / "plot.png"
     assert bench.main(["--small", "--threads", "1", "--json", str(out), "--plot", str(plot)]) == 0

@@ -32,6 +32,7 @@ def test_every_method_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(method in printed for method in bench.METHODS)
 
 
+@pytest.mark.slow
 def test_methods_score_what_they_say_and_the_floor_reaches_the_embeddings() -> None:
     model = bench.build_model(bench.SMALL)
     batches = bench.batches_of(bench.SMALL, 0)

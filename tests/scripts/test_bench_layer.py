@@ -25,6 +25,7 @@ def _threads() -> object:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_method_is_timed_at_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
     assert bench.main(["--small", "--threads", "1", "--methods", ",".join(METHODS), "--json", str(out)]) == 0

@@ -25,6 +25,7 @@ def test_quartiles_and_minima() -> None:
     assert ratio.of_minima == 2.0
 
 
+@pytest.mark.slow
 def test_the_interval_narrows_with_more_rounds_and_holds_the_truth() -> None:
     shuffler = random.Random(0)
     widths = {}

@@ -13,6 +13,7 @@ from scripts import crash_test as script
 from scripts.tiny_run import difference, result_of
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_others_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
     arguments = ["--small", "--kills", "2", "--json", str(out), "--folder", str(tmp_path)]

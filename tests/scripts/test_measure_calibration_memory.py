@@ -30,6 +30,7 @@ def test_frozen_calibration_of_a_7b_needs_what_training_needs(checkpointing: boo
     assert peaks["full, stage 2"] > 16 * 6.7e9, "weights, gradients, masters and two moments"
 
 
+@pytest.mark.slow
 def test_a_real_model_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "model")
     out = tmp_path / "numbers.json"

@@ -33,6 +33,7 @@ def mutate(tmp_path: Path, number: int, seed: int) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_way_to_mutate_is_tried_and_none_does_harm(tmp_path: Path) -> None:
     number = 2 * len(mutations.OF_ANY) + 2 * len(mutations.OF_FOLDERS) + len(mutations.OF_CHECKPOINTS)
     number += len(mutations.OF_ANY) + len(mutations.OF_RUNS)

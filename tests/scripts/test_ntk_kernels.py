@@ -151,6 +151,7 @@ def test_subsets_have_the_kernels_of_brute_force(case: str) -> None:
     assert by_name["full"] == sum(parameter.numel() for parameter in function.base.parameters())
 
 
+@pytest.mark.slow
 def test_a_small_bound_takes_more_passes_and_gives_the_same() -> None:
     function, samples = bert(3)
     subsets = [each.subset for each in all_subsets(function, samples)]
