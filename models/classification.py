@@ -109,7 +109,7 @@ def classification_metrics(targets: Sequence[float], predictions: Sequence[float
 
     Args:
         targets: numbers of the right classes, or the right numbers.
-        predictions: likewise.
+        predictions: likewise; -1 for none of the classes.
         labels: what they mean.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # A predicted number is right when it is nearer to its label than this: when both are rounded to the same grade of
 # a scale of whole numbers, about.
 _NEAR = 0.5
+# What a model that has lost itself in NaN gives instead of a class; it is right for no text.
+_NO_CLASS = -1.0
 
 
 def evaluate_classify(
@@ -76,7 +79,7 @@ def evaluate_classify(
             answers = logits_BC if labels.is_regression else logits_BC.softmax(1)
             found += list(zip(batch, answers.tolist(), strict=True)) if is_real else []
     everyone = sorted((index, row) for part in gather_json(found) for index, row in part)
-    given = [row[0] if labels.is_regression else float(row.index(max(row))) for _, row in everyone]
+    given = [row[0] if labels.is_regression else _likeliest(row) for _, row in everyone]
     predictions = tuple(
         _prediction(index, row, number, targets[index], config, records[index], labels)
         for (index, row), number in zip(everyone, given, strict=True)
@@ -84,6 +87,11 @@ def evaluate_classify(
     return EvaluationResult(
         kind="classify", predictions=predictions, metrics=classification_metrics(targets, given, labels)
     )
+
+
+def _likeliest(row: Sequence[float]) -> float:
+    """The class of most probability."""
+    return _NO_CLASS if any(map(math.isnan, row)) else float(row.index(max(row)))
 
 
 def _prediction(
@@ -100,8 +108,9 @@ def _prediction(
         answer, prediction, text = f"{target:g}", f"{number:.4f}", ""
         correct = abs(number - target) < _NEAR
     else:
-        answer, prediction = labels.name(int(target)), labels.name(int(number))
-        text, correct = f"{row[int(number)]:.4f}", number == target
+        is_class = number != _NO_CLASS
+        answer, prediction = labels.name(int(target)), labels.name(int(number)) if is_class else ""
+        text, correct = f"{row[int(number)]:.4f}" if is_class else "nan", number == target
     return Prediction(
         index=index,
         instruction=first if second is None else f"{first}\n{second}",

@@ -264,6 +264,17 @@ def test_numbers_of_a_model_that_diverged_are_not_measured(given):
     assert found == {"pearson": None, "spearman": None, "mean_squared_error": None}
 
 
+def test_a_model_that_diverged_gives_no_class(folder):
+    model, tokenizer, labels = loaded(folder, "bert")
+    with torch.no_grad():
+        model.classifier.weight.fill_(math.nan)
+    config = DataConfig(train="x.tsv", test="x.tsv", fields=FieldConfig(text="sentence", label="label"))
+    records = [{"sentence": "good", "label": "yes"}, {"sentence": "bad", "label": "no"}]
+    found = evaluate_classify(model, tokenizer, records, config, labels)
+    assert [(each.prediction, each.text, each.correct) for each in found.predictions] == [("", "nan", False)] * 2
+    assert found.metrics == {"accuracy": 0.0, "f1": 0.0, "matthews": 0.0}
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_text_that_the_model_has_no_positions_for_is_refused(folder, kind):
     model, tokenizer, labels = loaded(folder, kind)
