@@ -39,6 +39,8 @@ class Finished:
     row: Mapping[str, Any]
     # Of each test problem in the order of the data; None: the result is a loss.
     correct: tuple[bool, ...] | None
+    # Hash of the weights that it began with.
+    base: str | None
 
     @property
     def score(self) -> float | None:
@@ -103,8 +105,10 @@ def finished_of(
     found = []
     for point in points:
         if rows[point.name]["state"] == "finished":
-            correct = read_correct(folder.run(point.name)) if has_problems else None
-            found.append(Finished(seed=point.seed, row=rows[point.name], correct=correct))
+            run = folder.run(point.name)
+            correct = read_correct(run) if has_problems else None
+            base = as_mapping(as_mapping(read_json(run.summary)).get("base")).get("sha256")
+            found.append(Finished(seed=point.seed, row=rows[point.name], correct=correct, base=base))
     return found
 
 
@@ -215,6 +219,7 @@ def results_of(
         setup.key: finished_of(folder, finals.get(setup.key, ()), rows, has_problems=data[setup.task.name].has_problems)
         for setup in setups
     }
+    notes += _other_bases(runs)
     table = []
     for setup in setups:
         task = setup.task.name
@@ -256,6 +261,22 @@ def results_of(
         "rows": table,
     }
     return content, notes
+
+
+def _other_bases(runs: Mapping[Key, Sequence[Finished]]) -> list[str]:
+    """Tasks whose runs did not all begin with the same weights: the model has been replaced in between."""
+    bases: dict[str, dict[str, str]] = {}
+    for (task, method, _), found in runs.items():
+        for each in found:
+            if each.base is not None:
+                bases.setdefault(task, {}).setdefault(each.base, f"{method} with seed {each.seed}")
+    return [
+        f"task {task}: its runs began with {len(of_task)} different models, "
+        + ", ".join(f"{base[:12]} ({first})" for base, first in of_task.items())
+        + ": what differs between them says nothing of the methods"
+        for task, of_task in bases.items()
+        if len(of_task) > 1
+    ]
 
 
 def _task(

@@ -14,7 +14,7 @@ from scripts.accuracy.commands import command_of
 from scripts.accuracy.results_page import markdown as page_of
 from scripts.accuracy.results_page import read_study_results, shipped_studies, stored, study_pictures
 from scripts.accuracy.study_plots import drawings
-from scripts.accuracy.study_results import share_of_row
+from scripts.accuracy.study_results import Finished, Key, _other_bases, share_of_row
 from scripts.accuracy.study_tables import as_csv, markdown, tables_of
 from scripts.ntk.study_config import SubsetsConfig
 from scripts.ntk.subsets import named_subsets
@@ -40,6 +40,18 @@ def test_a_line_has_the_numbers_of_its_row() -> None:
     assert line["to lora"].startswith(f"{100 * row['to_baseline']['mean']:+.1f} [{low:+.1f}, ")
     assert line["other text"] == "3.100 → 3.500"
     assert share_of_row(row) == pytest.approx(200_000 / 999_230)
+
+
+def test_a_model_that_was_replaced_between_runs_is_said() -> None:
+    def runs(*bases: str | None) -> list[Finished]:
+        return [Finished(seed=seed, row={}, correct=None, base=base) for seed, base in enumerate(bases)]
+
+    same: dict[Key, list[Finished]] = {("words", "full", None): runs("a", "a"), ("words", "lora", 0.1): runs("a", None)}
+    assert _other_bases(same) == []
+    (note,) = _other_bases({**same, ("words", "rows", 0.1): runs("a", "b"), ("text", "full", None): runs("c")})
+    assert note.startswith(
+        "task words: its runs began with 2 different models, a (full with seed 0), b (rows with seed 1)"
+    )
 
 
 def test_what_is_missing_or_unequal_is_said() -> None:
