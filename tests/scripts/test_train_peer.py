@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from models.loading import load_model
 from models.word_problems import write_word_problems
 from scripts.accuracy.peer_config import PeerRunConfig, load_peer_config
 from scripts.accuracy.peer_method import frequent_tokens
@@ -19,6 +22,7 @@ from sparse_zero.module_map import default_module_map
 from tests.distributed.peer_workers import rows_of, start_run
 from tests.distributed.spawn import run_ranks
 from tests.models.tiny import tiny_llama, write_tiny_llama
+from tests.models.tiny_classifiers import write_base, write_records
 
 WORKERS = "tests.distributed.peer_workers"
 MODULES = ["*.self_attn.{q,k,v}_proj"]
@@ -101,6 +105,65 @@ def test_lora_is_that_of_a_plain_loop_with_peft(base: Path, tmp_path: Path) -> N
     files = {path.name: path.stat().st_size for path in (tmp_path / "run" / "adapter").iterdir()}
     assert files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
     assert summary["adapter_bytes"] == sum(files.values()) > 4 * summary["parameters"]["trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_ranks_learn_what_one_does(base: Path, tmp_path: Path, method: str) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (extra: peft)")
+    settings = {"method": "full"} if method == "full" else {"method": method, "modules": MODULES, "rank": 4}
+    found = {}
+    for num_ranks in (1, 2):
+        config = peer_config(base, tmp_path / str(num_ranks) / "run.yaml", **settings)
+        start_run("train_peer", config, num_ranks=num_ranks)
+        found[num_ranks] = rows_of(config.parent / "run")
+        assert json.loads((config.parent / "run" / "summary.json").read_text())["world_size"] == num_ranks
+    for name in ("loss", "gradient_norm"):
+        one, two = ([row[name] for row in found[num_ranks]] for num_ranks in (1, 2))
+        assert two == pytest.approx(one, rel=1e-4), name
+    assert one[0] != pytest.approx(one[-1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["frozen", "full", "lora", "shira"])
+def test_a_head_that_the_base_lacks_is_trained_whole(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (extra: peft)")
+    write_base(tmp_path / "base", "bert")
+    write_records(tmp_path, "train", range(21))
+    write_records(tmp_path, "dev", range(100, 111))
+    peer: dict[str, Any] = {"method": method, "head": ["classifier.*"]}
+    if method in ("lora", "shira"):
+        peer |= {"modules": ["*.self.{query,value}"], "rank": 2}
+    config = write_config(
+        tmp_path,
+        tmp_path / method / "run.yaml",
+        model={"name_or_path": str(tmp_path / "base"), "task": "sequence_classification", "num_labels": 2},
+        data={
+            "train": str(tmp_path / "train.tsv"),
+            "test": str(tmp_path / "dev.tsv"),
+            "fields": {"text": "sentence", "label": "label"},
+            "max_length": 48,
+        },
+        output={"folder": str(tmp_path / method / "run"), "evaluate": True, "merged": True},
+        peer=peer,
+    )
+    summary = train(config)
+    tuned = load_file(tmp_path / method / "run" / "merged" / "model.safetensors")
+    # The base is a bare encoder.
+    base = {f"bert.{name}": tensor for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items()}
+    base = {name: tensor for name, tensor in base.items() if name in tuned}
+    assert len(base) == len(tuned) - 2
+    head = {name: tensor for name, tensor in tuned.items() if name.startswith("classifier.")}
+    assert head.keys() == {"classifier.weight", "classifier.bias"}
+    assert not head.keys() & base.keys()
+    size = sum(tensor.numel() for tensor in head.values())
+    assert summary["parameters"]["head"] == size
+    fresh = load_model(load_peer_config(config).model, head_seed=0).state_dict()
+    assert all(not torch.equal(tensor, fresh[name]) for name, tensor in head.items())
+    changed = {name for name, tensor in base.items() if not torch.equal(tensor, tuned[name])}
+    matrices = {name for name in base if name.endswith((".self.query.weight", ".self.value.weight"))}
+    assert changed >= matrices if method == "full" else changed == (set() if method == "frozen" else matrices)
+    assert summary["accuracy"]["num_problems"] == 11
 
 
 @pytest.mark.slow
