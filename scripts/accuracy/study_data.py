@@ -166,7 +166,7 @@ def data_settings(data: DataConfig, files: TaskData, *, is_tuning: bool, metric:
 
 
 class _Key:
-    """What makes two records ask the same: the text of their prompt, without case and spaces."""
+    """What makes two records ask the same: the text of their prompt, without case and spaces; of running text, all."""
 
     def __init__(self, data: DataConfig) -> None:
         fields = data.fields
@@ -175,10 +175,14 @@ class _Key:
         self._names = names if second is None else (*names, second)
 
     def __call__(self, record: Record) -> str:
-        return " ".join(" ".join(record.get(name, "") for name in self._names).casefold().split())
+        return _plain(" ".join(record.get(name, "") for name in self._names))
 
     def of(self, part: _Part) -> set[str]:
-        return {self(each) for each in part.records}
+        return {self(each) for each in part.records} if part.text is None else {_plain(part.text)}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _read(data: DataConfig, split: Any) -> _Part:

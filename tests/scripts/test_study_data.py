@@ -91,3 +91,22 @@ def test_too_few_records_and_no_test_data(tmp_path: Path) -> None:
         prepare(study(tmp_path, QUESTIONS[:5], QUESTIONS[15:]), tmp_path)
     with pytest.raises(InputError, match="neither test nor validation"):
         prepare(study(tmp_path, QUESTIONS[:5], [], data={"test": None}), tmp_path)
+
+
+def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
+    for name in ("train", "held-out", "development"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} has a line {number}.\n" for number in range(40)))
+    data = {"train": str(tmp_path / "train.txt"), "validation": str(tmp_path / "held-out.txt"), "test": None}
+
+    def found(**task: Any) -> TaskData:
+        return prepare(study(tmp_path, [], [], data=data, **task), tmp_path)
+
+    cut = found()
+    assert cut.train.read_text() + cut.development.read_text() == (tmp_path / "train.txt").read_text()
+    assert 0 < len(cut.development.read_text()) < 0.2 * len(cut.train.read_text())
+    assert (cut.test, cut.counts["shared"], cut.counts["dropped"]) == (None, 0, 0)
+    own = found(development=str(tmp_path / "development.txt"))
+    assert own.train.read_text() == (tmp_path / "train.txt").read_text()
+    assert own.development.read_text().startswith("development has")
+    with pytest.raises(InputError, match=r"tasks\.words\.development: .* the rate would be tuned on the test"):
+        found(development=str(tmp_path / "held-out.txt"))
