@@ -39,6 +39,7 @@ def show_points(study: Study) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    study.extend_as_before()
     study.check_finished()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold")

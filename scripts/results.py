@@ -31,7 +31,7 @@ DEFAULT_HTML = Path("runs/results.html")
 def run(options: argparse.Namespace) -> None:
     """Take in what is named, and write the pages."""
     store: Path = options.docs / "results"
-    for place in options.studies:
+    for place in () if options.check else options.studies:
         found = results_page.read_study_results(place)
         atomic_write_json(store / f"{found.name}.json", found.content)
     studies = results_page.stored(store)

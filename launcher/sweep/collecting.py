@@ -25,6 +25,7 @@ NUMBERS = (
     "forgetting_tuned",
     "forgetting_change",
     "parameters_trained",
+    "parameters_retired",
     "parameters_total",
     "parameters_fraction",
     # Of the rank that has the most.
@@ -119,8 +120,8 @@ def _of_summary(folder: SweepFolder, name: str) -> dict[str, float | None]:
     base, tuned = (as_number(forgetting.get(key)) for key in ("base", "tuned"))
     found |= {"forgetting_base": base, "forgetting_tuned": tuned}
     found["forgetting_change"] = tuned - base if tuned is not None and base is not None else None
-    trained, total = (as_number(parameters.get(key)) for key in ("trained", "total"))
-    found |= {"parameters_trained": trained, "parameters_total": total}
+    trained, total, retired = (as_number(parameters.get(key)) for key in ("trained", "total", "retired"))
+    found |= {"parameters_trained": trained, "parameters_total": total, "parameters_retired": retired}
     found["parameters_fraction"] = trained / total if trained is not None and total else None
     peaks = summary.get("peak_memory_bytes_per_rank")
     known = [peak for peak in map(as_number, peaks if isinstance(peaks, list) else []) if peak is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.run_folder import check_can_write_in
@@ -14,7 +15,7 @@ from launcher.sweep.sweep_folder import SweepFolder
 from launcher.yaml_files import merge
 from scripts.accuracy.heads import Sizes, model_sizes
 from scripts.accuracy.study_config import StudyConfig
-from scripts.accuracy.study_data import TaskData, prepare_data
+from scripts.accuracy.study_data import TaskData, check_calibration, data_config, prepare_data
 from scripts.accuracy.study_points import (
     Setup,
     StudyPoint,
@@ -51,11 +52,25 @@ class Study:
         # All that can be wrong is said before the first run: the final ones are checked with some rate.
         finals = [point for setup in self.setups for point in self._finals(setup, self._any_rate(setup))]
         check_same_protocol([*self.tuning_points, *finals])
+        self._check_calibration(finals)
 
     @property
     def tuning_points(self) -> list[StudyPoint]:
         """All of them so far, in the order of the table."""
         return [point for points in self.tuning.values() for point in points]
+
+    def _check_calibration(self, points: Sequence[StudyPoint]) -> None:
+        """Raise where what is held out chooses what is trained."""
+        seen = set()
+        for point in points:
+            chooses, task = point.config.data, point.setup.task
+            if chooses.calibration is None or (task.name, chooses.calibration) in seen:
+                continue
+            seen.add((task.name, chooses.calibration))
+            data = self.data[task.name]
+            held_out = data.test if data.test is not None else data.held_out
+            assert held_out is not None
+            check_calibration(data_config(self.config, task), held_out, chooses, f"methods.{point.setup.method.name}")
 
     def _tuning_point(self, setup: Setup, rate: float) -> StudyPoint:
         return tuning_point(self.config, setup, rate, self.data[setup.task.name], self.sizes[setup.task.name])
@@ -78,6 +93,17 @@ class Study:
     def _metric(self, setup: Setup) -> str:
         """What tuning goes by: of plain text there is the loss only."""
         return self.config.tuning.metric if self.data[setup.task.name].has_problems else "loss"
+
+    @property
+    def num_under_way(self) -> int:
+        """Tuning runs of other processes: while there are any, no rate is chosen."""
+        return sum(self.folder.state(point.name) == "running" for point in self.tuning_points)
+
+    def extend_as_before(self) -> None:
+        """Take in the candidates that earlier starts have added."""
+        for _ in range(self.config.tuning.extend):
+            if not self.extend():
+                break
 
     def extend(self) -> bool:
         """Give every setup one more candidate where one lies at an edge; whether there are new points."""
@@ -134,28 +160,30 @@ def open_study(config: StudyConfig) -> Study:
 
 def run_study(study: Study, machine: Machine) -> int:
     """Run what is not finished; returns the exit code: of a signal, 1 where a point did not finish, or 0."""
-    from scripts.benchmarking import machine as this_machine
-
     folder, config = study.folder, study.config
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()
-        # What times depend on; a collection later on, maybe elsewhere, asks for it.
-        ran_on = {"machine": this_machine(), "versions": versions()}
-        atomic_write_json(folder.path / _JOBS, {**asdict(machine), **ran_on})
         num_finals = len(study.setups) * len(config.study.seeds)
         left = [point for point in study.tuning_points if folder.state(point.name) != "finished"]
         progress = SweepProgress(len(left) + num_finals, at_once=machine.jobs)
         with stop_requests() as request, progress:
             code = _run(study, study.tuning_points, machine, progress, request)
             for _ in range(config.tuning.extend):
-                if code >= EXIT_SIGNAL or not study.extend():
+                known = {point.name for point in study.tuning_points}
+                if code >= EXIT_SIGNAL or study.num_under_way or not study.extend():
                     break
-                added = [point for point in study.tuning_points if folder.state(point.name) != "finished"]
-                progress.add(len(added))
-                code = max(code, _run(study, study.tuning_points, machine, progress, request))
+                added = [point for point in study.tuning_points if point.name not in known]
+                progress.add(sum(folder.state(point.name) != "finished" for point in added))
+                code = max(code, _run(study, added, machine, progress, request))
             if code >= EXIT_SIGNAL:
                 return code
+            if study.num_under_way:
+                progress.say(
+                    f"{study.num_under_way} tuning runs are under way in other processes, and no rate is chosen "
+                    "without them: start again when they have ended"
+                )
+                return EXIT_ERROR
             finals = [point for points in study.finals().values() for point in points]
             waiting = [point for point in finals if folder.state(point.name) != "finished"]
             progress.add(len(waiting) - num_finals)
@@ -171,7 +199,22 @@ def _run(
     study: Study, points: Sequence[StudyPoint], machine: Machine, progress: SweepProgress, request: StopRequest
 ) -> int:
     list_points(study.folder, [*study.tuning_points, *(each for each in points if each.stage != "tune")])
+    if any(study.folder.state(point.name) != "finished" for point in points):
+        _keep_machine(study.folder.path / _JOBS, machine)
     return run_points(study.folder, points, machine, progress, request, keep_adapters=study.config.study.keep_adapters)
+
+
+def _keep_machine(path: Path, machine: Machine) -> None:
+    """Write what times depend on; a collection later on, maybe elsewhere, asks for it.
+
+    Of a study that goes on under other conditions the first ones stay, and ``varied`` names what is different since.
+    """
+    from scripts.benchmarking import machine as this_machine
+
+    now = {**asdict(machine), "machine": this_machine(), "versions": versions()}
+    first = read_json(path) if path.is_file() else now
+    different = {key for key, value in now.items() if first.get(key) != value}
+    atomic_write_json(path, {**first, "varied": sorted(different | set(first.get("varied", ())))})
 
 
 def study_results(study: Study, command: str) -> tuple[dict[str, Any], list[str]]:
@@ -182,10 +225,7 @@ def study_results(study: Study, command: str) -> tuple[dict[str, Any], list[str]
     """
     from scripts.benchmarking import machine
 
-    # Of what an earlier start has extended.
-    for _ in range(study.config.tuning.extend):
-        if not study.extend():
-            break
+    study.extend_as_before()
     study.check_finished()
     finals = study.finals()
     if not any(study.folder.state(point.name) == "finished" for points in finals.values() for point in points):
@@ -201,6 +241,6 @@ def study_results(study: Study, command: str) -> tuple[dict[str, Any], list[str]
         study.setups,
         study.data,
         study.sizes,
-        {**made, "jobs": {key: ran[key] for key in ("jobs", "threads")} if ran else None},
+        {**made, "jobs": {key: ran[key] for key in ("jobs", "threads", "varied") if key in ran} if ran else None},
         command,
     )

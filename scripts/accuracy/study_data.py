@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from launcher.config import parse_as
 from launcher.yaml_files import merge
 from models.data import DataConfig, load_records
+from models.records import read_text, text_file
 from scripts.accuracy.study_config import StudyConfig, Task
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text, to_json
@@ -27,6 +29,8 @@ _SPLIT_SEED = 20_240_607
 _HASH_DIGITS = 12
 # A text that is one file is cut after a line.
 _TEXT_SUFFIX = ".txt"
+# Characters of a held-out text that are looked for in the training text.
+_TEXT_SAMPLE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +117,11 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
             f"{sorted(shared)[0][:80]!r}: give other data, or set study.overlap to drop, which leaves those records "
             "out of the training data"
         )
+    _check_apart_texts(train, test, f"tasks.{task.name}.data.train", "the text that is tested on", config)
     taken: set[str] = key.of(test) if config.study.overlap != "keep" else set()
     if task.development is not None:
         development = _read(dataclasses.replace(data, validation=task.development), "validation")
+        _check_apart_texts(train, development, f"tasks.{task.name}.data.train", "the development text", config)
         common = key.of(development) & key.of(test)
         if common:
             raise InputError(
@@ -154,15 +160,59 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
     )
 
 
+def check_calibration(data: DataConfig, held_out: Path, calibration: DataConfig, place: str) -> None:
+    """Raise where other data than the training data chooses what is trained, and is what the result is measured on.
+
+    Args:
+        data: of the task.
+        held_out: its file that the result is measured on.
+        calibration: a method's section ``data``, with ``calibration`` set.
+        place: the method, for the message.
+
+    Raises:
+        InputError: some of it is held out, or it cannot be read.
+    """
+    key, chooses = _Key(data), _read(calibration, "calibration")
+    content = held_out.read_text(encoding="utf-8")
+    is_text = held_out.suffix == _TEXT_SUFFIX
+    records = [] if is_text else [json.loads(line) for line in content.splitlines()]
+    test = _Part(records=records, text=content if is_text else None)
+    if key.of(chooses) & key.of(test) or _found_in(chooses, test) is not None:
+        raise InputError(
+            f"{place}.data.calibration is {calibration.calibration!r}, and some of it is held out: what is trained "
+            "would be chosen by what the result is measured on; give other data"
+        )
+
+
 def data_settings(data: DataConfig, files: TaskData, *, is_tuning: bool, metric: str) -> dict[str, Any]:
     """What a point's section ``data`` says of the files; nothing in it leads a tuning run to the test data."""
-    settings: dict[str, Any] = {"train": str(files.train), "format": "auto", "limit": None}
+    # Records are limited already; of a text, samples are counted.
+    limit = data.limit if files.train.suffix == _TEXT_SUFFIX else None
+    settings: dict[str, Any] = {"train": str(files.train), "format": "auto", "limit": limit}
     if is_tuning:
         answers = metric == "accuracy" and files.has_problems
         problems = str(files.development) if answers else None
         return {**settings, "validation": str(files.development), "test": problems}
     held_out = None if files.held_out is None else str(files.held_out)
     return {**settings, "validation": held_out, "test": None if files.test is None else str(files.test)}
+
+
+def _check_apart_texts(whole: _Part, other: _Part, field: str, what: str, config: StudyConfig) -> None:
+    """Raise where a running text has parts of another: nothing can be dropped from it."""
+    found = None if config.study.overlap == "keep" else _found_in(whole, other)
+    if found is not None:
+        raise InputError(f"{field} has {what} in it, {found[:60]!r}: give other text")
+
+
+def _found_in(whole: _Part, other: _Part) -> str | None:
+    """What of the beginning, the middle and the end of one running text stands in another; None: nothing."""
+    if whole.text is None or other.text is None:
+        return None
+    text, sought = _plain(whole.text), _plain(other.text)
+    size = min(_TEXT_SAMPLE, len(sought))
+    starts = (0, (len(sought) - size) // 2, len(sought) - size)
+    pieces = [sought[start : start + size] for start in starts]
+    return next((piece for piece in pieces if piece and piece in text), None)
 
 
 class _Key:
@@ -186,11 +236,11 @@ def _plain(text: str) -> str:
 
 
 def _read(data: DataConfig, split: Any) -> _Part:
-    source = getattr(data, split)
-    if Path(source).suffix.lower() == _TEXT_SUFFIX and data.format in ("auto", "text"):
-        from launcher.yaml_files import read_text
-
-        text = read_text(Path(source).expanduser(), f"data.{split}")
+    file = text_file(
+        getattr(data, split), field=f"data.{split}", split=getattr(data, f"{split}_split"), data_format=data.format
+    )
+    if file is not None:
+        text = read_text(file, field=f"data.{split}")
         return _Part(records=[{data.fields.text or "text": text}], text=text)
     return _Part(records=load_records(data, split))
 

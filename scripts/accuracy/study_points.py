@@ -17,6 +17,7 @@ from launcher.yaml_files import merge, read_mapping
 from scripts.accuracy.study_config import Method, StudyConfig, Task
 from scripts.accuracy.study_data import TaskData, data_config, data_settings
 from sparse_zero.errors import InputError
+from sparse_zero.selection.shares import share_of
 
 if TYPE_CHECKING:
     from scripts.accuracy.heads import Sizes
@@ -38,7 +39,10 @@ _FREE_TRAINING = (
 )  # fmt: skip
 # What is trained may be chosen by other data than it is trained on.
 _FREE_DATA = ("calibration", "calibration_split")
-_SET_BY_STUDY = ("training.learning_rate", "training.seed", "selection.seed", "output.folder", "data.train")
+_SET_BY_STUDY = (
+    "training.learning_rate", "training.seed", "selection.seed", "output.folder",
+    "data.train", "data.validation", "data.test", "data.format", "data.limit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +212,10 @@ def _mapping(config: StudyConfig, setup: Setup) -> dict[str, Any]:
     if setup.budget is not None and setup.budget in method.at:
         choices.append((f"methods.{method.name}.at.{setup.budget}", method.at[setup.budget]))
     for place, choice in choices:
-        _check_choice(place, choice)
+        _check_settings(place, choice.settings)
         files = [read_mapping(Path(file)) for file in choice.extends]
+        for file, settings in zip(choice.extends, files, strict=True):
+            _check_settings(f"{file}, which {place} extends,", settings)
         mapping = with_choice(mapping, place, choice, files)
         if place == choices[0][0] and setup.budget is not None:
             # Before what is set at a single budget, which may change it.
@@ -220,10 +226,11 @@ def _mapping(config: StudyConfig, setup: Setup) -> dict[str, Any]:
     return mapping
 
 
-def _check_choice(place: str, choice: Choice) -> None:
+def _check_settings(place: str, settings: Mapping[str, Any]) -> None:
     """Refuse what the study itself sets: it would be lost without a word."""
-    named = [key for key in choice.settings if "." in key]
-    named += [f"{section}.{key}" for section, value in choice.settings.items() if "." not in section for key in value]
+    named = [key for key in settings if "." in key]
+    sections = {section: value for section, value in settings.items() if isinstance(value, Mapping)}
+    named += [f"{section}.{key}" for section, value in sections.items() for key in value]
     for key in named:
         if key in _SET_BY_STUDY:
             raise InputError(f"{place} sets {key}, which the study sets itself: leave it out (rates are in rates)")
@@ -244,7 +251,7 @@ def _add_head(mapping: dict[str, Any], head: Sequence[str], setup: Setup, sizes:
     if isinstance(budget, dict) and sizes is not None:
         # A selection's budget counts all that is trained; the study's is without the head.
         if budget.get("fraction") is not None:
-            selection["budget"] = {**budget, "parameters": int(budget["fraction"] * sizes.total) + sizes.head}
+            selection["budget"] = {**budget, "parameters": share_of(budget["fraction"], sizes.total) + sizes.head}
             del selection["budget"]["fraction"]
         elif budget.get("parameters") is not None:
             selection["budget"] = {**budget, "parameters": budget["parameters"] + sizes.head}

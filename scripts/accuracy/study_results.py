@@ -168,11 +168,14 @@ def _row(
         "budget": setup.budget,
         "parameters_total": as_number(row.get("parameters_total")),
         "parameters_trained": trained,
+        # Trained at first and no more, and still acting: of a selection that was chosen anew.
+        "parameters_retired": as_number(row.get("parameters_retired")) or 0,
         "parameters_head": 0 if sizes is None else sizes.head,
         "rate": None if tuned is None else tuned.rate,
         "rate_at_edge": None if tuned is None else tuned.at_edge,
         "tried": [] if tuned is None else [asdict(each) for each in tuned.tried],
-        "num_finished": len(runs),
+        # Of which there is a number: a loss that is none of a run that diverged is in no mean.
+        "num_finished": sum(each.score is not None for each in runs),
         "num_failed": num_failed,
         "score": statistics.as_json(spread),
         "scores": scores,
@@ -264,18 +267,21 @@ def results_of(
 
 
 def _other_bases(runs: Mapping[Key, Sequence[Finished]]) -> list[str]:
-    """Tasks whose runs did not all begin with the same weights: the model has been replaced in between."""
-    bases: dict[str, dict[str, str]] = {}
+    """Runs of one task and seed that did not begin with the same weights: the model has been replaced in between.
+
+    A head that the files lack is made from the seed, and so another one for each.
+    """
+    bases: dict[tuple[str, int], dict[str, str]] = {}
     for (task, method, _), found in runs.items():
         for each in found:
             if each.base is not None:
-                bases.setdefault(task, {}).setdefault(each.base, f"{method} with seed {each.seed}")
+                bases.setdefault((task, each.seed), {}).setdefault(each.base, method)
     return [
-        f"task {task}: its runs began with {len(of_task)} different models, "
-        + ", ".join(f"{base[:12]} ({first})" for base, first in of_task.items())
+        f"task {task}, seed {seed}: its runs began with {len(different)} different models, "
+        + ", ".join(f"{base[:12]} ({first})" for base, first in different.items())
         + ": what differs between them says nothing of the methods"
-        for task, of_task in bases.items()
-        if len(of_task) > 1
+        for (task, seed), different in bases.items()
+        if len(different) > 1
     ]
 
 
@@ -323,11 +329,11 @@ def _newest(folder: SweepFolder, finals: Mapping[Key, Sequence[StudyPoint]]) -> 
 
 
 def share_of_row(row: Mapping[str, Any]) -> float | None:
-    """The trained share of the parameters, the head in neither."""
+    """The share of the parameters that has been changed in the end, the head in neither: trained ones and retired."""
     trained, total, head = (row.get(f"parameters_{name}") for name in ("trained", "total", "head"))
     if trained is None or not total:
         return None
-    return float(max(trained - head, 0) / (total - head))
+    return float(max(trained + row.get("parameters_retired", 0) - head, 0) / (total - head))
 
 
 def is_final(settings: Mapping[str, Any]) -> bool:

@@ -83,16 +83,20 @@ def list_points(folder: SweepFolder, points: Sequence[StudyPoint]) -> None:
 
 
 def check_finished(folder: SweepFolder, points: Sequence[StudyPoint]) -> None:
-    """Raise where a finished point was another run than it would be now: its numbers are those of another study.
+    """Raise where a point was another run than it would be now: its numbers are those of another study.
+
+    One that was stopped and has a checkpoint would be refused when it goes on, and count as failed.
 
     Raises:
         InputError: names what differs.
     """
     for point in points:
-        path = folder.config(point.name)
+        run = folder.run(point.name)
+        # What the run says of itself: the list's config of one that is left to run is written anew at every start.
+        path = run.config if run.config.is_file() else folder.config(point.name)
         if not path.is_file() or path.read_text(encoding="utf-8") == point.yaml:
             continue
-        if folder.run(point.name).summary.is_file():
+        if run.summary.is_file() or run.complete_checkpoints():
             _check_same(point, path, folder)
 
 
@@ -107,7 +111,7 @@ def _check_same(point: StudyPoint, path: Path, folder: SweepFolder) -> None:
     difference = _difference(old, new, "")
     if difference is not None:
         raise InputError(
-            f"the point {point.name} is finished, and {difference}: name another study.folder, or delete "
+            f"the point {point.name} has been run, and {difference}: name another study.folder, or delete "
             f"{folder.run(point.name).path} to run it again"
         )
 

@@ -131,15 +131,22 @@ def protocol_text(results: Results) -> str:
     number = " or ".join(map(str, tried)) if tried else "no"
     tuning = (
         f"Learning rates: {number} candidates for each task, method and budget, seed {protocol['tuning_seed']}{steps}, "
-        f"the best {protocol['tuning_metric']} on the development data; (edge): the best was the lowest or highest."
+        f"the best {_tuned_by(results)} on the development data; (edge): the best was the lowest or highest."
     )
     measure = (
         f"Mean ± standard deviation (of the sample) over the seeds {seeds}. Differences with the 95 % interval of a "
         "paired bootstrap over seeds and test problems. Within 1 sd: not worse than full fine-tuning's mean by more "
-        "than its standard deviation over seeds. Trained: share of the parameters, without the head. Time is that of a "
+        "than its standard deviation over seeds. Trained: share of the parameters that the method has changed, those "
+        "among them that it trained for a time only; without the head. Time is that of a "
         "whole run."
     )
     return "\n\n".join(["\n".join(parts), tuning, measure, *_reservations(results)])
+
+
+def _tuned_by(results: Results) -> str:
+    """By what rates were chosen: of plain text there is the loss only."""
+    metrics = {task["metric"] for task in results["tasks"].values()}
+    return "loss" if metrics == {"loss"} else str(results["protocol"]["tuning_metric"])
 
 
 def _reservations(results: Results) -> list[str]:
@@ -149,7 +156,10 @@ def _reservations(results: Results) -> list[str]:
     num_seeds = len(protocol["seeds"])
     missing = sum(num_seeds - row["num_finished"] for row in rows)
     if missing:
-        found.append(f"Unfinished: {missing} of {num_seeds * len(rows)} final runs (n: those that a line is made of).")
+        found.append(
+            f"Unfinished, or ended without a number: {missing} of {num_seeds * len(rows)} final runs (n: those that a "
+            "line is made of)."
+        )
     failed = [
         f"{row['label']}{_budget(row)} at {each['rate']:g}"
         for row in rows
@@ -178,7 +188,7 @@ def _unequal(row: Mapping[str, Any], results: Results) -> str | None:
         return None
     key = (row["task"], results["protocol"]["baseline"], row["budget"])
     other = next((each for each in results["rows"] if (each["task"], each["method"], each["budget"]) == key), None)
-    ours, theirs = share_of_row(row), row["budget"] if other is None else share_of_row(other)
+    ours, theirs = share_of_row(row), (other and share_of_row(other)) or row["budget"]
     if not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL:
         return None
     return f"{row['label']}{_budget(row)} {100 * (ours / theirs - 1):+.0f} %"
@@ -206,6 +216,8 @@ def made_on(results: Results) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     jobs = results.get("jobs")
     side = "" if jobs is None else f", {jobs['jobs']} runs at a time with {jobs['threads']} threads each"
+    if jobs is not None and jobs.get("varied"):
+        side += f" (some with other {' and '.join(jobs['varied'])})"
     cores = f"{machine['cores']} cores{side}"
     return f"{results['date']}, {machine['cpu']}{gpu}, {cores}, Python {machine['python']}, {packages}"
 

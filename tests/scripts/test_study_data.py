@@ -98,8 +98,8 @@ def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} has a line {number}.\n" for number in range(40)))
     data = {"train": str(tmp_path / "train.txt"), "validation": str(tmp_path / "held-out.txt"), "test": None}
 
-    def found(**task: Any) -> TaskData:
-        return prepare(study(tmp_path, [], [], data=data, **task), tmp_path)
+    def found(overlap: str = "drop", **task: Any) -> TaskData:
+        return prepare(study(tmp_path, [], [], overlap, data=data, **task), tmp_path)
 
     cut = found()
     assert cut.train.read_text() + cut.development.read_text() == (tmp_path / "train.txt").read_text()
@@ -110,3 +110,12 @@ def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
     assert own.development.read_text().startswith("development has")
     with pytest.raises(InputError, match=r"tasks\.words\.development: .* the rate would be tuned on the test"):
         found(development=str(tmp_path / "held-out.txt"))
+    # A part of the training text under another name.
+    lines = (tmp_path / "train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "part.txt").write_text("".join(lines[20:35]))
+    with pytest.raises(InputError, match=r"tasks\.words\.data\.train has the development text in it"):
+        found(development=str(tmp_path / "part.txt"))
+    data["validation"] = str(tmp_path / "part.txt")
+    with pytest.raises(InputError, match=r"tasks\.words\.data\.train has the text that is tested on in it"):
+        found()
+    assert found(overlap="keep").counts["shared"] == 0

@@ -125,11 +125,16 @@ def test_what_does_not_hold_is_said(tmp_path: Path, changes: dict[str, Any], mes
         read_example(tmp_path, changes)
 
 
-@pytest.mark.parametrize("key", ["training.learning_rate", "training.seed", "data.train"])
+@pytest.mark.parametrize("key", ["training.learning_rate", "training.seed", "data.train", "data.limit", "data.test"])
 def test_a_method_does_not_set_what_the_study_sets(tmp_path: Path, key: str) -> None:
     config = read_example(tmp_path, {"methods": {"a": {**_ROWS, key: 1}}, "budgets": []})
     with pytest.raises(InputError, match=f"methods.a sets {key}"):
         all_points(config)
+    section, name = key.split(".")
+    (tmp_path / "more.yaml").write_text(json.dumps({section: {name: 1}}))
+    methods = {"a": {**_ROWS, "extends": str(tmp_path / "more.yaml")}}
+    with pytest.raises(InputError, match=rf"more\.yaml, which methods\.a extends, sets {key}"):
+        all_points(read_example(tmp_path, {"methods": methods, "budgets": []}))
 
 
 def test_no_run_is_chosen_by_what_it_is_judged_by(tmp_path: Path) -> None:
@@ -163,7 +168,7 @@ def test_a_finished_run_of_another_protocol_is_not_collected(tmp_path: Path) -> 
     older.write_text("".join(line for line in point.yaml.splitlines(keepends=True) if "beta2" not in line))
     assert older.read_text() != point.yaml
     check_finished(folder, [point])
-    with pytest.raises(InputError, match=r"is finished, and training.warmup_fraction was .* and is now 0.5"):
+    with pytest.raises(InputError, match=r"has been run, and training.warmup_fraction was .* and is now 0.5"):
         check_finished(folder, [changed])
 
 

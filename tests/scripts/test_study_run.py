@@ -95,7 +95,7 @@ def test_what_is_finished_is_kept(study: Path) -> None:
 
 def test_another_protocol_is_refused_in_the_same_folder(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy_study.main(["--config", str(study), "--run.training.steps=4"]) == 2
-    assert "is finished, and training.steps was 3 and is now 4" in capsys.readouterr().err
+    assert "has been run, and training.steps was 3 and is now 4" in capsys.readouterr().err
 
 
 def test_what_fails_does_not_end_the_study(study: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

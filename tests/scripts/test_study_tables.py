@@ -46,12 +46,11 @@ def test_a_model_that_was_replaced_between_runs_is_said() -> None:
     def runs(*bases: str | None) -> list[Finished]:
         return [Finished(seed=seed, row={}, correct=None, base=base) for seed, base in enumerate(bases)]
 
-    same: dict[Key, list[Finished]] = {("words", "full", None): runs("a", "a"), ("words", "lora", 0.1): runs("a", None)}
+    # A head is made from the seed: another base for every seed.
+    same: dict[Key, list[Finished]] = {("words", "full", None): runs("a", "b"), ("words", "lora", 0.1): runs("a", None)}
     assert _other_bases(same) == []
-    (note,) = _other_bases({**same, ("words", "rows", 0.1): runs("a", "b"), ("text", "full", None): runs("c")})
-    assert note.startswith(
-        "task words: its runs began with 2 different models, a (full with seed 0), b (rows with seed 1)"
-    )
+    (note,) = _other_bases({**same, ("words", "rows", 0.1): runs("a", "c"), ("text", "full", None): runs("d")})
+    assert note.startswith("task words, seed 1: its runs began with 2 different models, b (full), c (rows)")
 
 
 def test_what_is_missing_or_unequal_is_said() -> None:
@@ -65,7 +64,7 @@ def test_what_is_missing_or_unequal_is_said() -> None:
     row["tried"][2] |= {"accuracy": None, "loss": None}
     results["tasks"]["words"]["metric"] = "loss"
     text = markdown(results)
-    assert f"Unfinished: 1 of {3 * len(results['rows'])} final runs" in text
+    assert f"Unfinished, or ended without a number: 1 of {3 * len(results['rows'])} final runs" in text
     assert "tuning run failed, diverged ones among them: blocks 20 % at 0.001." in text
     assert "Against lora, or without it the budget: blocks 20 % +30 %." in text
     assert "with 3, the interval is their whole range" in text
