@@ -30,8 +30,8 @@ _METRICS = (
     "peak_memory_bytes", "tokens_per_second", "total_seconds", "adapter_bytes",
 )  # fmt: skip
 _EXAMPLES = """
-sparse-zero sweep --config configs/studies/quick-sweep.yaml --dry-run      the points, their names and states
-sparse-zero sweep --config configs/studies/quick-sweep.yaml                run what is not finished, then the table
+sparse-zero sweep --config configs/sweeps/quick.yaml --dry-run      the points, their names and states
+sparse-zero sweep --config configs/sweeps/quick.yaml                run what is not finished, then the table
 sparse-zero sweep --config FILE --only method=rows --stop-at-failure       some of them
 sparse-zero sweep --config FILE --points 0-3,7
 sparse-zero sweep --config FILE --collect --metric final_loss              the table and the picture only

@@ -15,7 +15,7 @@ from launcher.yaml_files import merge, parse_yaml, read_mapping
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = sorted((CONFIGS / "runs" / "papers").glob("*.yaml"))
 RUNS = [*sorted((CONFIGS / "runs").glob("*.yaml")), *PAPERS]
-SWEEPS = [CONFIGS / "studies" / name for name in ("depth.yaml", "quick-sweep.yaml")]
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 # What a fragment of each folder may hold: nothing that another folder decides.
 SECTIONS = {
     "models": {"model"},
@@ -83,7 +83,7 @@ def test_every_point_of_a_sweep_is_a_run(path: Path) -> None:
 
 
 def test_study_of_depth() -> None:
-    points = expand(*read_sweep(CONFIGS / "studies" / "depth.yaml", []))
+    points = expand(*read_sweep(CONFIGS / "sweeps" / "depth.yaml", []))
     assert len(points) == 15
     depths = [(point.config.selection.min_depth, point.config.selection.depth_tradeoff) for point in points]
     assert set(depths) == {(0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (0.0, 1.0)}
@@ -93,7 +93,7 @@ def test_study_of_depth() -> None:
 
 
 def test_quick_sweep() -> None:
-    points = expand(*read_sweep(CONFIGS / "studies" / "quick-sweep.yaml", []))
+    points = expand(*read_sweep(CONFIGS / "sweeps" / "quick.yaml", []))
     # Three methods, three learning rates, two seeds, but for one pair.
     assert len(points) == 3 * 3 * 2 - 2
     kinds = {point.settings["method"]: {region.kind for region in point.config.selection.regions} for point in points}
