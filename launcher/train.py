@@ -17,8 +17,8 @@ from typing import Any
 
 from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.ending import code_of, tell_notes
-from launcher.evaluating import at_work, evaluate_model
-from launcher.forgetting import Forgetting, measure_forgetting
+from launcher.evaluating import evaluate_model
+from launcher.forgetting import Forgetting, loss_on, measure_forgetting
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.methods import Method, SelectedParts
@@ -42,7 +42,6 @@ from launcher.stopping import EXIT_ERROR, EXIT_INPUT, EXIT_SIGNAL, Stopped, Stop
 from launcher.summary import print_summary
 from launcher.training_loop import LoopState, NonFiniteError, TrainingResult, train
 from launcher.world import World, join_world, speak_once
-from models.forgetting import mean_loss
 from models.gather import gather_json
 from models.heads import fresh_head
 from models.loading import pad_token_id
@@ -135,20 +134,9 @@ def _train(
 
 def _validate_base(prepared: Prepared, world: World) -> None:
     """Write metrics of a run that trains nothing: the loss on the validation data, of what is no classifier."""
-    config, row = prepared.config, None
-    if prepared.validation is not None and not config.model.classifies:
-        with at_work(config, world, prepared.model, "validating") as tell:
-            found = mean_loss(
-                prepared.model,
-                prepared.validation.texts,
-                pad_token_id(prepared.tokenizer),
-                batching=config.data.batching,
-                batch_size=config.training.micro_batch_size,
-                chunk=config.training.loss_chunk,
-                rank=world.rank,
-                world_size=world.world_size,
-                progress=tell,
-            )
+    row = None
+    if prepared.validation is not None and not prepared.config.model.classifies:
+        found = loss_on(prepared, world, prepared.model, prepared.validation.texts, "validating")
         row = {"kind": "validation", "step": 0, "loss": found.loss, "response_tokens": found.num_tokens}
     if world.keeps_folder:
         with MetricsLog(prepared.folder.path) as log:
