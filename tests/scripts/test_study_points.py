@@ -36,7 +36,7 @@ def test_every_shipped_study_is_runs_that_could_be_started(path: Path) -> None:
     assert len({len(setup.method.rates) for setup in setups_of(config) if setup.method.rates}) == 1
 
 
-def test_the_plateau_has_five_budgets_of_four_methods() -> None:
+def test_the_plateau_has_five_budgets_of_three_methods() -> None:
     config = read_study(next(path for path in STUDIES if path.stem == "plateau"))
     setups = setups_of(config)
     assert {setup.method.name for setup in setups if len(setup.method.budgets) == 5} == {
