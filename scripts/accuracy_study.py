@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     results, notes = study_results(study, command_of("scripts/accuracy_study.py", options.config, options.overrides))
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
+    results["remarks"] = options.remark
     print("\n".join(str(path) for path in write_results(results, study.folder.path)))
     return code
 
@@ -110,6 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="a file such as configs/studies/plateau.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--threads", type=int, help="threads of each run (default: cores / jobs)")
+    parser.add_argument(
+        "--remark",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what a reader must know that no number says, such as other work beside the runs; may be repeated",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--dry-run", action="store_true", help="check everything, and list the runs instead of running them"

@@ -57,13 +57,22 @@ def _legend(figure: Figure, axes: Sequence[Axes], theme: Theme, columns: int = 3
             text.set_color(theme.ink)
 
 
-def log_ticks(axes: Axes, values: Sequence[float], label: Callable[[float], str]) -> None:
-    """A logarithmic axis with a label at each of these values, but where it has no room."""
+def log_ticks(axes: Axes, values: Sequence[float], label: Callable[[float], str], *, room: float = 0.06) -> None:
+    """A logarithmic axis with a label at each of these values, but where it has no room.
+
+    Args:
+        axes: to be labelled.
+        values: in any order.
+        label: text of one.
+        room: share of the axis that a label needs.
+    """
     from matplotlib.ticker import NullFormatter, NullLocator
 
+    ordered = sorted(set(values))
+    apart = (ordered[-1] / ordered[0]) ** room if ordered else 1.0
     kept: list[float] = []
-    for value in sorted(set(values)):
-        if not kept or value / kept[-1] > 1.35:
+    for value in ordered:
+        if not kept or value / kept[-1] >= apart:
             kept.append(value)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -165,8 +174,7 @@ def rates_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
             axes.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
             best = [point for point in known if point[0] == row["rate"]]
             axes.plot(*zip(*best, strict=True), "o", color=colour, markersize=8, fillstyle="none")
-        # As many ticks as have room.
-        log_ticks(axes, rates if len(rates) <= 4 else rates[:: -(-len(rates) // 4)], lambda value: f"{value:.2g}")
+        log_ticks(axes, rates, lambda value: f"{value:.2g}", room=0.27)
         title(axes, own[0]["label"], theme)
         if at % num_columns == 0:
             axes.set_ylabel("development " + ("loss" if by_loss else "accuracy, %"))

@@ -154,6 +154,7 @@ def _reservations(results: Results) -> list[str]:
     protocol, rows = results["protocol"], results["rows"]
     found = []
     num_seeds = len(protocol["seeds"])
+    found += results.get("remarks", ())
     missing = sum(num_seeds - row["num_finished"] for row in rows)
     if missing:
         found.append(

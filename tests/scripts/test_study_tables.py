@@ -58,6 +58,7 @@ def test_what_is_missing_or_unequal_is_said() -> None:
     text = markdown(results)
     for word in ("Unfinished", "tuning run failed", "not equal", "resampled over seeds alone"):
         assert word not in text
+    assert "It rained." in markdown({**results, "remarks": ["It rained."]})
     row = next(row for row in results["rows"] if row["method"] == "blocks" and row["budget"] == 0.2)
     row["num_finished"] = 2
     row["parameters_trained"] = 770 + 1.3 * 200_000
