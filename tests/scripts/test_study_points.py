@@ -41,7 +41,6 @@ def test_the_plateau_has_five_budgets_of_three_methods() -> None:
     setups = setups_of(config)
     assert {setup.method.name for setup in setups if len(setup.method.budgets) == 5} == {
         "lora",
-        "dora",
         "blocks",
         "mixed",
     }
