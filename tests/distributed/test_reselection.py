@@ -7,7 +7,7 @@ from tests.distributed.spawn import run_ranks
 WORKERS = "tests.distributed.reselection_workers"
 
 
-@pytest.mark.parametrize(("world_size", "moments"), [(1, "zero"), (2, "mean")])
+@pytest.mark.parametrize(("world_size", "moments"), [pytest.param(1, "zero", marks=pytest.mark.slow), (2, "mean")])
 def test_a_changing_selection_equals_a_moment_per_entry_on_the_dense_model(world_size, moments):
     report = run_ranks(f"{WORKERS}:migrations", world_size, moments=moments)
     assert len(report) == 8
@@ -34,7 +34,7 @@ def test_a_migration_keeps_the_wide_masters_of_a_bf16_run():
         assert all(entry.values()), (place, entry)
 
 
-@pytest.mark.parametrize(("world_size", "decay"), [(1, 0.1), (2, 0.0)])
+@pytest.mark.parametrize(("world_size", "decay"), [pytest.param(1, 0.1, marks=pytest.mark.slow), (2, 0.0)])
 def test_a_checkpoint_after_a_reselection_continues_bit_for_bit(world_size, decay, tmp_path):
     for entry in run_ranks(f"{WORKERS}:checkpoints", world_size, folder=str(tmp_path), decay=decay):
         assert entry["resumed"] == entry["uninterrupted"], entry
@@ -47,7 +47,10 @@ def test_a_checkpoint_after_a_reselection_continues_bit_for_bit(world_size, deca
 
 @pytest.mark.parametrize(
     ("world_size", "scores", "stages", "number"),
-    [(2, ["abs_of_mean"], [0, 1, 2, 3], 5), (1, ["gradient_times_weight", "magnitude"], [1, 3], 6)],
+    [
+        (2, ["abs_of_mean"], [0, 1, 2, 3], 5),
+        pytest.param(1, ["gradient_times_weight", "magnitude"], [1, 3], 6, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_selected_anew_is_what_select_finds_on_the_dense_model(world_size, scores, stages, number):
     found = run_ranks(f"{WORKERS}:reselections", world_size, scores=scores, stages=stages)

@@ -49,6 +49,7 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 
 
+@pytest.mark.slow
 def test_a_run_with_restored_weights_is_that_of_its_selection(base, tmp_path):
     settings = {**SETTINGS, "stage": 3, "offload": True}
     config = write(base, tmp_path / "full", selection__full_calibration=settings)
@@ -120,6 +121,7 @@ def test_a_resumed_run_continues_from_the_kept_base_and_does_not_calibrate_again
     assert first == second
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_reuses_base_and_selection(kept_run, tmp_path):
     folder, config, _ = kept_run
     copy = tmp_path / "copy"
@@ -155,6 +157,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_reuses_base_and_selection(
     assert "made for another" in output
 
 
+@pytest.mark.slow
 def test_a_start_that_was_killed_between_base_and_selection_is_made_again(kept_run, tmp_path):
     folder, config, _ = kept_run
     copy = tmp_path / "copy"
@@ -170,6 +173,7 @@ def test_a_start_that_was_killed_between_base_and_selection_is_made_again(kept_r
     assert Selection.load(copy / "selection.safetensors").metadata["base"]["sha256"] == identity
 
 
+@pytest.mark.slow
 def test_kept_weights_do_not_depend_on_the_number_of_ranks(kept_run, base, tmp_path):
     folder, _, _ = kept_run
     config = write(base, tmp_path, **keeping(tmp_path / "two", stage=3))
@@ -179,6 +183,7 @@ def test_kept_weights_do_not_depend_on_the_number_of_ranks(kept_run, base, tmp_p
     assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_select_writes_the_new_base_too(base, tmp_path):
     config = write(base, tmp_path, **keeping(tmp_path / "new-base"))
     out = tmp_path / "chosen.safetensors"

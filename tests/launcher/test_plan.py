@@ -115,6 +115,7 @@ def test_adapters_over_codes_of_8_bits_are_refused() -> None:
         check_can_simulate(config, "lora")
 
 
+@pytest.mark.slow
 def test_the_same_run_is_planned_by_another_method(shapes: Path) -> None:
     for package in ("peft", "bitsandbytes"):
         pytest.importorskip(package, reason=f"{package} is not installed")

@@ -92,7 +92,7 @@ def test_the_merged_model_has_the_retired_numbers_and_export_writes_the_same(who
     assert (tmp_path / "again/model.safetensors").read_bytes() == (run_folder / "merged/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("step", [6, 8])
+@pytest.mark.parametrize("step", [6, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_interrupted_after_a_reselection_continues_bit_for_bit(step, whole, base, tmp_path):
     # As a kill between two checkpoints leaves it: rows of later steps, and no summary.
     folder = whole[0]
@@ -113,6 +113,7 @@ def test_a_run_interrupted_after_a_reselection_continues_bit_for_bit(step, whole
     )
 
 
+@pytest.mark.slow
 def test_stage_3_on_two_ranks_selects_and_trains_the_same(whole, base, tmp_path):
     config = write_run(base, tmp_path, zero={"stage": 3, "placement": "delta"}, training__gradient_checkpointing=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

@@ -358,6 +358,7 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupting_the_launcher_stops_all_ranks_cleanly(single, base, tmp_path):
     config = write_config(base, tmp_path, output__evaluate=False)
     process = subprocess.Popen(
@@ -443,6 +444,7 @@ def test_a_signal_before_training_ends_at_once_and_leaves_no_half_files(base, tm
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "evaluation"}
 
 
+@pytest.mark.slow
 def test_another_selection_than_the_checkpoint_of_another_folder_is_refused(single, base, tmp_path):
     checkpoint = single[0] / "run" / "checkpoints" / "step-000016"
     config = write_config(base, tmp_path, checkpoint__resume=str(checkpoint), selection__budget={"fraction": 0.02})
@@ -454,6 +456,7 @@ def test_another_selection_than_the_checkpoint_of_another_folder_is_refused(sing
     assert [row["loss"] for row in rows(tmp_path)] == losses(single[0])[16:]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_dropout_that_it_would_have_drawn(base, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(base / "model", model)

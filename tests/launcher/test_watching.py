@@ -119,6 +119,7 @@ def tmp_path_of(folder: Path, name: str) -> Path:
     return folder / name
 
 
+@pytest.mark.slow
 def test_in_a_terminal_all_ranks_are_seen(base: Path, tmp_path: Path) -> None:
     config = write_config(base, tmp_path, **short_run(20), output__report=False)
     ours, theirs = pty.openpty()

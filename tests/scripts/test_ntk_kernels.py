@@ -273,6 +273,7 @@ def sketched(function: SampleFunction, samples: Any, sketch: int, seed: int) -> 
     return compute_kernels(function, samples, NUM_TRAIN, subsets, max_bytes=GIB, sketch=sketch, seed=seed)
 
 
+@pytest.mark.slow
 def test_a_sketch_errs_as_much_as_it_says() -> None:
     function, samples = bert(2)
     expected = sketched(function, samples, 4096, 0)
