@@ -114,8 +114,6 @@ def test_how_a_study_was_run_is_of_its_runs(tmp_path: Path, started: Counter[str
     first = read_json(jobs)
     assert (first["jobs"], first["threads"], first["varied"]) == (2, 3, [])
     run = SweepFolder(tmp_path / "out").run(next(path.name for path in (tmp_path / "out").glob("*final*rows*seed=1")))
-    # The failed candidate runs again at every start.
-    (tmp_path / "out" / "jobs.json").write_text(json.dumps(first))
     run.summary.unlink()
     run_study(make_study(tmp_path), Machine(jobs=1, threads=3))
     again = read_json(jobs)
