@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -105,7 +106,12 @@ class PeakMemory:
         self._sample()
         if self._thread is None:
             self._stop.clear()
-            self._thread = threading.Thread(target=self._keep_sampling, name="peak-memory", daemon=True)
+            self._thread = threading.Thread(
+                target=_keep_sampling,
+                args=(weakref.ref(self), self._stop, self._sample_seconds),
+                name="peak-memory",
+                daemon=True,
+            )
             self._thread.start()
         return True
 
@@ -140,6 +146,12 @@ class PeakMemory:
     def _sample(self) -> None:
         self._sampled_bytes = max(self._sampled_bytes, self._status("VmRSS") or 0)
 
-    def _keep_sampling(self) -> None:
-        while not self._stop.wait(self._sample_seconds):
-            self._sample()
+
+def _keep_sampling(owner: "weakref.ref[PeakMemory]", stop: threading.Event, seconds: float) -> None:
+    """Look until ``stop`` is set, or until nobody holds the owner any more: an owner left open keeps no thread."""
+    while not stop.wait(seconds):
+        peak = owner()
+        if peak is None:
+            return
+        peak._sample()
+        del peak

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +18,28 @@ def become_rank(environment: dict[str, str], log: Path) -> None:
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def run_program(
+    module: str, arguments: Sequence[str], folder: Path, environment: dict[str, str], log: Path
+) -> NoReturn:
+    """Be a program in this forked process, as if ``python -m module arguments`` had been typed in ``folder``.
+
+    Args:
+        module: has ``main(arguments)``, which returns the exit code.
+        arguments: of its command line.
+        folder: to work in.
+        environment: replaces that of the process it was forked from.
+        log: gets its output, of both streams.
+    """
+    become_rank(environment, log)
+    os.chdir(folder)
+    sys.argv = [module, *arguments]
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    # Returns as the interpreter of a script does: threads that write are waited for.
+    sys.exit(importlib.import_module(module).main(list(arguments)))
 
 
 def run_rank(description: str, environment: dict[str, str]) -> None:

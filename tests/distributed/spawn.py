@@ -17,12 +17,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.rank_main import run_rank
+from tests.distributed.rank_main import run_program, run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last ones are imported by the first engine (torch's compiler), loaded model, progress bar and report.
 PRELOADED = [
     "tests.distributed.workers",
+    "launcher.__main__",
     "launcher.train",
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -99,6 +100,28 @@ def said_by(folder: Path, codes: Sequence[int | None], characters: int = 6000) -
         said = log.read_text(errors="replace")[-characters:] if log.is_file() else ""
         parts.append(f"--- rank {rank}, exit code {'none: killed' if code is None else code}\n{said}")
     return "\n".join(parts)
+
+
+def program_output(
+    module: str, arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = 240.0
+) -> tuple[int | None, str]:
+    """Exit code (None: it took too long) and output of ``python -m module arguments``, forked with its imports done.
+
+    Args:
+        module: has ``main(arguments)``, which returns the exit code.
+        arguments: of its command line.
+        folder: to work in.
+        environment: all of its environment.
+        timeout: seconds until it is killed.
+    """
+    context = preloaded_context()
+    with tempfile.NamedTemporaryFile(prefix="sparse_zero_output_") as log:
+        process = context.Process(
+            target=run_program, args=(module, list(arguments), folder, environment, Path(log.name))
+        )
+        process.start()
+        codes = wait_for([process], timeout)
+        return codes[0], Path(log.name).read_text(errors="replace")
 
 
 def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **arguments: Any) -> Any:

@@ -52,6 +52,7 @@ def test_nothing_travels_at_the_start_where_all_ranks_have_the_same_weights():
     assert report["then"] == 1
 
 
+@pytest.mark.slow
 def test_offloading_is_a_place_and_no_other_training():
     report = run_ranks("tests.distributed.communication_workers:offloaded_losses", 2)
     assert len(report) == 4

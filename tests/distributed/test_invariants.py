@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.spawn import run_ranks
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_invariants_1_and_3_every_combination_equals_the_dense_reference(world_size):
     report = run_ranks("tests.distributed.workers:invariants_1_and_3", world_size, steps=5)
     assert len(report) == 32

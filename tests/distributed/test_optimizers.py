@@ -67,6 +67,7 @@ def test_every_optimizer_equals_the_dense_reference_and_resumes(tmp_path, names)
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra quant")
 def test_states_of_8_bits_are_saved_in_fp32_and_quantized_again(tmp_path):
     report = run_ranks("tests.distributed.optimizer_workers:eight_bit", 2, folder=str(tmp_path))

@@ -45,11 +45,12 @@ def test_a_checkpoint_after_a_reselection_continues_bit_for_bit(world_size, deca
             assert entry["elsewhere"] == pytest.approx(entry["uninterrupted"], rel=1e-5), entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "scores", "stages", "number"),
     [
         (2, ["abs_of_mean"], [0, 1, 2, 3], 5),
-        pytest.param(1, ["gradient_times_weight", "magnitude"], [1, 3], 6, marks=pytest.mark.slow),
+        (1, ["gradient_times_weight", "magnitude"], [1, 3], 6),
     ],
 )
 def test_what_is_selected_anew_is_what_select_finds_on_the_dense_model(world_size, scores, stages, number):

@@ -20,7 +20,6 @@ from tests.integrations.workers import (
     as_rows,
     best_run,
     collate_rows,
-    continued,
     losses_of,
     make_model,
     make_samples,
@@ -29,7 +28,6 @@ from tests.integrations.workers import (
     no_pickles,
     random_run,
     stored,
-    trainer_run,
     weights_are_values,
 )
 from tests.models.tiny import tiny_llama
@@ -39,23 +37,6 @@ def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(**collate_rows(as_rows(make_samples()[:2]))).logits
     return logits
-
-
-def test_one_process_without_deepspeed(runs, tmp_path):
-    run = trainer_run(tmp_path, "inplace")
-    assert run["losses"] == pytest.approx(runs["own"]["inplace"], rel=1e-5)
-    assert run["resumed_losses"] == run["losses"], "bit for bit"
-    assert run["stored"] == FILES
-    assert run["written_back"]
-    assert run["adapter_difference"] == 0.0
-
-
-def test_another_number_of_ranks_continues(runs, tmp_path):
-    """What two ranks have trained at stage 2 and 3, in this process and without DeepSpeed."""
-    for source, placement in (("stage 2", "inplace"), ("stage 3 delta", "delta")):
-        checkpoint = Path(runs["folder"]) / source / "checkpoint-3"
-        losses = continued(tmp_path / source, checkpoint, placement)  # type: ignore[arg-type]
-        assert losses == pytest.approx(runs["trainer"][source]["losses"][3:], rel=1e-5)
 
 
 @pytest.mark.slow

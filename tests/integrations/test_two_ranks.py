@@ -1,8 +1,11 @@
-"""Do other trainers, on two ranks, take the steps that our own loop takes, and go on from their checkpoints?"""
+"""Do other trainers, on two ranks and on one, take the steps that our own loop takes, and go on from their checkpoints?"""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
+
+from tests.integrations.workers import STEPS, accelerate_losses, continued, trainer_run, weights_are_values
 
 # fp32, relative: invariant 3.
 TOLERANCE = 1e-5
@@ -124,3 +127,27 @@ def test_what_a_trainer_cannot_do_under_deepspeed_is_refused(runs):
         in (runs["refusals"]["optimizers"])
     )
     assert "tensor_parallel.autotp_size" in runs["refusals"]["autotp"]
+
+
+def test_trainer_without_deepspeed_equals_our_own_loop(runs, tmp_path):
+    run = trainer_run(tmp_path, "inplace")
+    assert run["losses"] == pytest.approx(runs["own"]["inplace"], rel=1e-5)
+    assert run["resumed_losses"] == run["losses"], "bit for bit"
+    assert run["stored"] == FILES
+    assert run["written_back"]
+    assert run["adapter_difference"] == 0.0
+
+
+def test_another_number_of_ranks_continues(runs, tmp_path):
+    """What two ranks have trained at stage 2 and 3, in this process and without DeepSpeed."""
+    for source, placement in (("stage 2", "inplace"), ("stage 3 delta", "delta")):
+        checkpoint = Path(runs["folder"]) / source / "checkpoint-3"
+        losses = continued(tmp_path / source, checkpoint, placement)  # type: ignore[arg-type]
+        assert losses == pytest.approx(runs["trainer"][source]["losses"][3:], rel=1e-5)
+
+
+def test_accelerate_without_deepspeed_equals_our_own_loop(runs, tmp_path):
+    first, model = accelerate_losses(tmp_path / "state", 0, 3, stage=None)
+    assert weights_are_values(model)
+    second, _ = accelerate_losses(tmp_path / "state", 3, STEPS, stage=None)
+    assert first + second == pytest.approx(runs["own"]["inplace"], rel=1e-5)

@@ -171,7 +171,8 @@ def test_a_loss_that_is_not_finite_is_a_failure_that_is_tried_again(base, tmp_pa
     assert (tmp_path / "sweep" / "plot.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_goes_on_where_it_was(number, base, tmp_path, here):
     steps = 60
     config = write_sweep(base, tmp_path, {"training.seed": [0, 1]}, training__steps=steps)

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from launcher.process_ranks import free_port
 from models.word_problems import write_word_problems
+from tests.distributed.spawn import program_output
 from tests.models.tiny import write_tiny_llama
 from tests.plain_predictions import plain_predictions
 
@@ -97,8 +98,29 @@ def environment() -> dict[str, str]:
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
-def run(command: list[str], folder: Path, *, code: int = 0, timeout: float = 240) -> str:
-    """Run a command away from the checkout; its output, after checking the exit code."""
+# Commands that start no processes of their own.
+_ALONE = ("evaluate", "export", "inspect", "report", "select")
+
+
+def run(command: list[str], folder: Path, *, code: int = 0, timeout: float = 240, forked: bool = True) -> str:
+    """Run a command away from the checkout; its output, after checking the exit code.
+
+    Args:
+        command: what is typed.
+        folder: to work in.
+        code: the exit code that it shall have.
+        timeout: seconds.
+        forked: a rank or command of ours is forked with all imports done, which take longer than what most do.
+    """
+    ours = None
+    if command[:2] == worker(folder)[:2]:
+        ours, arguments = "launcher.train", command[2:]
+    elif command[:3] == cli() and command[3] in _ALONE:
+        ours, arguments = "launcher.__main__", command[3:]
+    if forked and ours:
+        found, output = program_output(ours, arguments, folder, environment(), timeout)
+        assert found == code, output[-6000:]
+        return output
     done = subprocess.run(
         command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -130,7 +152,7 @@ def losses(folder: Path) -> list[float]:
 def single(base, tmp_path_factory):
     """The run on one process, started by plain python: what the others are compared with."""
     folder = tmp_path_factory.mktemp("single")
-    output = run(worker(write_config(base, folder)), folder)
+    output = run(worker(write_config(base, folder)), folder, forked=False)
     return folder, output
 
 
@@ -172,6 +194,7 @@ def test_the_run_folder_holds_everything(launched):
     assert not [path for path in run_folder.rglob(".*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_invariant_3_the_loss_curve_does_not_depend_on_the_launcher_or_the_world_size(single, launched, base, tmp_path):
     expected = losses(single[0])
     assert expected[-1] < expected[0] - 0.02
@@ -333,7 +356,8 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+    "number",
+    [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)] + [signal.SIGKILL],
 )
 def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base, tmp_path):
     config = write_config(base, tmp_path, output__evaluate=False)
@@ -495,6 +519,7 @@ def test_too_many_non_finite_steps_end_the_run_with_a_clear_error(base, tmp_path
     assert [row["skipped"] for row in rows(tmp_path)] == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_one_line(base, tmp_path):
     (tmp_path / "model").symlink_to(base / "model")
     # Found by the ranks, not by the look before they start.

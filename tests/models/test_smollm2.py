@@ -58,6 +58,7 @@ def test_package_is_converted_once(packaged: Path, tmp_path: Path) -> None:
     assert tokenizer.chat_template is not None
 
 
+@pytest.mark.slow
 def test_incomplete_folder_and_stale_scratch_are_replaced(packaged: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     folder = smollm2_folder(cache)

@@ -115,7 +115,9 @@ def mixed(function: SampleFunction) -> Subset:
     return Subset(name="mixed", selection=sz.Selection(weights))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in ("bert", "llama_tied") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_subsets_have_the_kernels_of_brute_force(case: str) -> None:
     function, samples = CASES[case]()
     made = all_subsets(function, samples)

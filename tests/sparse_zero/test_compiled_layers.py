@@ -99,7 +99,7 @@ def sparse_llama(placement: Any) -> Any:
 @pytest.mark.parametrize(
     ("backend", "placement"),
     [
-        ("aot_eager", "inplace"),
+        pytest.param("aot_eager", "inplace", marks=pytest.mark.slow),
         ("aot_eager", "delta"),
         pytest.param("inductor", "inplace", marks=pytest.mark.slow),
         pytest.param("inductor", "delta", marks=pytest.mark.slow),

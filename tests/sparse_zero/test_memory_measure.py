@@ -1,5 +1,6 @@
 """Does the peak rise with what is held, and start again when asked?"""
 
+import gc
 import threading
 from pathlib import Path
 
@@ -42,7 +43,12 @@ def test_the_kernels_mark_holds_the_peak_and_is_set_back(kernel: PeakMemory) -> 
     assert kernel.peak_bytes() < before + SLACK
 
 
+def _samplers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "peak-memory"}
+
+
 def test_without_permission_a_thread_samples(tmp_path: Path) -> None:
+    others = _samplers()
     with PeakMemory("cpu", sample_seconds=0.001, clear_refs_path=tmp_path / "absent" / "clear_refs") as peak:
         if peak.current_bytes() is None:
             pytest.skip("no /proc on this system")
@@ -56,8 +62,21 @@ def test_without_permission_a_thread_samples(tmp_path: Path) -> None:
         assert before + SIZE - SLACK < peak.peak_bytes() < before + SIZE + SLACK
         assert peak.reset()
         assert peak.peak_bytes() < before + SLACK
-    assert not [thread for thread in threading.enumerate() if thread.name == "peak-memory"], "the thread has ended"
+        assert _samplers() - others, "a thread looks"
+    assert not _samplers() - others, "the thread has ended"
     assert peak.peak_bytes() > 0
+
+
+def test_a_sampling_thread_ends_with_its_owner(tmp_path: Path) -> None:
+    others = _samplers()
+    peak = PeakMemory("cpu", sample_seconds=0.001, clear_refs_path=tmp_path / "absent" / "clear_refs")
+    if not peak.reset():
+        pytest.skip("no /proc on this system")
+    (thread,) = _samplers() - others
+    del peak
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def test_a_reset_that_the_kernel_ignores_is_noticed(tmp_path: Path) -> None:
