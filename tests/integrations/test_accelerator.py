@@ -12,7 +12,6 @@ import sparse_zero as sz
 from sparse_zero.integrations import accelerator as ours
 from sparse_zero.integrations.accelerator import attach_accelerator
 from tests.integrations.workers import (
-    accelerate_losses,
     configure_accelerate,
     make_model,
     no_pickles,
