@@ -30,7 +30,9 @@ from scripts.accuracy.study import Study, open_study, run_study, study_results
 from scripts.accuracy.study_config import read_study
 from scripts.accuracy.study_running import Machine, num_cores
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from sparse_zero.files import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
+
+_RESULTS = "results.json"
 
 
 def show_points(study: Study) -> None:
@@ -52,15 +54,23 @@ def show_points(study: Study) -> None:
     print(f"{len(study.tuning_points)} tuning runs, {num_finals} final runs ({len(finals)} have their rate)")
 
 
+def kept_remarks(results: Path, given: Sequence[str]) -> list[str]:
+    """Those that are given; without any, those of the last collection, which a new one shall not lose."""
+    if given or not results.is_file():
+        return [text for text in given if text]
+    kept: list[str] = read_json(results).get("remarks", [])
+    return kept
+
+
 def write_results(results: dict[str, Any], folder: Path) -> list[Path]:
     """Tables, the JSON, pictures; the paths."""
     from launcher.plots import LIGHT, to_png
     from scripts.accuracy.study_plots import drawings
-    from scripts.accuracy.study_tables import as_csv, markdown, tables_of
+    from scripts.accuracy.study_tables import as_csv, markdown, terminal_tables
 
-    for table in tables_of(results):
+    for table in terminal_tables(results):
         table.show()
-    written = [folder / name for name in ("results.json", "table.csv", "table.md")]
+    written = [folder / name for name in (_RESULTS, "table.csv", "table.md")]
     atomic_write_json(written[0], results)
     atomic_write_text(written[1], as_csv(results))
     atomic_write_text(written[2], markdown(results))
@@ -98,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     results, notes = study_results(study, command_of("scripts/accuracy_study.py", options.config, options.overrides))
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    results["remarks"] = options.remark
+    results["remarks"] = kept_remarks(study.folder.path / _RESULTS, options.remark)
     print("\n".join(str(path) for path in write_results(results, study.folder.path)))
     return code
 
@@ -116,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="TEXT",
-        help="what a reader must know that no number says, such as other work beside the runs; may be repeated",
+        help="what a reader must know that no number says, such as other work beside the runs; may be repeated. "
+        "Without any, those of the last collection stay; an empty one takes them away",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(

@@ -30,8 +30,10 @@ DEFAULT_HTML = Path("runs/results.html")
 
 def run(options: argparse.Namespace) -> None:
     """Take in what is named, and write the pages."""
+    if options.check and options.studies:
+        raise InputError(f"--check takes in nothing, and {options.studies[0]} is named: leave out one of them")
     store: Path = options.docs / "results"
-    for place in () if options.check else options.studies:
+    for place in options.studies:
         found = results_page.read_study_results(place)
         atomic_write_json(store / f"{found.name}.json", found.content)
     studies = results_page.stored(store)

@@ -110,23 +110,28 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
     test = _read(data, "test" if data.test is not None else "validation")
     train = _read(dataclasses.replace(data, limit=None), "train")
     key = _Key(data)
-    shared = key.of(train) & key.of(test)
+    place, keeps = f"tasks.{task.name}", config.study.overlap == "keep"
+    shared = key.shared(train, test)
+    if shared and train.text is not None and not keeps:
+        raise InputError(
+            f"{place}.data.train has the text that is tested on in it, {shared[0][:60]!r}: give other text"
+        )
     if shared and config.study.overlap == "refuse":
         raise InputError(
-            f"tasks.{task.name}: {len(shared)} questions are in the training and in the test data, one of them "
-            f"{sorted(shared)[0][:80]!r}: give other data, or set study.overlap to drop, which leaves those records "
+            f"{place}: {len(shared)} questions are in the training and in the test data, one of them "
+            f"{shared[0][:80]!r}: give other data, or set study.overlap to drop, which leaves those records "
             "out of the training data"
         )
-    _check_apart_texts(train, test, f"tasks.{task.name}.data.train", "the text that is tested on", config)
-    taken: set[str] = key.of(test) if config.study.overlap != "keep" else set()
+    taken: set[str] = set() if keeps else key.of(test)
     if task.development is not None:
         development = _read(dataclasses.replace(data, validation=task.development), "validation")
-        _check_apart_texts(train, development, f"tasks.{task.name}.data.train", "the development text", config)
-        common = key.of(development) & key.of(test)
-        if common:
+        if train.text is not None and not keeps and (common := key.shared(train, development)):
+            raise InputError(f"{place}.data.train has the development text in it, {common[0][:60]!r}: give other text")
+        if common := key.shared(development, test):
+            what = f"{len(common)} of its questions are" if development.text is None else "some of it is"
             raise InputError(
-                f"tasks.{task.name}.development: {len(common)} of its questions are in the test data, one of them "
-                f"{sorted(common)[0][:80]!r}: the rate would be tuned on the test; give other data"
+                f"{place}.development: {what} in the test data, such as {common[0][:80]!r}: the rate would be tuned on "
+                "the test; give other data"
             )
         left, _ = _split(_without(train, key, taken | key.of(development)), key, 0, task)
         dropped = len(train.records) - len(left.records)
@@ -177,7 +182,7 @@ def check_calibration(data: DataConfig, held_out: Path, calibration: DataConfig,
     is_text = held_out.suffix == _TEXT_SUFFIX
     records = [] if is_text else [json.loads(line) for line in content.splitlines()]
     test = _Part(records=records, text=content if is_text else None)
-    if key.of(chooses) & key.of(test) or _found_in(chooses, test) is not None:
+    if key.shared(chooses, test):
         raise InputError(
             f"{place}.data.calibration is {calibration.calibration!r}, and some of it is held out: what is trained "
             "would be chosen by what the result is measured on; give other data"
@@ -197,22 +202,12 @@ def data_settings(data: DataConfig, files: TaskData, *, is_tuning: bool, metric:
     return {**settings, "validation": held_out, "test": None if files.test is None else str(files.test)}
 
 
-def _check_apart_texts(whole: _Part, other: _Part, field: str, what: str, config: StudyConfig) -> None:
-    """Raise where a running text has parts of another: nothing can be dropped from it."""
-    found = None if config.study.overlap == "keep" else _found_in(whole, other)
-    if found is not None:
-        raise InputError(f"{field} has {what} in it, {found[:60]!r}: give other text")
-
-
-def _found_in(whole: _Part, other: _Part) -> str | None:
+def _piece_in(whole: str, sought: str) -> str | None:
     """What of the beginning, the middle and the end of one running text stands in another; None: nothing."""
-    if whole.text is None or other.text is None:
-        return None
-    text, sought = _plain(whole.text), _plain(other.text)
     size = min(_TEXT_SAMPLE, len(sought))
     starts = (0, (len(sought) - size) // 2, len(sought) - size)
     pieces = [sought[start : start + size] for start in starts]
-    return next((piece for piece in pieces if piece and piece in text), None)
+    return next((piece for piece in pieces if piece and piece in whole), None)
 
 
 class _Key:
@@ -228,7 +223,16 @@ class _Key:
         return _plain(" ".join(record.get(name, "") for name in self._names))
 
     def of(self, part: _Part) -> set[str]:
-        return {self(each) for each in part.records} if part.text is None else {_plain(part.text)}
+        """The questions of records. A running text has none: nothing can be dropped from it."""
+        return {self(each) for each in part.records} if part.text is None else set()
+
+    def shared(self, one: _Part, other: _Part) -> list[str]:
+        """Questions that both have; of two running texts, a piece of one that stands in the other."""
+        if one.text is None or other.text is None:
+            return sorted(self.of(one) & self.of(other))
+        texts = _plain(one.text), _plain(other.text)
+        found = _piece_in(*texts) or _piece_in(*reversed(texts))
+        return [] if found is None else [found]
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,8 @@ from scripts.benchmarks.tables import Table
 Results = Mapping[str, Any]
 # Numbers of parameters that differ by less than this share of them are called equal.
 _EQUAL = 0.05
+# Headings of what a method takes, beside what it learns.
+_COSTS = ("trained", "rate", "time", "peak memory", "adapter", "tokens/s")
 
 
 def value_text(value: float, metric: str, *, signed: bool = False) -> str:
@@ -84,6 +86,16 @@ def tables_of(results: Results) -> list[Table]:
         lines = [list(cells) for cells in zip(*columns.values(), strict=True)]
         tables.append(Table(f"{results['name']}: {task['label']}", list(columns), lines))
     return tables
+
+
+def terminal_tables(results: Results) -> list[Table]:
+    """As :func:`tables_of`, each in two that fit a terminal: what was learned, and at what cost."""
+    parts = []
+    for table in tables_of(results):
+        costs = [number for number, heading in enumerate(table.headings) if number and heading in _COSTS]
+        learned = [number for number in range(len(table.headings)) if number not in costs]
+        parts += [table.part(table.title, learned), table.part(f"{table.title}, cost", [0, *costs])]
+    return parts
 
 
 def _columns(results: Results, task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

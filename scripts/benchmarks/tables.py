@@ -15,6 +15,11 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def part(self, title: str, columns: Sequence[int]) -> Table:
+        """Some of the columns, such as ``[0, 3]``, under a title of their own."""
+        rows = [[row[column] for column in columns] for row in self.rows]
+        return Table(title, [self.headings[column] for column in columns], rows)
+
     def markdown(self) -> str:
         """As a section of a Markdown file."""
         line = "|---" + "|---:" * (len(self.headings) - 1) + "|"

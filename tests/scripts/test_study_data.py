@@ -118,4 +118,10 @@ def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
     data["validation"] = str(tmp_path / "part.txt")
     with pytest.raises(InputError, match=r"tasks\.words\.data\.train has the text that is tested on in it"):
         found()
-    assert found(overlap="keep").counts["shared"] == 0
+    assert found(overlap="keep").counts["shared"] == 1
+    # A part of the text that is tested on, as development text.
+    data["validation"] = str(tmp_path / "held-out.txt")
+    lines = (tmp_path / "held-out.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "part.txt").write_text("".join(lines[20:35]))
+    with pytest.raises(InputError, match=r"tasks\.words\.development: some of it is in the test data"):
+        found(development=str(tmp_path / "part.txt"))

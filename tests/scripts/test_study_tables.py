@@ -15,7 +15,8 @@ from scripts.accuracy.results_page import markdown as page_of
 from scripts.accuracy.results_page import read_study_results, shipped_studies, stored, study_pictures
 from scripts.accuracy.study_plots import drawings
 from scripts.accuracy.study_results import Finished, Key, _other_bases, share_of_row
-from scripts.accuracy.study_tables import as_csv, markdown, tables_of
+from scripts.accuracy.study_tables import as_csv, markdown, tables_of, terminal_tables
+from scripts.accuracy_study import kept_remarks
 from scripts.ntk.study_config import SubsetsConfig
 from scripts.ntk.subsets import named_subsets
 from tests.scripts.study_examples import STUDIES, example_results
@@ -40,6 +41,28 @@ def test_a_line_has_the_numbers_of_its_row() -> None:
     assert line["to lora"].startswith(f"{100 * row['to_baseline']['mean']:+.1f} [{low:+.1f}, ")
     assert line["other text"] == "3.100 → 3.500"
     assert share_of_row(row) == pytest.approx(200_000 / 999_230)
+
+
+def test_in_a_terminal_what_was_learned_and_the_cost_are_two_tables() -> None:
+    (whole,) = tables_of(example_results())
+    learned, cost = terminal_tables(example_results())
+    assert learned.headings[0] == cost.headings[0] == "method"
+    assert sorted([*learned.headings, *cost.headings[1:]]) == sorted(whole.headings)
+    assert "accuracy %" in learned.headings
+    assert "tokens/s" in cost.headings
+    for table in (learned, cost):
+        for row, full in zip(table.rows, whole.rows, strict=True):
+            assert list(row) == [full[whole.headings.index(heading)] for heading in table.headings]
+
+
+def test_remarks_stay_until_others_are_given(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    assert kept_remarks(file, ["It rained."]) == ["It rained."]
+    assert kept_remarks(file, []) == []
+    file.write_text(json.dumps({"remarks": ["It rained."]}))
+    assert kept_remarks(file, []) == ["It rained."]
+    assert kept_remarks(file, ["It snowed.", "Twice."]) == ["It snowed.", "Twice."]
+    assert kept_remarks(file, [""]) == []
 
 
 def test_a_model_that_was_replaced_between_runs_is_said() -> None:
@@ -146,6 +169,8 @@ def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     for place in ("a.json", "missing"):
         assert results_script.main([str(tmp_path / place), "--docs", str(tmp_path)]) == 2
     assert "no result of a study" in capsys.readouterr().err
+    assert results_script.main(["--check", str(tmp_path / "a.json"), "--docs", str(tmp_path)]) == 2
+    assert "--check takes in nothing" in capsys.readouterr().err
 
 
 def test_every_shipped_study_is_on_the_page() -> None:
