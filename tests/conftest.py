@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-# What processes of a run know their rank and meeting place by. DeepSpeed sets them in processes that start alone, too.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from tests.distributed.rank_main import RANK_VARIABLES
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _rank_variables() -> Iterator[None]:
     """Leave no rank behind: programs that tests of other files start would take themselves for it."""
-    before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     yield
     for name, value in before.items():
         if value is None:

@@ -2,50 +2,25 @@
 
 import json
 import math
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launcher import train as launcher_train
-from launcher.process_ranks import free_port
-from scripts.accuracy import train_peer
-from tests.distributed.rank_main import become_rank
-from tests.distributed.spawn import ENVIRONMENT, preloaded_context, wait_for
-
-
-def _be_a_run(script: str, arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """One rank of a run in this forked process, as a user would start it; ends the process with its exit code."""
-    become_rank(environment, Path(log))
-    torch.set_num_threads(1)
-    # Returns as the interpreter of a script does: threads that write are waited for.
-    sys.exit((train_peer if script == "train_peer" else launcher_train).main(arguments))
+from tests.distributed.spawn import run_program
 
 
 def start_run(script: str, config: Path, *overrides: str, num_ranks: int = 1) -> None:
-    """Run a script in processes that have imported everything, until they end well.
+    """Run a script on ranks that have imported everything, until they end well.
 
     Args:
         script: train (launcher/train.py) or train_peer.
-        config: its config; what ranks say goes into files beside it.
+        config: its config.
         overrides: of the config.
-        num_ranks: processes.
+        num_ranks: 1: it is started alone, without a launcher.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        kept.pop(name, None)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
-    processes, logs = [], [config.with_suffix(f".{rank}.log") for rank in range(num_ranks)]
-    for rank, log in enumerate(logs):
-        own = {} if num_ranks == 1 else {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments = (script, ["--config", str(config), *overrides], {**kept, **ENVIRONMENT, **own}, str(log))
-        processes.append(preloaded_context().Process(target=_be_a_run, args=arguments))
-        processes[-1].start()
-    codes = wait_for(processes, 240.0)
-    assert codes == [0] * num_ranks, "".join(log.read_text(errors="replace")[-6000:] for log in logs)
+    module = "scripts.accuracy.train_peer" if script == "train_peer" else "launcher.train"
+    run_program(module, ["--config", str(config), *overrides], num_ranks=0 if num_ranks == 1 else num_ranks)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

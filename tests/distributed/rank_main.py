@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+# What processes of a run know their rank and meeting place by. DeepSpeed sets them in processes that start alone, too.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def become_rank(environment: dict[str, str], log: Path) -> None:
     """Give this forked process the environment of a rank, and a file of its own for its output."""
@@ -20,7 +23,7 @@ def become_rank(environment: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def run_program(
+def be_a_program(
     module: str, arguments: Sequence[str], folder: Path, environment: dict[str, str], log: Path
 ) -> NoReturn:
     """Be a program in this forked process, as if ``python -m module arguments`` had been typed in ``folder``.

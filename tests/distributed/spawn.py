@@ -17,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.rank_main import run_program, run_rank
+from launcher.process_ranks import free_port
+from tests.distributed.rank_main import RANK_VARIABLES, be_a_program, run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last ones are imported by the first engine (torch's compiler), loaded model, progress bar and report.
@@ -60,10 +61,14 @@ def preloaded_context(modules: Sequence[str] = PRELOADED) -> ForkServerContext:
     return context
 
 
+def rank_variables(rank: int, world_size: int) -> dict[str, str]:
+    """What a launcher on one node tells a rank of its place."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+
+
 def environment_of_rank(rank: int, world_size: int) -> dict[str, str]:
     """That of this process, with what tells a rank its place."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    return {**os.environ, **ENVIRONMENT, **place}
+    return {**os.environ, **ENVIRONMENT, **rank_variables(rank, world_size)}
 
 
 def wait_for(processes: Sequence[BaseProcess], timeout: float) -> list[int | None]:
@@ -102,26 +107,46 @@ def said_by(folder: Path, codes: Sequence[int | None], characters: int = 6000) -
     return "\n".join(parts)
 
 
-def program_output(
-    module: str, arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = 240.0
-) -> tuple[int | None, str]:
-    """Exit code (None: it took too long) and output of ``python -m module arguments``, forked with its imports done.
+def outside_of_jobs() -> dict[str, str]:
+    """This process's environment, without what launchers and schedulers tell their ranks; one thread for torch."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
+    return {**{name: value for name, value in kept.items() if name not in RANK_VARIABLES}, **ENVIRONMENT}
+
+
+def run_program(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    num_ranks: int = 0,
+    folder: Path | None = None,
+    code: int = 0,
+    timeout: float = 240.0,
+) -> str:
+    """What ``python -m module arguments`` says, forked from a process that has its imports done.
 
     Args:
         module: has ``main(arguments)``, which returns the exit code.
         arguments: of its command line.
-        folder: to work in.
-        environment: all of its environment.
-        timeout: seconds until it is killed.
+        num_ranks: how many of them a launcher would start; 0: it is started alone, as by a user.
+        folder: to work in; None is that of the tests.
+        code: the exit code that all shall have.
+        timeout: seconds until all are killed.
     """
-    context = preloaded_context()
-    with tempfile.NamedTemporaryFile(prefix="sparse_zero_output_") as log:
-        process = context.Process(
-            target=run_program, args=(module, list(arguments), folder, environment, Path(log.name))
-        )
-        process.start()
-        codes = wait_for([process], timeout)
-        return codes[0], Path(log.name).read_text(errors="replace")
+    context, environment = preloaded_context(), outside_of_jobs()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_SIZE": str(num_ranks)}
+    with tempfile.TemporaryDirectory(prefix="sparse_zero_said_") as logs:
+        processes = []
+        for rank in range(num_ranks or 1):
+            own = {**place, **rank_variables(rank, num_ranks)} if num_ranks else {}
+            log = Path(logs) / f"rank{rank}.log"
+            log.touch()
+            job = (module, list(arguments), folder or Path.cwd(), {**environment, **own}, log)
+            processes.append(context.Process(target=be_a_program, args=job))
+            processes[-1].start()
+        codes = wait_for(processes, timeout)
+        said = said_by(Path(logs), codes, 100_000)
+    assert codes == [code] * len(codes), said
+    return said
 
 
 def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **arguments: Any) -> Any:

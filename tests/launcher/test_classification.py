@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ import yaml
 from torch import Tensor, nn
 
 from launcher.config import load_config
-from launcher.process_ranks import free_port
 from models.classification import set_up_classifier
 from models.classified_data import Labels, find_labels, load_classified
 from models.collate import collate
@@ -26,9 +24,8 @@ from models.loading import load_model, load_tokenizer
 from models.loss import batch_loss
 from models.sampler import BatchSampler
 from scripts.dense_reference import adamw_on_entries
-from scripts.tiny_run import be_a_rank
 from sparse_zero.selection.selection import Selection
-from tests.distributed.spawn import ENVIRONMENT, preloaded_context, said_by, wait_for
+from tests.distributed.spawn import run_program
 from tests.models.tiny_classifiers import Kind, write_base, write_records
 
 STEPS, DECAY, RATE = 6, 0.01, 3e-3
@@ -117,19 +114,7 @@ def write_config(base: Path, folder: Path, kind: Kind | str, data: str, **change
 
 def start(config: Path, world_size: int = 1, *overrides: str, code: int = 0) -> str:
     """Run launcher/train.py on ranks that are forked with everything imported; what they said."""
-    context, processes, folder = preloaded_context(), [], config.parent
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-    for rank in range(world_size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
-        log = folder / f"rank{rank}.log"
-        log.write_bytes(b"")
-        arguments = (["--config", str(config), *overrides], {**kept, **ENVIRONMENT, **place, **own}, str(log))
-        processes.append(context.Process(target=be_a_rank, args=arguments))
-        processes[-1].start()
-    codes = wait_for(processes, 240.0)
-    assert codes == [code] * world_size, said_by(folder, codes)
-    return said_by(folder, codes, 100_000)
+    return run_program("launcher.train", ["--config", str(config), *overrides], num_ranks=world_size, code=code)
 
 
 def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.process_ranks import free_port
-from scripts.tiny_run import be_a_rank
-from tests.distributed.spawn import environment_of_rank, preloaded_context, said_by, wait_for
+from tests.distributed.spawn import run_program
 from tests.launcher.test_train import rows, write_config
 
 # 40 samples in global batches of 6: the last batch of an epoch has 4, and the third epoch ends early.
@@ -37,19 +35,7 @@ def write_run(base: Path, folder: Path, *, cache: dict[str, Any] | None, **chang
 
 def start(config: Path, folder: Path, world_size: int = 1, code: int = 0) -> str:
     """Run the ranks, forked from a process that has imported everything; what they said."""
-    context = preloaded_context()
-    port, processes = str(free_port()), []
-    for rank in range(world_size):
-        environment = environment_of_rank(rank, world_size)
-        environment |= {"LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = (["--config", str(config)], environment, str(folder / f"rank{rank}.log"))
-        process = context.Process(target=be_a_rank, args=arguments)
-        process.start()
-        processes.append(process)
-    codes = wait_for(processes, 120)
-    said = said_by(folder, codes)
-    assert codes == [code] * world_size, said
-    return said
+    return run_program("launcher.train", ["--config", str(config)], num_ranks=world_size, folder=folder, code=code)
 
 
 def losses(folder: Path) -> list[float]:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from launcher.process_ranks import free_port
 from models.word_problems import write_word_problems
-from tests.distributed.spawn import program_output
+from tests.distributed.spawn import outside_of_jobs, run_program
 from tests.models.tiny import write_tiny_llama
 from tests.plain_predictions import plain_predictions
 
@@ -91,11 +91,9 @@ def write_config(base: Path, folder: Path, **changes: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        kept.pop(name, None)
+    kept = outside_of_jobs()
     path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
-    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 # Commands that start no processes of their own.
@@ -118,9 +116,7 @@ def run(command: list[str], folder: Path, *, code: int = 0, timeout: float = 240
     elif command[:3] == cli() and command[3] in _ALONE:
         ours, arguments = "launcher.__main__", command[3:]
     if forked and ours:
-        found, output = program_output(ours, arguments, folder, environment(), timeout)
-        assert found == code, output[-6000:]
-        return output
+        return run_program(ours, arguments, folder=folder, code=code, timeout=timeout)
     done = subprocess.run(
         command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
