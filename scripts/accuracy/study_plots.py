@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.plots import LIGHT, WIDTH_INCHES, Theme, new_figure, style, title
 from scripts.accuracy.study_results import share_of_row
-from scripts.accuracy.study_tables import Results, rows_of_task
+from scripts.accuracy.study_tables import Results, budget_text, rows_of_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,8 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Most panels of learning rates beside each other.
 _MAX_COLUMNS = 3
+# Most layers whose shares are written into the cells of a picture.
+_MAX_CELLS = 16
 _BAR: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "markersize": 5.5, "linewidth": 1.8}
 
 Drawing = Callable[[Theme], "Figure"]
@@ -186,6 +188,35 @@ def rates_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
+def layers_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
+    """The share of the values that lies in each layer, a line for each method that chooses regions."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    rows = [row for row in rows_of_task(results, task) if row.get("places")]
+    num_layers = max(len(row["places"]["layers"]) for row in rows)
+    shares = [row["places"]["layers"] + [0.0] * (num_layers - len(row["places"]["layers"])) for row in rows]
+    figure = new_figure(WIDTH_INCHES, 1.5 + 0.34 * len(rows), theme)
+    axes = figure.subplots()
+    style(axes, theme)
+    colours = LinearSegmentedColormap.from_list("shares", [theme.background, theme.primary])
+    image = axes.imshow(
+        [[100 * share for share in line] for line in shares], cmap=colours, vmin=0, vmax=100, aspect="auto"
+    )
+    if num_layers <= _MAX_CELLS:
+        for at, line in enumerate(shares):
+            for layer, share in enumerate(line):
+                if share >= 0.005:
+                    ink = theme.background if share > 0.55 else theme.ink
+                    axes.text(layer, at, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=8)
+        axes.set_xticks(range(num_layers))
+    axes.set_yticks(range(len(rows)), [row["label"] + budget_text(row) for row in rows])
+    axes.set_xlabel("layer")
+    bar = figure.colorbar(image, ax=axes)
+    bar.outline.set_visible(False)
+    title(axes, f"{results['tasks'][task]['label']}: % of the trained values in each layer, mean over seeds", theme)
+    return figure
+
+
 def forgetting_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     """What was added to the loss on other text against what was learned; nearer to the upper left is better."""
     metric = results["tasks"][task]["metric"]
@@ -232,6 +263,8 @@ def drawings(results: Results) -> dict[str, tuple[str, Drawing]]:
                 f"{label}: development data by learning rate; ringed: chosen",
                 drawing(rates_figure),
             )
+        if any(row.get("places") for row in rows):
+            found[f"layers{suffix}"] = f"{label}: where the trained values lie", drawing(layers_figure)
         if any(row["forgetting_after"] is not None for row in rows):
             found[f"forgetting{suffix}"] = f"{label}: forgetting against {info['metric']}", drawing(forgetting_figure)
     return found

@@ -19,6 +19,7 @@ from scripts.accuracy import study_statistics as statistics
 from scripts.accuracy.heads import Sizes
 from scripts.accuracy.study_config import StudyConfig
 from scripts.accuracy.study_data import TaskData
+from scripts.accuracy.study_places import Places, places_as_json, places_of
 from scripts.accuracy.study_points import FINAL, Setup, StudyPoint
 from scripts.accuracy.study_statistics import Difference, Spread
 from scripts.accuracy.study_tuning import Tried, Tuned, choose_rate
@@ -41,6 +42,8 @@ class Finished:
     correct: tuple[bool, ...] | None
     # Hash of the weights that it began with.
     base: str | None
+    # Where its values lie; None of peers.
+    places: Places | None = None
 
     @property
     def score(self) -> float | None:
@@ -108,7 +111,8 @@ def finished_of(
             run = folder.run(point.name)
             correct = read_correct(run) if has_problems else None
             base = as_mapping(as_mapping(read_json(run.summary)).get("base")).get("sha256")
-            found.append(Finished(seed=point.seed, row=rows[point.name], correct=correct, base=base))
+            row, places = rows[point.name], places_of(run.selection)
+            found.append(Finished(seed=point.seed, row=row, correct=correct, base=base, places=places))
     return found
 
 
@@ -171,6 +175,7 @@ def _row(
         # Trained at first and no more, and still acting: of a selection that was chosen anew.
         "parameters_retired": as_number(row.get("parameters_retired")) or 0,
         "parameters_head": 0 if sizes is None else sizes.head,
+        "places": places_as_json([each.places for each in runs]),
         "rate": None if tuned is None else tuned.rate,
         "rate_at_edge": None if tuned is None else tuned.at_edge,
         "tried": [] if tuned is None else [asdict(each) for each in tuned.tried],

@@ -15,7 +15,7 @@ Results = Mapping[str, Any]
 # Numbers of parameters that differ by less than this share of them are called equal.
 _EQUAL = 0.05
 # Headings of what a method takes, beside what it learns.
-_COSTS = ("trained", "rate", "time", "peak memory", "adapter", "tokens/s")
+_COSTS = ("trained", "matrices", "rate", "time", "peak memory", "adapter", "tokens/s")
 
 
 def value_text(value: float, metric: str, *, signed: bool = False) -> str:
@@ -51,6 +51,15 @@ def _share(row: Mapping[str, Any]) -> str:
     return ABSENT if share is None else "0 %" if share == 0 else format_percent(share)
 
 
+def _matrices(row: Mapping[str, Any]) -> str:
+    """How many weights have values: of every seed, or the range over seeds."""
+    places = row.get("places")
+    if places is None:
+        return ABSENT
+    low, high = min(places["weights"]), max(places["weights"])
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def _within(row: Mapping[str, Any]) -> str:
     return ABSENT if row["within_full"] is None else "yes" if row["within_full"] else "no"
 
@@ -64,7 +73,8 @@ def _forgetting(row: Mapping[str, Any]) -> str:
     return ABSENT if before is None or after is None else f"{before:.3f} → {after:.3f}"
 
 
-def _budget(row: Mapping[str, Any]) -> str:
+def budget_text(row: Mapping[str, Any]) -> str:
+    """What stands behind the label of a method: its budget, where it has one."""
     return "" if row["budget"] is None else f" {100 * row['budget']:g} %"
 
 
@@ -104,8 +114,9 @@ def _columns(results: Results, task: Mapping[str, Any], rows: Sequence[Mapping[s
     name = "accuracy %" if metric == "accuracy" else "loss"
     speed = [_mean(row, "tokens_per_second") for row in rows]
     return {
-        "method": [f"{row['label']}{_budget(row)}{_finished(row, num_seeds)}" for row in rows],
+        "method": [f"{row['label']}{budget_text(row)}{_finished(row, num_seeds)}" for row in rows],
         "trained": [_share(row) for row in rows],
+        "matrices": [_matrices(row) for row in rows],
         "rate": [_rate(row) for row in rows],
         name: [spread_text(row["score"], metric) for row in rows],
         f"to {protocol['full']}": [difference_text(row["to_full"], metric) for row in rows],
@@ -121,6 +132,10 @@ def _columns(results: Results, task: Mapping[str, Any], rows: Sequence[Mapping[s
 
 def _has_some(cells: Sequence[str]) -> bool:
     return any(cell != ABSENT for cell in cells)
+
+
+def _has_places(results: Results) -> bool:
+    return any(row.get("places") for row in results["rows"])
 
 
 def protocol_text(results: Results) -> str:
@@ -149,8 +164,9 @@ def protocol_text(results: Results) -> str:
         f"Mean ± standard deviation (of the sample) over the seeds {seeds}. Differences with the 95 % interval of a "
         "paired bootstrap over seeds and test problems. Within 1 sd: not worse than full fine-tuning's mean by more "
         "than its standard deviation over seeds. Trained: share of the parameters that the method has changed, those "
-        "among them that it trained for a time only; without the head. Time is that of a "
-        "whole run."
+        "among them that it trained for a time only; without the head. "
+        + ("Matrices: how many of the layers' have trained values. " if _has_places(results) else "")
+        + "Time is that of a whole run."
     )
     return "\n\n".join(["\n".join(parts), tuning, measure, *_reservations(results)])
 
@@ -174,7 +190,7 @@ def _reservations(results: Results) -> list[str]:
             "line is made of)."
         )
     failed = [
-        f"{row['label']}{_budget(row)} at {each['rate']:g}"
+        f"{row['label']}{budget_text(row)} at {each['rate']:g}"
         for row in rows
         for each in row["tried"]
         if each["accuracy"] is None and each["loss"] is None
@@ -204,7 +220,7 @@ def _unequal(row: Mapping[str, Any], results: Results) -> str | None:
     ours, theirs = share_of_row(row), (other and share_of_row(other)) or row["budget"]
     if not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL:
         return None
-    return f"{row['label']}{_budget(row)} {100 * (ours / theirs - 1):+.0f} %"
+    return f"{row['label']}{budget_text(row)} {100 * (ours / theirs - 1):+.0f} %"
 
 
 def _overlap(records: Mapping[str, int], protocol: Mapping[str, Any]) -> str:

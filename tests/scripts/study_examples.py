@@ -111,6 +111,7 @@ def example_results(name: str = "example", *, budgets: Sequence[float] = (0.001,
             {
                 "task": "words", "method": method, "label": labels[method], "budget": budget,
                 "parameters_total": 1_000_000, "parameters_trained": trained, "parameters_head": 770,
+                "places": {"weights": [2, 5, 3], "layers": [0.0, 0.25, 0.75]} if method == "blocks" else None,
                 "rate": None if method == "frozen" else 1e-3, "rate_at_edge": None if method == "frozen" else True,
                 "tried": [] if method == "frozen" else [
                     {"rate": rate, "accuracy": 0.5 + 0.1 * at + (budget or 0), "loss": 0.7 - 0.1 * at}

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from scripts import results as results_script
 from scripts.accuracy.commands import command_of
 from scripts.accuracy.results_page import markdown as page_of
 from scripts.accuracy.results_page import read_study_results, shipped_studies, stored, study_pictures
+from scripts.accuracy.study_places import Places, places_as_json, places_of
 from scripts.accuracy.study_plots import drawings
 from scripts.accuracy.study_results import Finished, Key, _other_bases, share_of_row
 from scripts.accuracy.study_tables import as_csv, markdown, tables_of, terminal_tables
 from scripts.accuracy_study import kept_remarks
 from scripts.ntk.study_config import SubsetsConfig
 from scripts.ntk.subsets import named_subsets
+from sparse_zero.selection.selection import Selection, WeightSelection
 from tests.scripts.study_examples import STUDIES, example_results
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,6 +40,7 @@ def test_a_line_has_the_numbers_of_its_row() -> None:
     assert line["accuracy %"] == f"{100 * row['score']['mean']:.1f} ± {100 * row['score']['deviation']:.1f}"
     assert line["rate"] == "0.001 (edge)"
     assert line["within 1 sd"] == "yes"
+    assert line["matrices"] == "2 to 5"
     low = 100 * row["to_baseline"]["low"]
     assert line["to lora"].startswith(f"{100 * row['to_baseline']['mean']:+.1f} [{low:+.1f}, ")
     assert line["other text"] == "3.100 → 3.500"
@@ -53,6 +57,23 @@ def test_in_a_terminal_what_was_learned_and_the_cost_are_two_tables() -> None:
     for table in (learned, cost):
         for row, full in zip(table.rows, whole.rows, strict=True):
             assert list(row) == [full[whole.headings.index(heading)] for heading in table.headings]
+
+
+def test_where_values_lie_is_read_from_selections(tmp_path: Path) -> None:
+    def chosen(rows: Sequence[int]) -> WeightSelection:
+        return WeightSelection(shape=(8, 4), rows=rows)
+
+    first = {"encoder.layer.1.a.weight": chosen([0]), "encoder.layer.3.b.weight": chosen([0, 1, 2])}
+    Selection({**first, "classifier.weight": chosen([5])}).save(tmp_path / "first.safetensors")
+    Selection({"encoder.layer.1.a.weight": chosen([1])}).save(tmp_path / "second.safetensors")
+    Selection({"classifier.weight": chosen([5])}).save(tmp_path / "head.safetensors")
+    names = ("first", "second", "head", "missing")
+    found = [places_of(tmp_path / f"{name}.safetensors") for name in names]
+    assert found == [
+        Places(num_weights=2, by_layer={1: 4, 3: 12}), Places(num_weights=1, by_layer={1: 4}), None, None
+    ]  # fmt: skip
+    assert places_as_json(found) == {"weights": [2, 1], "layers": [0.0, 0.625, 0.0, 0.375]}
+    assert places_as_json(found[2:]) is None
 
 
 def test_remarks_stay_until_others_are_given(tmp_path: Path) -> None:
@@ -122,12 +143,12 @@ def test_columns_without_numbers_are_left_out() -> None:
     for row in results["rows"]:
         row["forgetting_after"] = None
     assert "other text" not in tables_of(results)[0].headings
-    assert set(drawings(results)) == {"share", "rates"}
+    assert set(drawings(results)) == {"share", "rates", "layers"}
 
 
 def test_pictures_can_be_drawn() -> None:
     results = example_results()
-    assert set(drawings(results)) == {"share", "rates", "forgetting"}
+    assert set(drawings(results)) == {"share", "rates", "layers", "forgetting"}
     by_method = example_results(budgets=())
     assert set(drawings(by_method)) == {"methods", "rates", "forgetting"}
     for found in (results, by_method):
