@@ -204,11 +204,15 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
 
 
 def _load_data(
-    config: RunConfig, source: ModelConfig, tokenizer: Any
+    config: RunConfig, source: ModelConfig, tokenizer: Any, *, is_selected: bool
 ) -> tuple[SampleSet, SampleSet | None, SampleSet | None, Labels | None]:
-    """Training, validation and calibration samples, and of a classifier what their labels mean."""
+    """Training, validation and calibration samples, and of a classifier what their labels mean.
+
+    Calibration data is read where it will choose something: a run that continues may have chosen already.
+    """
     data = config.data
-    validates, calibrates = data.validation is not None, data.calibration is not None and config.calibrates
+    chooses = config.calibrates and (not is_selected or config.selection.reselect is not None)
+    validates, calibrates = data.validation is not None, data.calibration is not None and chooses
     if not source.classifies:
         validation = load_samples(data, tokenizer, "validation") if validates else None
         calibration = load_samples(data, tokenizer, "calibration") if calibrates else None
@@ -351,7 +355,8 @@ def prepare(
     source = config.model
     if earlier is not None or (checkpoint is not None and kept_folder(config) is not None):
         source = kept_model(config)
-    sharded = _loads_sharded(config, is_selected=checkpoint is not None or earlier is not None)
+    is_selected = checkpoint is not None or earlier is not None
+    sharded = _loads_sharded(config, is_selected=is_selected)
     model: Any
     with failing_together():
         tokenizer = load_tokenizer(config.model)
@@ -359,7 +364,7 @@ def prepare(
         base_folder = model_folder(source)
         head = head_text(source, base_folder, config.training.seed)
         identity = begin_base_identity(base_folder, source.gguf_file, head=head) if world.is_main else None
-        train, validation, calibration, labels = _load_data(config, source, tokenizer)
+        train, validation, calibration, labels = _load_data(config, source, tokenizer, is_selected=is_selected)
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
         # Not kept: what is wrong with them is said before anything is trained.
         texts = test[: config.data.evaluation.limit] if labels is not None else []

@@ -146,8 +146,10 @@ def _matthews(pairs: Sequence[tuple[int, int]], num_labels: int) -> float | None
     had = [sum(target == each for target, _ in pairs) for each in range(num_labels)]
     given = [sum(prediction == each for _, prediction in pairs) for each in range(num_labels)]
     number = len(pairs)
+    # A class of their own, which no target has.
+    none = number - sum(given)
     above = right * number - sum(a * b for a, b in zip(had, given, strict=True))
-    below = (number**2 - sum(a * a for a in given)) * (number**2 - sum(a * a for a in had))
+    below = (number**2 - sum(a * a for a in (*given, none))) * (number**2 - sum(a * a for a in had))
     return above / math.sqrt(below) if below else None
 
 

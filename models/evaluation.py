@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -226,6 +227,10 @@ def evaluate_choice(
             scores = _log_likelihoods(model, flat, pad_token_id(tokenizer))
             for index in batch if is_real else ():
                 own, scores = scores[: len(rows[index])], scores[len(rows[index]) :]
+                if any(math.isnan(score) for score in own):
+                    # A model that has diverged prefers none of them.
+                    predictions.append(_chosen(index, problems[index], "", "", fields))
+                    continue
                 best = own.index(max(own))
                 predictions.append(_chosen(index, problems[index], options[index][best], rows[index][best][2], fields))
     return _gathered("choice", predictions)

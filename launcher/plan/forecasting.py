@@ -87,7 +87,7 @@ def job_of(config: RunConfig, world_size: int, **changes: Any) -> MemoryJob:
     selection, training = config.selection, config.training
     settings = deepspeed_config(config, None)
     section = settings.get("zero_optimization") or {}
-    calibrates = changes.get("method", "selection") == "selection" and selection.file is None and selection.needs_data
+    calibrates = changes.get("method", "selection") == "selection" and config.calibrates
     micro_batch = changes.get("micro_batch", training.micro_batch_size)
     fields: dict[str, Any] = {
         "world_size": world_size,

@@ -129,6 +129,10 @@ def _of_summary(folder: SweepFolder, name: str) -> dict[str, float | None]:
     found |= {f"{phase}_seconds": as_number(phases.get(phase)) for phase in _PHASES}
     seconds = [second for second in map(as_number, phases.values()) if second is not None]
     found["total_seconds"] = sum(seconds) if seconds else None
+    if as_number(summary.get("resumed_after_step")):
+        # Those of its last start only.
+        found |= dict.fromkeys((name for name in found if name.endswith("_seconds")), None)
+        found["peak_memory_bytes"] = None
     return found
 
 

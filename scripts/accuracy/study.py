@@ -15,7 +15,7 @@ from launcher.sweep.sweep_folder import SweepFolder
 from launcher.yaml_files import merge
 from scripts.accuracy.heads import Sizes, model_sizes
 from scripts.accuracy.study_config import StudyConfig
-from scripts.accuracy.study_data import TaskData, check_calibration, data_config, prepare_data
+from scripts.accuracy.study_data import TaskData, check_calibration, data_config, digests_of, prepare_data
 from scripts.accuracy.study_points import (
     Setup,
     StudyPoint,
@@ -32,6 +32,7 @@ from sparse_zero.files import atomic_write_json, read_json
 
 # How much ran at a time when the study was run last, and on what.
 _JOBS, _MADE = "jobs.json", ("machine", "versions")
+_INPUTS = "inputs.json"
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Study:
     sizes: Mapping[str, Sizes | None]
     setups: Sequence[Setup]
     tuning: dict[Key, list[StudyPoint]] = field(default_factory=dict)
+    # Hashes of files that runs read besides their splits, by path; of earlier starts, too.
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for setup in self.setups:
@@ -53,6 +56,7 @@ class Study:
         finals = [point for setup in self.setups for point in self._finals(setup, self._any_rate(setup))]
         check_same_protocol([*self.tuning_points, *finals])
         self._check_calibration(finals)
+        self._check_inputs(finals)
 
     @property
     def tuning_points(self) -> list[StudyPoint]:
@@ -64,13 +68,28 @@ class Study:
         seen = set()
         for point in points:
             chooses, task = point.config.data, point.setup.task
-            if chooses.calibration is None or (task.name, chooses.calibration) in seen:
+            source = (task.name, chooses.calibration, chooses.calibration_split)
+            if chooses.calibration is None or source in seen:
                 continue
-            seen.add((task.name, chooses.calibration))
+            seen.add(source)
             data = self.data[task.name]
             held_out = data.test if data.test is not None else data.held_out
             assert held_out is not None
             check_calibration(data_config(self.config, task), held_out, chooses, f"methods.{point.setup.method.name}")
+
+    def _check_inputs(self, points: Sequence[StudyPoint]) -> None:
+        """Raise where a file that runs read besides their splits is another one than at earlier starts."""
+        read = (path for point in points for path in (point.config.data.calibration, point.config.data.forgetting))
+        self.inputs = digests_of(path for path in read if path is not None)
+        file = self.folder.path / _INPUTS
+        before = read_json(file) if file.is_file() else {}
+        for path, digest in self.inputs.items():
+            if before.get(path, digest) != digest:
+                raise InputError(
+                    f"{path} has changed since runs of this study read it: put the old one back, or give the study "
+                    "another folder (study.folder)"
+                )
+        self.inputs = {**before, **self.inputs}
 
     def _tuning_point(self, setup: Setup, rate: float) -> StudyPoint:
         return tuning_point(self.config, setup, rate, self.data[setup.task.name], self.sizes[setup.task.name])
@@ -95,9 +114,9 @@ class Study:
         return self.config.tuning.metric if self.data[setup.task.name].has_problems else "loss"
 
     @property
-    def num_under_way(self) -> int:
-        """Tuning runs of other processes: while there are any, no rate is chosen."""
-        return sum(self.folder.state(point.name) == "running" for point in self.tuning_points)
+    def num_open(self) -> int:
+        """Tuning runs of other processes, or stopped ones: while there are any, no rate is chosen."""
+        return sum(self.folder.state(point.name) not in ("finished", "failed") for point in self.tuning_points)
 
     def extend_as_before(self) -> None:
         """Take in the candidates that earlier starts have added."""
@@ -171,17 +190,17 @@ def run_study(study: Study, machine: Machine) -> int:
             code = _run(study, study.tuning_points, machine, progress, request)
             for _ in range(config.tuning.extend):
                 known = {point.name for point in study.tuning_points}
-                if code >= EXIT_SIGNAL or study.num_under_way or not study.extend():
+                if code >= EXIT_SIGNAL or study.num_open or not study.extend():
                     break
                 added = [point for point in study.tuning_points if point.name not in known]
                 progress.add(sum(folder.state(point.name) != "finished" for point in added))
                 code = max(code, _run(study, added, machine, progress, request))
             if code >= EXIT_SIGNAL:
                 return code
-            if study.num_under_way:
+            if study.num_open:
                 progress.say(
-                    f"{study.num_under_way} tuning runs are under way in other processes, and no rate is chosen "
-                    "without them: start again when they have ended"
+                    f"{study.num_open} tuning runs are under way in other processes, or were stopped, and no rate is "
+                    "chosen without them: start again when those have ended"
                 )
                 return EXIT_ERROR
             finals = [point for points in study.finals().values() for point in points]
@@ -201,6 +220,8 @@ def _run(
     list_points(study.folder, [*study.tuning_points, *(each for each in points if each.stage != "tune")])
     if any(study.folder.state(point.name) != "finished" for point in points):
         _keep_machine(study.folder.path / _JOBS, machine)
+        if study.inputs:
+            atomic_write_json(study.folder.path / _INPUTS, study.inputs)
     return run_points(study.folder, points, machine, progress, request, keep_adapters=study.config.study.keep_adapters)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from launcher.yaml_files import merge
 from models.data import DataConfig, load_records
 from models.records import read_text, text_file
 from scripts.accuracy.study_config import StudyConfig, Task
+from sparse_zero.checkpoint.folders import file_sha256
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text, to_json
 
@@ -31,6 +32,8 @@ _HASH_DIGITS = 12
 _TEXT_SUFFIX = ".txt"
 # Characters of a held-out text that are looked for in the training text.
 _TEXT_SAMPLE = 500
+# Characters from which on a line that two texts have in common, or a question that stands in one, is no accident.
+_LONG_LINE, _LONG_QUESTION = 100, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +115,8 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
     key = _Key(data)
     place, keeps = f"tasks.{task.name}", config.study.overlap == "keep"
     shared = key.shared(train, test)
-    if shared and train.text is not None and not keeps:
-        raise InputError(
-            f"{place}.data.train has the text that is tested on in it, {shared[0][:60]!r}: give other text"
-        )
+    if shared and _has_text(train, test) and not keeps:
+        raise InputError(f"{place}.data.train has what is tested on in it, {shared[0][:60]!r}: give other data")
     if shared and config.study.overlap == "refuse":
         raise InputError(
             f"{place}: {len(shared)} questions are in the training and in the test data, one of them "
@@ -125,14 +126,8 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
     taken: set[str] = set() if keeps else key.of(test)
     if task.development is not None:
         development = _read(dataclasses.replace(data, validation=task.development), "validation")
-        if train.text is not None and not keeps and (common := key.shared(train, development)):
-            raise InputError(f"{place}.data.train has the development text in it, {common[0][:60]!r}: give other text")
-        if common := key.shared(development, test):
-            what = f"{len(common)} of its questions are" if development.text is None else "some of it is"
-            raise InputError(
-                f"{place}.development: {what} in the test data, such as {common[0][:80]!r}: the rate would be tuned on "
-                "the test; give other data"
-            )
+        if _has_text(train, development) and not keeps and (common := key.shared(train, development)):
+            raise InputError(f"{place}.data.train has the development data in it, {common[0][:60]!r}: give other data")
         left, _ = _split(_without(train, key, taken | key.of(development)), key, 0, task)
         dropped = len(train.records) - len(left.records)
     else:
@@ -140,6 +135,12 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
         dropped = len(train.records) - len(rest.records)
         # What is kept in the training data although it is tested on is not tuned on, too.
         left, development = _split(rest, key, config.tuning.records, task, barred=shared)
+    if common := key.shared(development, test):
+        what = "some of it is" if _has_text(development, test) else f"{len(common)} of its questions are"
+        raise InputError(
+            f"{place}.development: {what} in the test data, such as {common[0][:80]!r}: the rate would be tuned on the "
+            "test; give other data"
+        )
     left = _limited(left, data.limit)
     if not left.records:
         raise InputError(f"tasks.{task.name}.data.train: no record is left without those of development and test data")
@@ -180,7 +181,8 @@ def check_calibration(data: DataConfig, held_out: Path, calibration: DataConfig,
     key, chooses = _Key(data), _read(calibration, "calibration")
     content = held_out.read_text(encoding="utf-8")
     is_text = held_out.suffix == _TEXT_SUFFIX
-    records = [] if is_text else [json.loads(line) for line in content.splitlines()]
+    # Not splitlines: a record may have other ends of lines in it.
+    records = [] if is_text else [json.loads(line) for line in content.split("\n") if line]
     test = _Part(records=records, text=content if is_text else None)
     if key.shared(chooses, test):
         raise InputError(
@@ -203,11 +205,17 @@ def data_settings(data: DataConfig, files: TaskData, *, is_tuning: bool, metric:
 
 
 def _piece_in(whole: str, sought: str) -> str | None:
-    """What of the beginning, the middle and the end of one running text stands in another; None: nothing."""
+    """What of the beginning, the middle, the end or the long lines of a text stands in another; None: nothing."""
+    lines = _long_lines(sought) & _long_lines(whole)
+    whole, sought = _plain(whole), _plain(sought)
     size = min(_TEXT_SAMPLE, len(sought))
     starts = (0, (len(sought) - size) // 2, len(sought) - size)
     pieces = [sought[start : start + size] for start in starts]
-    return next((piece for piece in pieces if piece and piece in whole), None)
+    return next((piece for piece in pieces if piece and piece in whole), next(iter(sorted(lines)), None))
+
+
+def _long_lines(text: str) -> set[str]:
+    return {line for line in map(_plain, text.splitlines()) if len(line) >= _LONG_LINE}
 
 
 class _Key:
@@ -227,12 +235,21 @@ class _Key:
         return {self(each) for each in part.records} if part.text is None else set()
 
     def shared(self, one: _Part, other: _Part) -> list[str]:
-        """Questions that both have; of two running texts, a piece of one that stands in the other."""
-        if one.text is None or other.text is None:
+        """What both have: questions; of two running texts, a piece of one that stands in the other."""
+        if one.text is None and other.text is None:
             return sorted(self.of(one) & self.of(other))
-        texts = _plain(one.text), _plain(other.text)
-        found = _piece_in(*texts) or _piece_in(*reversed(texts))
-        return [] if found is None else [found]
+        if one.text is not None and other.text is not None:
+            found = _piece_in(one.text, other.text) or _piece_in(other.text, one.text)
+            return [] if found is None else [found]
+        text, records = (one.text, other) if one.text is not None else (other.text, one)
+        assert text is not None
+        whole = _plain(text)
+        return sorted(each for each in self.of(records) if len(each) >= _LONG_QUESTION and each in whole)
+
+
+def _has_text(*parts: _Part) -> bool:
+    """Whether one of them is a running text, of which nothing can be left out."""
+    return any(part.text is not None for part in parts)
 
 
 def _plain(text: str) -> str:
@@ -293,8 +310,19 @@ def _cut(whole: _Part, task: Task) -> tuple[_Part, _Part]:
 
 def _write(folder: Path, name: str, part: _Part) -> Path:
     content = part.content
-    digest = hashlib.sha256(content.encode("utf-8", errors="surrogatepass")).hexdigest()[:_HASH_DIGITS]
+    try:
+        digest = hashlib.sha256(content.encode("utf-8")).hexdigest()[:_HASH_DIGITS]
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the {name} data has {content[error.start]!r} in {content[max(error.start - 40, 0) : error.start]!r}..., "
+            "half of a character: correct the record"
+        ) from error
     path = folder / f"{name}-{digest}{part.suffix}"
     if not path.is_file():
         atomic_write_text(path, content)
     return path
+
+
+def digests_of(paths: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each file among these; folders and names of the hub are left out."""
+    return {path: file_sha256(Path(path)) for path in sorted(set(paths)) if Path(path).is_file()}

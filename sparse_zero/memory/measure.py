@@ -144,7 +144,9 @@ class PeakMemory:
         return after < before or after <= held
 
     def _sample(self) -> None:
-        self._sampled_bytes = max(self._sampled_bytes, self._status("VmRSS") or 0)
+        # Read first: a reset meanwhile must not be undone by a peak from before it.
+        found = self._status("VmRSS") or 0
+        self._sampled_bytes = max(self._sampled_bytes, found)
 
 
 def _keep_sampling(owner: "weakref.ref[PeakMemory]", stop: threading.Event, seconds: float) -> None:

@@ -71,17 +71,18 @@ def environment_of_rank(rank: int, world_size: int) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **rank_variables(rank, world_size)}
 
 
-def wait_for(processes: Sequence[BaseProcess], timeout: float) -> list[int | None]:
+def wait_for(processes: Sequence[BaseProcess], timeout: float, expected: int = 0) -> list[int | None]:
     """Exit codes of ranks, when all have ended, or been ended: one has failed, or it took ``timeout`` seconds.
 
     Args:
         processes: started; they are closed.
         timeout: seconds.
+        expected: a rank that ends with it has not failed.
     """
     deadline = time.monotonic() + timeout
     try:
         while any(process.is_alive() for process in processes):
-            if any(process.exitcode not in (None, 0) for process in processes):
+            if any(process.exitcode not in (None, expected) for process in processes):
                 time.sleep(2.0)  # Let the others say what they saw before they are ended.
                 break
             if time.monotonic() > deadline:
@@ -143,7 +144,7 @@ def run_program(
             job = (module, list(arguments), folder or Path.cwd(), {**environment, **own}, log)
             processes.append(context.Process(target=be_a_program, args=job))
             processes[-1].start()
-        codes = wait_for(processes, timeout)
+        codes = wait_for(processes, timeout, code)
         said = said_by(Path(logs), codes, 100_000)
     assert codes == [code] * len(codes), said
     return said

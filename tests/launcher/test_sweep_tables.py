@@ -80,6 +80,18 @@ def test_a_row_has_the_settings_the_state_and_the_numbers(made: tuple[SweepFolde
     assert all(rows[-1][name] is None for name in NUMBERS)
 
 
+def test_times_of_a_continued_point_are_not_those_of_a_whole_run(tmp_path: Path) -> None:
+    folder, config = SweepFolder(tmp_path), SweepConfig(folder=str(tmp_path), grid={"training.seed": [0, 1]})
+    listed = list_points([], expand(config, run_mapping()))
+    finish(folder, listed[0].name)
+    finish(folder, listed[1].name, resumed_after_step=7)
+    whole, row = collect(folder, listed)[0]
+    assert whole["total_seconds"] > 0
+    assert row["final_loss"] is not None
+    assert {row[name] for name in row if name.endswith("_seconds")} == {None}
+    assert row["peak_memory_bytes"] is None
+
+
 def test_every_state(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     for code, state in (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -376,6 +377,21 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(number, single, base
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == (
         single[0] / "run" / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_run_that_continues_needs_the_data_no_more_that_chose(base, tmp_path):
+    calibration = tmp_path / "chooses.json"
+    shutil.copy(base / "data" / "validation.json", calibration)
+    config = write_config(
+        base, tmp_path, output__evaluate=False, output__merged=False, data__calibration=str(calibration)
+    )
+    run(worker(config), tmp_path)
+    whole = losses(tmp_path)
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000024")
+    calibration.unlink()
+    assert re.search(r"continuing from \S+step-000016 after step 16", run(worker(config), tmp_path))
+    assert losses(tmp_path) == whole
 
 
 @pytest.mark.slow

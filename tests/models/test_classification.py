@@ -235,6 +235,9 @@ def test_measures_of_classes():
     assert found["accuracy"] == 0.7
     assert found["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     assert found["matthews"] == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
+    # Answers of no class are a class of their own.
+    some = classification_metrics([0, 0, 1, 1], [0, -1, 1, -1], Labels(num_labels=2))
+    assert some["matthews"] == pytest.approx((2 * 4 - 2 - 2) / math.sqrt((16 - 1 - 1 - 4) * (16 - 4 - 4)))
     three = classification_metrics([0, 1, 2, 2], [0, 2, 2, 2], Labels(num_labels=3))
     assert three["f1"] == pytest.approx((1 + 0 + 2 * 2 / (2 * 2 + 1)) / 3)
     assert classification_metrics([1, 0], [1, 1], Labels(num_labels=2))["matthews"] is None
@@ -272,7 +275,7 @@ def test_a_model_that_diverged_gives_no_class(folder):
     records = [{"sentence": "good", "label": "yes"}, {"sentence": "bad", "label": "no"}]
     found = evaluate_classify(model, tokenizer, records, config, labels)
     assert [(each.prediction, each.text, each.correct) for each in found.predictions] == [("", "nan", False)] * 2
-    assert found.metrics == {"accuracy": 0.0, "f1": 0.0, "matthews": 0.0}
+    assert found.metrics == {"accuracy": 0.0, "f1": 0.0, "matthews": None}
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -245,6 +245,15 @@ def test_choice_is_the_likeliest_response(model: Any, tokenizer: Any, batch_size
         assert found.correct == (found.prediction == record["answer"])
 
 
+def test_a_model_that_diverged_chooses_nothing(tokenizer: Any) -> None:
+    model = tiny_llama(layers=1)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    config = EvaluationConfig(kind="choice", batch_size=2)
+    found = evaluate_choice(model, tokenizer, choices_of(3), config, template="plain", fields=FIELDS)
+    assert [(each.prediction, each.correct) for each in found.predictions] == [("", False)] * 3
+
+
 def test_given_options_replace_those_of_the_record(model: Any, tokenizer: Any) -> None:
     config = EvaluationConfig(kind="choice", options=("answer1", "answer9"))
     found = evaluate_choice(model, tokenizer, choices_of(1), config, template="plain", fields=FIELDS)

@@ -1,5 +1,6 @@
 """Do training, development and test data of a study share no question, and do the points read the same files?"""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from scripts.accuracy.study_config import StudyConfig
-from scripts.accuracy.study_data import TaskData, prepare_data
+from scripts.accuracy.study_data import TaskData, check_calibration, data_config, prepare_data
 from sparse_zero.errors import InputError
 from tests.scripts.study_examples import read_example, write_records
 
@@ -113,10 +114,10 @@ def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
     # A part of the training text under another name.
     lines = (tmp_path / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "part.txt").write_text("".join(lines[20:35]))
-    with pytest.raises(InputError, match=r"tasks\.words\.data\.train has the development text in it"):
+    with pytest.raises(InputError, match=r"tasks\.words\.data\.train has the development data in it"):
         found(development=str(tmp_path / "part.txt"))
     data["validation"] = str(tmp_path / "part.txt")
-    with pytest.raises(InputError, match=r"tasks\.words\.data\.train has the text that is tested on in it"):
+    with pytest.raises(InputError, match=r"tasks\.words\.data\.train has what is tested on in it"):
         found()
     assert found(overlap="keep").counts["shared"] == 1
     # A part of the text that is tested on, as development text.
@@ -125,3 +126,52 @@ def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
     (tmp_path / "part.txt").write_text("".join(lines[20:35]))
     with pytest.raises(InputError, match=r"tasks\.words\.development: some of it is in the test data"):
         found(development=str(tmp_path / "part.txt"))
+    # The end of the training text, where development data is cut from.
+    (tmp_path / "end.txt").write_text("".join((tmp_path / "train.txt").read_text().splitlines(keepends=True)[-6:]))
+    data["validation"] = str(tmp_path / "end.txt")
+    with pytest.raises(InputError, match=r"tasks\.words\.development: some of it is in the test data"):
+        found(overlap="keep")
+    # In another order, lines of some length are found.
+    lines = [
+        f"Line {number} of a text whose lines are so long that nobody writes one of them twice: {number**5}."
+        for number in range(90)
+    ]
+    (tmp_path / "train.txt").write_text("\n".join(f"{line} And more of it." for line in lines))
+    (tmp_path / "held-out.txt").write_text("\n".join(f"{line} And more of it." for line in lines[60:20:-2]))
+    data["validation"] = str(tmp_path / "held-out.txt")
+    with pytest.raises(InputError, match=r"data\.train has what is tested on in it"):
+        found()
+
+
+def test_questions_in_a_running_text_are_found(tmp_path: Path) -> None:
+    test = write_records(tmp_path / "own-test.json", ["How many apples has the old man?", "And pears?"])
+    text = tmp_path / "train.txt"
+    text.write_text("".join(f"A line of other things {number}.\n" for number in range(40)))
+    data = {"train": str(text), "validation": None, "test": str(test)}
+
+    def found() -> TaskData:
+        own = write_records(tmp_path / "development.json", ["How many pears has she?"])
+        return prepare(study(tmp_path, [], [], "drop", data=data, development=str(own)), tmp_path)
+
+    assert found().counts["shared"] == 0
+    text.write_text(text.read_text() + "how many  apples has the old man?\n")
+    with pytest.raises(InputError, match=r"data\.train has what is tested on in it, 'how many apples"):
+        found()
+
+
+def test_half_a_character_is_refused_and_other_ends_of_lines_are_none(tmp_path: Path) -> None:
+    train = write_records(tmp_path / "own-train.json", [f"What is {number}?" for number in range(9)])
+    test = write_records(tmp_path / "own-test.json", ["Where\u2028is it\u0085now?"])
+    other = write_records(tmp_path / "other.json", ["Where is what?"])
+    data = {"train": str(train), "validation": None, "test": str(test), "fields": {"instruction": "instruction"}}
+    config = study(tmp_path, [], [], "drop", data=data)
+    (task,) = config.all_tasks()
+    files = prepare(config, tmp_path)
+    assert files.test is not None
+    plain = data_config(config, task)
+    check_calibration(plain, files.test, dataclasses.replace(plain, calibration=str(other)), "methods.rows")
+    with pytest.raises(InputError, match="some of it is held out"):
+        check_calibration(plain, files.test, dataclasses.replace(plain, calibration=str(test)), "methods.rows")
+    write_records(train, [f"What is {number}, \ud83d?" for number in range(9)])
+    with pytest.raises(InputError, match=r"the train data has '\\ud83d' .* half of a character"):
+        prepare(config, tmp_path)

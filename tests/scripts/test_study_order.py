@@ -108,6 +108,43 @@ def test_no_rate_is_chosen_while_other_processes_tune(
     assert len(started) == 5
 
 
+def test_no_rate_is_chosen_without_a_candidate_that_was_stopped(tmp_path: Path, started: Counter[str]) -> None:
+    study = make_study(tmp_path, extend=1)
+    stopped = next(point for point in study.tuning_points if point.setup.method.name == "rows")
+    finishing: Callable[..., int] = vars(study_module)["run_points"]
+
+    def run(folder: SweepFolder, points: Sequence[StudyPoint], *arguments: Any, **named: Any) -> int:
+        code = finishing(folder, [point for point in points if point.name != stopped.name], *arguments, **named)
+        folder.write_outcome(stopped.name, 143, 1.0)
+        return code
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "run_points", run)
+        assert run_study(study, Machine()) == EXIT_ERROR
+    assert {name.split()[0] for name in started} == {"tune"}
+    run_study(make_study(tmp_path, extend=1), Machine())
+    assert {name.split()[0] for name in started} == {"tune", "final"}
+
+
+def test_files_beside_the_splits_stay_what_they_were(tmp_path: Path, started: Counter[str]) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("One text.")
+
+    def study() -> Study:
+        made = make_study(tmp_path)
+        rows = {"selection": {"regions": [{"kind": "row", "modules": ["*"]}]}, "data.forgetting": str(other)}
+        config = read_example(tmp_path, {"tuning": {"rates": RATES, "steps": 2}, "methods": {"rows": rows}})
+        return Study(config=config, folder=made.folder, data=made.data, sizes=made.sizes, setups=setups_of(config))
+
+    study()
+    other.write_text("Another one.")
+    assert run_study(study(), Machine()) == 0
+    study()
+    other.write_text("A third one.")
+    with pytest.raises(InputError, match=r"other\.txt has changed since runs of this study read it"):
+        study()
+
+
 def test_how_a_study_was_run_is_of_its_runs(tmp_path: Path, started: Counter[str]) -> None:
     jobs = tmp_path / "out" / "jobs.json"
     run_study(make_study(tmp_path), Machine(jobs=2, threads=3))

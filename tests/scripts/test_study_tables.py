@@ -21,7 +21,8 @@ from scripts.accuracy.study_tables import as_csv, markdown, tables_of, terminal_
 from scripts.accuracy_study import kept_remarks
 from scripts.ntk.study_config import SubsetsConfig
 from scripts.ntk.subsets import named_subsets
-from sparse_zero.selection.selection import Selection, WeightSelection
+from sparse_zero.selection.regions import WeightSelection
+from sparse_zero.selection.selection import Selection
 from tests.scripts.study_examples import STUDIES, example_results
 
 DOCS = Path(__file__).parents[2] / "docs"
