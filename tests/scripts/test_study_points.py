@@ -43,6 +43,7 @@ def test_the_plateau_has_five_budgets_of_three_methods() -> None:
         "lora",
         "blocks",
         "spread",
+        "diagonal",
         "mixed",
     }
     _, finals = all_points(config)
