@@ -213,7 +213,8 @@ def layers_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     axes.set_xlabel("layer")
     bar = figure.colorbar(image, ax=axes)
     bar.outline.set_visible(False)
-    title(axes, f"{results['tasks'][task]['label']}: % of the trained values in each layer, mean over seeds", theme)
+    bar.ax.tick_params(colors=theme.muted, labelsize=9)
+    title(axes, f"{results['tasks'][task]['label']}: trained values by layer, %", theme)
     return figure
 
 
