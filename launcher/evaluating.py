@@ -1,4 +1,4 @@
-"""How well are the test problems answered, by the base, by an adapter, or by the model that was just trained?"""
+"""How well are the test problems answered, or is a text predicted, by the base, an adapter or the trained model?"""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,10 @@ from launcher.run_folder import RunFolder, check_out_file
 from launcher.world import World, join_world
 from models.classified_data import Labels
 from models.classified_evaluation import evaluate_classify
-from models.data import load_records
+from models.data import TokenizedSample, load_records
 from models.evaluation import EvaluationResult, evaluate, write_result
+from models.forgetting import TextLoss, mean_loss
+from models.loading import pad_token_id
 from sparse_zero.collectives import PeerError, failing_together, leave_process_group
 from sparse_zero.errors import InputError
 from sparse_zero.zero.compat import has_shards
@@ -39,7 +41,7 @@ def evaluate_model(
     ``labels`` are those of a classifier's data.
     """
     sharded, data = has_shards(model), config.data
-    with at_work(config, world, model, title) as tell:
+    with _at_work(config, world, model, title) as tell:
         shared: dict[str, Any] = {
             "rank": world.rank, "world_size": world.world_size, "lockstep": sharded, "progress": tell,
         }  # fmt: skip
@@ -54,8 +56,26 @@ def evaluate_model(
     return result
 
 
+def loss_on(
+    config: RunConfig, world: World, model: Any, tokenizer: Any, samples: Sequence[TokenizedSample], title: str
+) -> TextLoss:
+    """Mean loss of a model, whole or in shards, over samples of text; a progress bar on rank 0. Collective."""
+    with _at_work(config, world, model, title) as tell:
+        return mean_loss(
+            model,
+            samples,
+            pad_token_id(tokenizer),
+            batching=config.data.batching,
+            batch_size=config.training.micro_batch_size,
+            chunk=config.training.loss_chunk,
+            rank=world.rank,
+            world_size=world.world_size,
+            progress=tell,
+        )
+
+
 @contextmanager
-def at_work(config: RunConfig, world: World, model: Any, title: str) -> Iterator[Callable[[int, int], None]]:
+def _at_work(config: RunConfig, world: World, model: Any, title: str) -> Iterator[Callable[[int, int], None]]:
     """Let a model forward, in shards or whole; a progress bar on rank 0, which is told what is done of how much."""
     from rich.console import Console
     from rich.progress import Progress

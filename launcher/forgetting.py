@@ -1,17 +1,13 @@
 """What does a run forget? The mean loss on other text, of the base and of the tuned model."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from launcher.evaluating import at_work
+from launcher.evaluating import loss_on
 from launcher.preparing import Prepared
 from launcher.world import World
-from models.data import TokenizedSample
-from models.forgetting import TextLoss, mean_loss
 from models.gather import gather_json
-from models.loading import pad_token_id
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json, read_json
 
@@ -24,23 +20,6 @@ class Forgetting(TypedDict):
     tuned: float | None
     # Predicted by each of them.
     num_tokens: int
-
-
-def loss_on(prepared: Prepared, world: World, model: Any, samples: Sequence[TokenizedSample], title: str) -> TextLoss:
-    """Mean loss of a model, whole or in shards, over samples of text; a progress bar on rank 0. Collective."""
-    config = prepared.config
-    with at_work(config, world, model, title) as tell:
-        return mean_loss(
-            model,
-            samples,
-            pad_token_id(prepared.tokenizer),
-            batching=config.data.batching,
-            batch_size=config.training.micro_batch_size,
-            chunk=config.training.loss_chunk,
-            rank=world.rank,
-            world_size=world.world_size,
-            progress=tell,
-        )
 
 
 def measure_forgetting(
@@ -63,7 +42,7 @@ def measure_forgetting(
     if name == "base" and all(gather_json(prepared.resumes and out.is_file())):
         return _read(out)
     title = f"measuring the {name} model on other text"
-    found = loss_on(prepared, world, model, prepared.forgetting.texts, title)
+    found = loss_on(prepared.config, world, model, prepared.tokenizer, prepared.forgetting.texts, title)
     if world.is_main:
         told = f"{name} model: loss {found.loss:.4f} a token of data.forgetting ({found.num_tokens:,} tokens)"
         print(told, file=sys.stderr, flush=True)

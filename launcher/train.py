@@ -17,8 +17,8 @@ from typing import Any
 
 from launcher.config import RunConfig, load_config, resolved_yaml
 from launcher.ending import code_of, tell_notes
-from launcher.evaluating import evaluate_model
-from launcher.forgetting import Forgetting, loss_on, measure_forgetting
+from launcher.evaluating import evaluate_model, loss_on
+from launcher.forgetting import Forgetting, measure_forgetting
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.methods import Method, SelectedParts
@@ -136,7 +136,8 @@ def _validate_base(prepared: Prepared, world: World) -> None:
     """Write metrics of a run that trains nothing: the loss on the validation data, of what is no classifier."""
     row = None
     if prepared.validation is not None and not prepared.config.model.classifies:
-        found = loss_on(prepared, world, prepared.model, prepared.validation.texts, "validating")
+        model, tokenizer, texts = prepared.model, prepared.tokenizer, prepared.validation.texts
+        found = loss_on(prepared.config, world, model, tokenizer, texts, "validating")
         row = {"kind": "validation", "step": 0, "loss": found.loss, "response_tokens": found.num_tokens}
     if world.keeps_folder:
         with MetricsLog(prepared.folder.path) as log:

@@ -72,10 +72,8 @@ class Study:
             if chooses.calibration is None or source in seen:
                 continue
             seen.add(source)
-            data = self.data[task.name]
-            held_out = data.test if data.test is not None else data.held_out
-            assert held_out is not None
-            check_calibration(data_config(self.config, task), held_out, chooses, f"methods.{point.setup.method.name}")
+            held_out, place = self.data[task.name].tested_on, f"methods.{point.setup.method.name}"
+            check_calibration(data_config(self.config, task), held_out, chooses, place)
 
     def _check_inputs(self, points: Sequence[StudyPoint]) -> None:
         """Raise where a file that runs read besides their splits is another one than at earlier starts."""

@@ -42,18 +42,13 @@ class TaskData:
 
     train: Path
     development: Path
-    # Problems that are answered; None: the task is plain text.
-    test: Path | None
-    # Held-out text whose loss is the result, where there are no problems.
-    held_out: Path | None
+    # Problems that are answered, or held-out text whose loss is the result.
+    tested_on: Path
+    # Whether the result is an accuracy; else it is a loss.
+    has_problems: bool
     # Of each split, and ``dropped``: training records left out since a held-out split has their question; ``shared``:
     # questions that training and test data have in common before that.
     counts: Mapping[str, int]
-
-    @property
-    def has_problems(self) -> bool:
-        """Whether the result is an accuracy; else it is a loss."""
-        return self.test is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +149,8 @@ def prepare_data(config: StudyConfig, task: Task, folder: Path) -> TaskData:
     return TaskData(
         train=places["train"],
         development=places["development"],
-        test=places["test"] if data.test is not None else None,
-        held_out=places["test"] if data.test is None else None,
+        tested_on=places["test"],
+        has_problems=data.test is not None,
         counts={
             "train": len(left.records),
             "development": len(development.records),
@@ -200,8 +195,8 @@ def data_settings(data: DataConfig, files: TaskData, *, is_tuning: bool, metric:
         answers = metric == "accuracy" and files.has_problems
         problems = str(files.development) if answers else None
         return {**settings, "validation": str(files.development), "test": problems}
-    held_out = None if files.held_out is None else str(files.held_out)
-    return {**settings, "validation": held_out, "test": None if files.test is None else str(files.test)}
+    result = {"validation": None, "test": None, "test" if files.has_problems else "validation": str(files.tested_on)}
+    return {**settings, **result}
 
 
 def _piece_in(whole: str, sought: str) -> str | None:

@@ -29,8 +29,8 @@ def files_of(config: StudyConfig, task: Any) -> TaskData:
     return TaskData(
         train=Path("data/train.jsonl"),
         development=Path("data/development.jsonl"),
-        test=held_out if has_problems else None,
-        held_out=None if has_problems else held_out,
+        tested_on=held_out,
+        has_problems=has_problems,
         counts={"train": 1, "development": 1, "test": 1, "dropped": 0, "shared": 0},
     )
 

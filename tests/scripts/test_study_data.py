@@ -38,15 +38,15 @@ def test_development_data_is_taken_out_of_the_training_data(tmp_path: Path) -> N
     found = prepare(study(tmp_path, train, QUESTIONS[15:]), tmp_path)
     keys = [
         {question.casefold().replace("  ", " ") for question in questions(path)}
-        for path in (found.train, found.development, found.test)
+        for path in (found.train, found.development, found.tested_on)
     ]
     assert not keys[0] & keys[1]
     assert not (keys[0] | keys[1]) & keys[2]
     assert found.counts["train"] + found.counts["development"] == 16
     assert found.counts["development"] in (4, 5)
-    assert sorted(questions(found.test)) == sorted(QUESTIONS[15:])
+    assert sorted(questions(found.tested_on)) == sorted(QUESTIONS[15:])
     again = prepare(study(tmp_path, train, QUESTIONS[15:]), tmp_path)
-    assert (again.train, again.development, again.test) == (found.train, found.development, found.test)
+    assert (again.train, again.development, again.tested_on) == (found.train, found.development, found.tested_on)
 
 
 def test_a_shared_question_is_refused_or_dropped_or_kept(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_changed_data_are_other_files(tmp_path: Path) -> None:
     first = prepare(study(tmp_path, QUESTIONS[:15], QUESTIONS[15:]), tmp_path)
     second = prepare(study(tmp_path, QUESTIONS[:14], QUESTIONS[15:]), tmp_path)
     assert first.train != second.train
-    assert first.test == second.test
+    assert first.tested_on == second.tested_on
 
 
 def test_too_few_records_and_no_test_data(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_running_texts_are_cut_and_compared_as_wholes(tmp_path: Path) -> None:
     cut = found()
     assert cut.train.read_text() + cut.development.read_text() == (tmp_path / "train.txt").read_text()
     assert 0 < len(cut.development.read_text()) < 0.2 * len(cut.train.read_text())
-    assert (cut.test, cut.counts["shared"], cut.counts["dropped"]) == (None, 0, 0)
+    assert (cut.has_problems, cut.counts["shared"], cut.counts["dropped"]) == (False, 0, 0)
     own = found(development=str(tmp_path / "development.txt"))
     assert own.train.read_text() == (tmp_path / "train.txt").read_text()
     assert own.development.read_text().startswith("development has")
@@ -167,11 +167,10 @@ def test_half_a_character_is_refused_and_other_ends_of_lines_are_none(tmp_path: 
     config = study(tmp_path, [], [], "drop", data=data)
     (task,) = config.all_tasks()
     files = prepare(config, tmp_path)
-    assert files.test is not None
     plain = data_config(config, task)
-    check_calibration(plain, files.test, dataclasses.replace(plain, calibration=str(other)), "methods.rows")
+    check_calibration(plain, files.tested_on, dataclasses.replace(plain, calibration=str(other)), "methods.rows")
     with pytest.raises(InputError, match="some of it is held out"):
-        check_calibration(plain, files.test, dataclasses.replace(plain, calibration=str(test)), "methods.rows")
+        check_calibration(plain, files.tested_on, dataclasses.replace(plain, calibration=str(test)), "methods.rows")
     write_records(train, [f"What is {number}, \ud83d?" for number in range(9)])
     with pytest.raises(InputError, match=r"the train data has '\\ud83d' .* half of a character"):
         prepare(config, tmp_path)
