@@ -182,6 +182,8 @@ def _row(
         # Of which there is a number: a loss that is none of a run that diverged is in no mean.
         "num_finished": sum(each.score is not None for each in runs),
         "num_failed": num_failed,
+        # Those whose training loss ended as no number, as far as they were trained; they may have answers all the same.
+        "num_diverged": 0 if tuned is None else sum(as_number(each.row.get("final_loss")) is None for each in runs),
         "score": statistics.as_json(spread),
         "scores": scores,
         "to_full": None if is_full else statistics.as_json(compare(runs, full, resamples)),

@@ -197,6 +197,9 @@ def _reservations(results: Results) -> list[str]:
     ]
     if failed:
         found.append(f"Candidates whose tuning run failed, diverged ones among them: {', '.join(failed)}.")
+    diverged = [f"{row['label']}{budget_text(row)}: {row['num_diverged']}" for row in rows if row.get("num_diverged")]
+    if diverged:
+        found.append(f"Final runs that diverged; their answers count as they are: {', '.join(diverged)}.")
     if num_seeds < 4 and any(task["metric"] == "loss" for task in results["tasks"].values()):
         found.append(f"Losses are resampled over seeds alone: with {num_seeds}, the interval is their whole range.")
     unequal = [each for row in rows if (each := _unequal(row, results)) is not None]

@@ -106,12 +106,14 @@ def test_what_is_missing_or_unequal_is_said() -> None:
     assert "It rained." in markdown({**results, "remarks": ["It rained."]})
     row = next(row for row in results["rows"] if row["method"] == "blocks" and row["budget"] == 0.2)
     row["num_finished"] = 2
+    row["num_diverged"] = 1
     row["parameters_trained"] = 770 + 1.3 * 200_000
     row["tried"][2] |= {"accuracy": None, "loss": None}
     results["tasks"]["words"]["metric"] = "loss"
     text = markdown(results)
     assert f"Unfinished, or ended without a number: 1 of {3 * len(results['rows'])} final runs" in text
     assert "tuning run failed, diverged ones among them: blocks 20 % at 0.001." in text
+    assert "Final runs that diverged; their answers count as they are: blocks 20 %: 1." in text
     assert "Against lora, or without it the budget: blocks 20 % +30 %." in text
     assert "with 3, the interval is their whole range" in text
     results["rows"] = [each for each in results["rows"] if each["method"] != "lora"]
