@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from launcher.calibration_data import check_calibration_data, record_calibration_data
 from launcher.config import RunConfig
 from launcher.kept_base import model_of
 from launcher.process_ranks import find_ranks
@@ -48,8 +49,11 @@ def choose_from_scores(config: RunConfig, scores_file: Path, out: Path, scores_o
                 f"--from-scores {scores_file} has scores of the base {stored['name']} ({stored['sha256'][:12]}), and "
                 f"model.name_or_path is {found.name} ({found.sha256[:12]}): name that base, or score this one"
             )
+    made = f"the scores in {scores_file} were computed"
+    check_calibration_data(scores.metadata, config, made, "score again, or set it to that")
     model = load_skeleton(source)
     selection = choose_regions(model, scores, config.selection, module_map=module_map(model))
     selection.metadata["base"] = stored
+    record_calibration_data(selection.metadata, config)
     save_choice(selection, scores, out, scores_out)
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from launcher.calibration_data import check_calibration_data, record_calibration_data
 from launcher.config import RunConfig
 from launcher.deepspeed_config import (
     check_can_continue,
@@ -252,6 +253,12 @@ def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
                     f"{checkpoint.folder} was selected with {key}={had!r}, and selection.{key} is {has!r}: continue "
                     "with the same selection, or start anew in another output.folder"
                 )
+        check_calibration_data(
+            checkpoint.selection.metadata,
+            config,
+            f"{checkpoint.folder} was selected",
+            "continue with the same, or start anew in another output.folder",
+        )
 
 
 def _agree_on_start(checkpoint: Checkpoint | None, earlier: Selection | None) -> None:
@@ -482,6 +489,7 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
     if kept_folder(config) is not None:
         prepared.base = _write_kept(prepared, world)
     scores.metadata["base"] = dataclasses.asdict(prepared.base)
+    record_calibration_data(scores.metadata, prepared.config)
     return scores
 
 
@@ -512,6 +520,7 @@ def choose_selection(prepared: Prepared, world: World) -> tuple[Selection, Regio
     scores = _score_selection(prepared, world)
     selection = choose_regions(prepared.model, scores, config.selection, module_map=prepared.module_map)
     selection.metadata["base"] = scores.metadata.get("base")
+    record_calibration_data(selection.metadata, config)
     return selection, scores
 
 

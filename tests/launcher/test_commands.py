@@ -257,6 +257,14 @@ def test_select_calibrates_on_other_data_where_it_is_named(
     capsys.readouterr()
     assert main(["select", "--config", "run.yaml", "--out", "x.safetensors", "--data.calibration=gone.json"]) == 2
     assert "data.calibration" in capsys.readouterr().err
+    # What was chosen by other data is told with the scores.
+    again = ["select", "--config", "run.yaml", "--out", "again.safetensors", "--from-scores"]
+    assert main([*again, "plain.scores.safetensors", "--data.calibration=other.json"]) == 2
+    assert "data.calibration is 'other.json', and the scores in plain.scores.safetensors" in capsys.readouterr().err
+    assert main([*again, "other.scores.safetensors"]) == 2
+    assert "data.calibration is None, and the scores in other.scores.safetensors" in capsys.readouterr().err
+    assert main([*again, "other.scores.safetensors", "--data.calibration=other.json"]) == 0
+    assert Selection.load("again.safetensors") == Selection.load("other.safetensors")
     # Nothing reads it where nothing is scored by data.
     scores("random", "--data.calibration=gone.json", "--selection.score=random")
 
