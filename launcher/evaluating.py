@@ -147,7 +147,7 @@ def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, ou
     with failing_together():
         records = load_records(config.data, "test")
         if config.model.classifies:
-            labels = labels_of(config, config.model)
+            labels = labels_of(config, config.model, adapter=adapter)
         if not sharded:
             model, tokenizer = load_with_adapter(config, adapter)
     if sharded:

@@ -1,6 +1,6 @@
 """How does an adapter become a plain model folder, which transformers loads without this package, or one to upload?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ from models.loading import ModelConfig, load_model, load_tokenizer, model_folder
 from models.sharded_loading import load_sharded
 from models.sharded_saving import save_sharded
 from models.source import is_hub_name, local_folder
-from sparse_zero.checkpoint.adapter import peft_config, read_adapter, read_adapter_base, write_adapter
+from sparse_zero.checkpoint.adapter import SELECTION, peft_config, read_adapter, read_adapter_base, write_adapter
 from sparse_zero.checkpoint.adapter_set import load_adapter
 from sparse_zero.checkpoint.folders import new_folder
 from sparse_zero.collectives import failing_together, rank_and_world_size
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text
 from sparse_zero.layers.merge import merge
+from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.compat import has_shards
+
+# In the metadata of an adapter's selection: the words of a classifier's classes, in their order.
+_LABELS = "labels"
 
 
 def _source(config: RunConfig, adapter: Path | None) -> ModelConfig:
@@ -61,7 +65,7 @@ def load_with_adapter(config: RunConfig, adapter: Path | None) -> tuple[Any, Any
     """
     source = _source(config, adapter)
     model, tokenizer = load_model(source, head_seed=config.training.seed), load_tokenizer(source)
-    _set_up(config, source, model, tokenizer)
+    _set_up(config, source, model, tokenizer, adapter)
     if adapter is not None:
         quantized = source.quantization != "none"
         load_adapter(model, adapter, placement="delta" if quantized else "inplace")
@@ -70,23 +74,51 @@ def load_with_adapter(config: RunConfig, adapter: Path | None) -> tuple[Any, Any
     return model, tokenizer
 
 
-def _set_up(config: RunConfig, source: ModelConfig, model: Any, tokenizer: Any) -> None:
+def _set_up(config: RunConfig, source: ModelConfig, model: Any, tokenizer: Any, adapter: Path | None) -> None:
     if config.model.classifies:
-        set_up_classifier(model, tokenizer, labels_of(config, source))
+        set_up_classifier(model, tokenizer, labels_of(config, source, adapter=adapter))
 
 
-def labels_of(config: RunConfig, source: ModelConfig, records: Sequence[Mapping[str, str]] | None = None) -> Labels:
+def record_labels(metadata: MutableMapping[str, Any], labels: Labels) -> None:
+    """Write the words of the classes into the metadata of a selection, which goes with its adapter."""
+    if labels.names is not None:
+        metadata[_LABELS] = list(labels.names)
+
+
+def _recorded_labels(adapter: Path, num_labels: int) -> tuple[str, ...] | None:
+    found = Selection.load(adapter / SELECTION).metadata.get(_LABELS)
+    if not isinstance(found, list) or len(found) != num_labels or not all(isinstance(each, str) for each in found):
+        return None
+    return tuple(found)
+
+
+def labels_of(
+    config: RunConfig,
+    source: ModelConfig,
+    records: Sequence[Mapping[str, str]] | None = None,
+    adapter: Path | None = None,
+) -> Labels:
     """What the labels of a classifier's data mean.
 
     Args:
         config: of the run.
         source: the model that is loaded.
         records: of data.train; None: they are read if it takes them.
+        adapter: folder of one that was trained on words tells them, in their order; data.train may be another by now.
 
     Raises:
-        InputError: see :func:`models.classified_data.find_labels`.
+        InputError: see :func:`models.classified_data.find_labels`, or ``data.labels`` are others than the adapter's.
     """
     assert config.model.num_labels is not None
+    recorded = None if adapter is None else _recorded_labels(adapter, config.model.num_labels)
+    if recorded is not None:
+        wanted = config.data.labels
+        if wanted is not None and wanted != recorded:
+            raise InputError(
+                f"data.labels is {', '.join(wanted)}, and {adapter} was trained with {', '.join(recorded)}, in this "
+                "order: leave data.labels out, or set it to that"
+            )
+        return Labels(num_labels=config.model.num_labels, names=recorded)
     return find_labels(config.data, config.model.num_labels, records, stored_labels(model_folder(source)))
 
 
@@ -109,7 +141,7 @@ def load_merged_shards(config: RunConfig, adapter: Path | None, world_size: int)
         tokenizer = load_tokenizer(source)
     model = load_sharded(source, deepspeed_config(config, world_size), head_seed=config.training.seed)
     with failing_together():
-        _set_up(config, source, model, tokenizer)
+        _set_up(config, source, model, tokenizer, adapter)
     if adapter is not None:
         load_adapter(model, adapter, placement="inplace")
         merge(model)

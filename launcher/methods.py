@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from launcher.config import RunConfig
-from launcher.exporting import save_model_folder
+from launcher.exporting import record_labels, save_model_folder
 from launcher.memory.measuring import RunMemory
 from launcher.memory.notes import MemoryNotes
 from launcher.preparing import Prepared, check_can_select, choose_selection, make_engine
@@ -81,6 +81,8 @@ class SelectedParts:
             selection, scores = choose_selection(prepared, world)
         else:
             selection, scores = checkpoint.selection, None
+        if prepared.labels is not None:
+            record_labels(selection.metadata, prepared.labels)
         if world.keeps_folder:
             if scores is not None:
                 scores.save(prepared.folder.scores)

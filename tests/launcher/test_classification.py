@@ -263,6 +263,29 @@ def test_words_of_pairs_are_in_the_merged_model(base, tmp_path):
     assert [each["index"] for each in predictions] == list(range(11))
 
 
+def test_the_words_of_an_adapter_are_those_that_it_was_trained_with(base, tmp_path, capsys, monkeypatch):
+    from launcher.__main__ import main
+
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    shutil.copytree(base / "data", tmp_path / "data")
+    config = write_config(base, tmp_path, "bert", "pairs", data__train=str(tmp_path / "data" / "train.jsonl"))
+    start(config)
+    arguments = ["--config", str(config), "--adapter", str(tmp_path / "run" / "adapter")]
+    # In the alphabet's order the new words would be the other way round.
+    train = tmp_path / "data" / "train.jsonl"
+    train.write_text(train.read_text().replace('"no"', '"zero"'))
+    assert main(["export", *arguments, "--out", str(tmp_path / "merged")]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(
+        (tmp_path / "run" / "evaluation" / "tuned.json").read_text()
+    )
+    out = ["--out", str(tmp_path / "other.json")]
+    assert main(["evaluate", *arguments, *out, "--data.labels=[yes, no]"]) == 2
+    assert "data.labels is yes, no, and" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["inplace", "delta"])
 def test_invariant_3_stage_3_trains_a_decoder_to_predict_numbers(base, tmp_path, placement):
