@@ -87,6 +87,12 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["score"] is not None]
 
 
+def _is_far(value: float, others: Sequence[float]) -> bool:
+    """Whether a value lies further from all others than these lie apart."""
+    low, high = (min(others), max(others)) if others else (value, value)
+    return len(others) > 2 and not low - (high - low) <= value <= high + (high - low)
+
+
 def share_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     """The result against the trained share, a line for each method with budgets; the others as bands."""
     metric = results["tasks"][task]["metric"]
@@ -96,6 +102,7 @@ def share_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     axes = figure.subplots()
     _axes(axes, theme)
     ticks: list[float] = []
+    drawn = [scale * row["score"]["mean"] for row in rows if share_of_row(row)]
     for method, (colour, marker) in looks.items():
         own = [row for row in rows if row["method"] == method]
         shares = [share_of_row(row) or 0.0 for row in own]
@@ -111,6 +118,10 @@ def share_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
             continue
         for row in own:
             mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
+            if _is_far(mean, drawn):
+                # It would press the others together: it is told, and not drawn.
+                axes.plot([], [], " ", label=f"{row['label']}: {mean:.2f}")
+                continue
             axes.axhspan(mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
             axes.axhline(mean, color=colour, linestyle=(0, (5, 2)), linewidth=1.4, label=row["label"])
     if ticks:
