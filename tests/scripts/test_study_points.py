@@ -42,7 +42,6 @@ def test_the_plateau_has_five_budgets_of_three_methods() -> None:
     assert {setup.method.name for setup in setups if len(setup.method.budgets) == 5} == {
         "lora",
         "blocks",
-        "spread",
         "diagonal",
         "mixed",
     }
