@@ -16,7 +16,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_scores_and_weights_equal_those_of_a_plain_loop(world_size):
     for entry in run_ranks(f"{WORKERS}:compare", world_size, cases=CASES):
         assert entry["calls"] == NUM_BATCHES // world_size

