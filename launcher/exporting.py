@@ -86,6 +86,8 @@ def record_labels(metadata: MutableMapping[str, Any], labels: Labels) -> None:
 
 
 def _recorded_labels(adapter: Path, num_labels: int) -> tuple[str, ...] | None:
+    if not (adapter / SELECTION).is_file():
+        return None  # That it is no adapter is told where it is loaded.
     found = Selection.load(adapter / SELECTION).metadata.get(_LABELS)
     if not isinstance(found, list) or len(found) != num_labels or not all(isinstance(each, str) for each in found):
         return None

@@ -11,18 +11,16 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.process_ranks import free_port
 from sparse_zero.checkpoint.folders import MANIFEST
 from sparse_zero.zero.config import Placement
-from tests.distributed.rank_main import become_rank
-from tests.distributed.spawn import ENVIRONMENT, preloaded_context
+from tests.distributed.rank_main import be_a_program
+from tests.distributed.spawn import environments_of_job, preloaded_context
 
 WORLD_SIZE = 2
 # What a launcher gives its ranks after SIGTERM.
@@ -115,14 +113,7 @@ def write_config(base: Path, folder: Path, kind: Kind, settings: RunSettings) ->
 
 def be_a_rank(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
     """Run one rank in this forked process, as a launcher would start it; ends the process with its exit code."""
-    become_rank(environment, Path(log))
-    import torch
-
-    from launcher import train
-
-    torch.set_num_threads(1)
-    # Returns as the interpreter of a script does: threads that write are waited for.
-    sys.exit(train.main(arguments))
+    be_a_program("launcher.train", arguments, Path.cwd(), environment, Path(log))
 
 
 class Start:
@@ -139,23 +130,12 @@ class Start:
         self.checkpoint_before, self.halves_before = newest_checkpoint(self.run), half_saved(self.run)
         self._metrics_before = _inode(self.run / "metrics.jsonl")
         context = preloaded_context()
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
-        port = str(free_port())
+        environments = environments_of_job(WORLD_SIZE)
         self.began = time.monotonic()
         self.logs = [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
         self.processes = []
-        for rank, log in enumerate(self.logs):
+        for environment, log in zip(environments, self.logs, strict=True):
             log.write_bytes(b"")
-            environment = {
-                **kept,
-                **ENVIRONMENT,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(WORLD_SIZE),
-                "LOCAL_SIZE": str(WORLD_SIZE),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
             arguments = ["--config", str(config), *overrides]
             process = context.Process(target=be_a_rank, args=(arguments, environment, str(log)))
             process.start()

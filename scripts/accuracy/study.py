@@ -78,16 +78,16 @@ class Study:
     def _check_inputs(self, points: Sequence[StudyPoint]) -> None:
         """Raise where a file that runs read besides their splits is another one than at earlier starts."""
         read = (path for point in points for path in (point.config.data.calibration, point.config.data.forgetting))
-        self.inputs = digests_of(path for path in read if path is not None)
+        now = digests_of(path for path in read if path is not None)
         file = self.folder.path / _INPUTS
         before = read_json(file) if file.is_file() else {}
-        for path, digest in self.inputs.items():
+        for path, digest in now.items():
             if before.get(path, digest) != digest:
                 raise InputError(
                     f"{path} has changed since runs of this study read it: put the old one back, or give the study "
                     "another folder (study.folder)"
                 )
-        self.inputs = {**before, **self.inputs}
+        self.inputs = {**before, **now}
 
     def _tuning_point(self, setup: Setup, rate: float) -> StudyPoint:
         return tuning_point(self.config, setup, rate, self.data[setup.task.name], self.sizes[setup.task.name])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,13 +172,8 @@ def check_calibration(data: DataConfig, held_out: Path, calibration: DataConfig,
     Raises:
         InputError: some of it is held out, or it cannot be read.
     """
-    key, chooses = _Key(data), _read(calibration, "calibration")
-    content = held_out.read_text(encoding="utf-8")
-    is_text = held_out.suffix == _TEXT_SUFFIX
-    # Not splitlines: a record may have other ends of lines in it.
-    records = [] if is_text else [json.loads(line) for line in content.split("\n") if line]
-    test = _Part(records=records, text=content if is_text else None)
-    if key.shared(chooses, test):
+    test = _read(dataclasses.replace(data, validation=str(held_out), format="auto"), "validation")
+    if _Key(data).shared(_read(calibration, "calibration"), test):
         raise InputError(
             f"{place}.data.calibration is {calibration.calibration!r}, and some of it is held out: what is trained "
             "would be chosen by what the result is measured on; give other data"

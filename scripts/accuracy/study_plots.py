@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.plots import LIGHT, WIDTH_INCHES, Theme, new_figure, style, title
+from launcher.plots import LIGHT, WIDTH_INCHES, Theme, new_figure, style, theme_colours, title
 from scripts.accuracy.study_results import share_of_row
 from scripts.accuracy.study_tables import Results, budget_text, rows_of_task
 
@@ -201,18 +202,16 @@ def rates_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
 
 def layers_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     """The share of the values that lies in each layer, a line for each method that chooses regions."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     rows = [row for row in rows_of_task(results, task) if row.get("places")]
     num_layers = max(len(row["places"]["layers"]) for row in rows)
     shares = [row["places"]["layers"] + [0.0] * (num_layers - len(row["places"]["layers"])) for row in rows]
     figure = new_figure(WIDTH_INCHES, 1.5 + 0.34 * len(rows), theme)
     axes = figure.subplots()
     style(axes, theme)
-    colours = LinearSegmentedColormap.from_list("shares", [theme.background, theme.primary])
-    image = axes.imshow(
-        [[100 * share for share in line] for line in shares], cmap=colours, vmin=0, vmax=100, aspect="auto"
-    )
+    # Cells without values are empty.
+    percent = [[100 * share if share else math.nan for share in line] for line in shares]
+    colours = theme_colours(theme).with_extremes(bad=theme.empty)
+    image = axes.imshow(percent, cmap=colours, vmin=0, vmax=100, aspect="auto")
     if num_layers <= _MAX_CELLS:
         for at, line in enumerate(shares):
             for layer, share in enumerate(line):

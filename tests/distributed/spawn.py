@@ -114,6 +114,12 @@ def outside_of_jobs() -> dict[str, str]:
     return {**{name: value for name, value in kept.items() if name not in RANK_VARIABLES}, **ENVIRONMENT}
 
 
+def environments_of_job(num_ranks: int) -> list[dict[str, str]]:
+    """All of the environment of each rank of a new job on this node, as a launcher would give it."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_SIZE": str(num_ranks)}
+    return [{**outside_of_jobs(), **meeting, **rank_variables(rank, num_ranks)} for rank in range(num_ranks)]
+
+
 def run_program(
     module: str,
     arguments: Sequence[str],
@@ -133,15 +139,13 @@ def run_program(
         code: the exit code that all shall have.
         timeout: seconds until all are killed.
     """
-    context, environment = preloaded_context(), outside_of_jobs()
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_SIZE": str(num_ranks)}
+    context = preloaded_context()
     with tempfile.TemporaryDirectory(prefix="sparse_zero_said_") as logs:
         processes = []
-        for rank in range(num_ranks or 1):
-            own = {**place, **rank_variables(rank, num_ranks)} if num_ranks else {}
+        for rank, environment in enumerate(environments_of_job(num_ranks) or [outside_of_jobs()]):
             log = Path(logs) / f"rank{rank}.log"
             log.touch()
-            job = (module, list(arguments), folder or Path.cwd(), {**environment, **own}, log)
+            job = (module, list(arguments), folder or Path.cwd(), environment, log)
             processes.append(context.Process(target=be_a_program, args=job))
             processes[-1].start()
         codes = wait_for(processes, timeout, code)

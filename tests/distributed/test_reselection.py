@@ -48,10 +48,7 @@ def test_a_checkpoint_after_a_reselection_continues_bit_for_bit(world_size, deca
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "scores", "stages", "number"),
-    [
-        (2, ["abs_of_mean"], [0, 1, 2, 3], 5),
-        (1, ["gradient_times_weight", "magnitude"], [1, 3], 6),
-    ],
+    [(2, ["abs_of_mean"], [0, 1, 2, 3], 5), (1, ["gradient_times_weight", "magnitude"], [1, 3], 6)],
 )
 def test_what_is_selected_anew_is_what_select_finds_on_the_dense_model(world_size, scores, stages, number):
     found = run_ranks(f"{WORKERS}:reselections", world_size, scores=scores, stages=stages)

@@ -26,6 +26,7 @@ from models.sampler import BatchSampler
 from scripts.dense_reference import adamw_on_entries
 from sparse_zero.selection.selection import Selection
 from tests.distributed.spawn import run_program
+from tests.launcher.test_bad_input import clear_ranks
 from tests.models.tiny_classifiers import Kind, write_base, write_records
 
 STEPS, DECAY, RATE = 6, 0.01, 3e-3
@@ -226,8 +227,7 @@ def test_a_resumed_run_continues_and_a_second_start_changes_nothing(single, base
 def test_evaluation_and_export_give_what_the_run_gave(single, tmp_path, capsys, monkeypatch):
     from launcher.__main__ import main
 
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
+    clear_ranks(monkeypatch)
     folder, _ = single
     config, adapter = ["--config", str(folder / "run.yaml")], str(folder / "run" / "adapter")
     assert main(["evaluate", *config, "--adapter", adapter, "--out", str(tmp_path / "again.json")]) == 0
@@ -266,8 +266,7 @@ def test_words_of_pairs_are_in_the_merged_model(base, tmp_path):
 def test_the_words_of_an_adapter_are_those_that_it_was_trained_with(base, tmp_path, capsys, monkeypatch):
     from launcher.__main__ import main
 
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
+    clear_ranks(monkeypatch)
     shutil.copytree(base / "data", tmp_path / "data")
     config = write_config(base, tmp_path, "bert", "pairs", data__train=str(tmp_path / "data" / "train.jsonl"))
     start(config)
