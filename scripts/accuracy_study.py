@@ -25,10 +25,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.stopping import EXIT_SIGNAL, Stopped
-from scripts.accuracy.commands import command_of
 from scripts.accuracy.study import Study, open_study, run_study, study_results
 from scripts.accuracy.study_config import read_study
 from scripts.accuracy.study_running import Machine, num_cores
+from scripts.commands import command_of
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
 

@@ -24,6 +24,7 @@ from scripts import bench_budget, bench_layer, bench_step
 from scripts.benchmarking import exit_code
 from scripts.benchmarks.methods import PEFT, PUBLISHED
 from scripts.benchmarks.ratios import MIN_ROUNDS, Ratio, noise, paired
+from scripts.benchmarks.results import read_benchmark
 from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_text, read_json
@@ -115,14 +116,13 @@ def summarize(results: Mapping[str, Mapping[str, Any]], taken_seconds: Mapping[s
     sections.append(Table("Targets", ("ratio of paired times", "asked", "found [95%]", "holds"), rows).markdown())
     for part, result in results.items():
         script = PARTS[part][0]
-        module = MODULES[script]
-        tables = bench_layer.tables_of(result) if module is bench_layer else [module.table_of(result)]
-        machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+        found = read_benchmark(result)
+        machine = ", ".join(f"{name} {value}" for name, value in found.machine.items())
         sections += [f"# {part}", "", f"`{script}`, {taken_seconds[part]:.0f} s on {machine}.", ""]
         if part in PLOTTED:
             sections += [f"![{part}]({part}.png)", ""]
-        sections += [table.markdown() for table in tables]
-        sections += [*(f"- {line}" for line in module.remarks(result)), ""]
+        sections += [table.markdown() for table in found.tables]
+        sections += [*(f"- {line}" for line in found.remarks), ""]
     return "\n".join(sections)
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import sparse_zero as sz
-from scripts.benchmarking import exit_code, machine, make_parser, read_settings
-from sparse_zero.files import atomic_write_json
+from scripts.benchmarking import exit_code, make_parser, parse_flags, read_settings
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,21 +226,23 @@ def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, flo
     return summary
 
 
-def print_summary(summary: Mapping[str, Mapping[str, float | None]], trained: Mapping[str, int]) -> None:
+def table_of(summary: Mapping[str, Mapping[str, float | None]], trained: Mapping[str, int]) -> Table:
     """The table that people read."""
-    from rich.console import Console
-    from rich.table import Table
 
     def shown(seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1e3:,.2f} ms"
 
-    table = Table(title=f"Medians; {trained['ours']:,} values against {trained['LoRA']:,} parameters of LoRA")
-    for name in ("", "ours", "LoRA", "ours / LoRA"):
-        table.add_column(name, justify="right" if name else "left")
-    for title, row in summary.items():
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        table.add_row(title, shown(row["seconds"]), shown(row["peer_seconds"]), ratio)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    rows = [
+        [
+            title,
+            shown(row["seconds"]),
+            shown(row["peer_seconds"]),
+            "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        ]
+        for title, row in summary.items()
+    ]
+    title = f"Medians; {trained['ours']:,} values against {trained['LoRA']:,} parameters of LoRA"
+    return Table(title, ("action", "ours", "LoRA", "ours / LoRA"), rows)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -261,15 +264,19 @@ def run(options: argparse.Namespace) -> None:
         actions, trained, _ = make_actions(settings, folder)
         seconds = measure(actions, settings)
     summary = summarize(seconds)
-    print_summary(summary, trained)
-    if options.json is not None:
-        content = {"settings": asdict(settings), "machine": machine(), "trained": trained, "rows": summary}
-        atomic_write_json(options.json, {**content, "seconds": seconds})
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(summary, trained)],
+        numbers={"trained": trained, "rows": summary, "seconds": seconds},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
-    options = make_parser(__doc__, Settings).parse_args(arguments)
+    options = parse_flags(make_parser(__doc__, Settings), arguments)
     return exit_code(lambda: run(options))
 
 

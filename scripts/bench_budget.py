@@ -36,17 +36,16 @@ from scripts.benchmarking import (
     check_clock,
     chosen_names,
     exit_code,
-    machine,
     make_parser,
+    parse_flags,
     read_settings,
     take_turns,
 )
 from scripts.benchmarks.methods import FLOORS, MODULES, Prepared, build_models, prepare_floor, ready
-from scripts.benchmarks.plots import draw_budget, save_png
 from scripts.benchmarks.ratios import Ratio, noise_line, paired
+from scripts.benchmarks.results import Chart, finish
 from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 
 KINDS = {"blocks": "block", "rows": "row", "columns": "column"}
 ALL_MODULES = (*MODULES, "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -212,8 +211,6 @@ def measure(
             }
         )
     return {
-        "settings": asdict(settings),
-        "machine": machine(),
         "num_parameters": num_parameters,
         "floor_flops": floor_flops,
         "floor_seconds": statistics.median(seconds["floor"]),
@@ -244,17 +241,12 @@ def table_of(result: Mapping[str, Any]) -> Table:
     return Table("A step by budget; update: optimizer and write-back, over the floor", headings, rows)
 
 
-def remarks(result: Mapping[str, Any]) -> list[str]:
-    """How noisy the machine was."""
-    return [noise_line(Ratio(**result["control"]))]
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; every setting is a flag."""
     parser = make_parser(__doc__, Settings)
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds to measure, joined by commas")
     parser.add_argument("--plot", type=Path, default=None, help="also draw measured and predicted into this PNG")
-    return parser.parse_args(arguments)
+    return parse_flags(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -267,15 +259,17 @@ def run(options: argparse.Namespace) -> None:
     with Progress(transient=True) as progress:
         task = progress.add_task("time", total=settings.warmup + settings.steps)
         result = measure(points, settings, lambda number: progress.update(task, completed=number))
-    table_of(result).show()
-    print("\n".join(remarks(result)))
-    if options.json is not None:
-        atomic_write_json(options.json, result)
-    if options.plot is not None:
-        drawn = [
-            {**point, **point["over_floor"], "measured": point["over_floor"]["median"]} for point in result["points"]
-        ]
-        save_png(draw_budget(drawn, "What is trained, and what a step costs"), options.plot)
+    drawn = [{**point, **point["over_floor"], "measured": point["over_floor"]["median"]} for point in result["points"]]
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(result)],
+        remarks=[noise_line(Ratio(**result["control"]))],
+        chart=Chart("budget", "What is trained, and what a step costs", {"points": drawn}),
+        numbers=result,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

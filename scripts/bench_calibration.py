@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,15 @@ from scripts.benchmarking import (
     LlamaSettings,
     chosen_names,
     exit_code,
-    machine,
     make_parser,
+    parse_flags,
     random_llama,
     read_settings,
     take_turns,
 )
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 from sparse_zero.selection.calibration import calibrate
 from sparse_zero.selection.candidates import find_candidates
 from sparse_zero.selection.scores import resolve_score
@@ -182,27 +183,23 @@ def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, flo
     return summary
 
 
-def print_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
+def table_of(summary: Mapping[str, Mapping[str, float]]) -> Table:
     """The table that people read."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="One calibration micro-batch; ratios are of minima (of medians)")
-    for heading in ("method", "rule", "scored", "micro-batch", "time / floor"):
-        table.add_column(heading, justify="right" if heading in ("micro-batch", "time / floor") else "left")
+    rows = []
     for method, row in summary.items():
         what = METHODS[method]
         ratio = f"{row['min_over_floor']:.3f} ({row['median_over_floor']:.3f})" if "min_over_floor" in row else "-"
         scored = f"{', '.join(what['kinds'])} of {', '.join(what['modules'])}" if what else "-"
-        table.add_row(method, what.get("score", "-"), scored, f"{row['median_seconds'] * 1e3:,.1f} ms", ratio)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+        rows.append([method, what.get("score", "-"), scored, f"{row['median_seconds'] * 1e3:,.1f} ms", ratio])
+    headings = ("method", "rule", "scored", "micro-batch", "time / floor")
+    return Table("One calibration micro-batch; ratios are of minima (of medians)", headings, rows, num_words=3)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; every setting is a flag."""
     parser = make_parser(__doc__, Settings)
     parser.add_argument("--methods", default=",".join(METHODS), help="methods to compare, joined by commas")
-    return parser.parse_args(arguments)
+    return parse_flags(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -216,12 +213,14 @@ def run(options: argparse.Namespace) -> None:
         task = progress.add_task("time", total=settings.warmup + settings.rounds)
         seconds = measure(methods, settings, lambda number: progress.update(task, completed=number))
     summary = summarize(seconds)
-    print_summary(summary)
-    if options.json is not None:
-        atomic_write_json(
-            options.json,
-            {"settings": asdict(settings), "machine": machine(), "methods": summary, "micro_batch_seconds": seconds},
-        )
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(summary)],
+        numbers={"methods": summary, "micro_batch_seconds": seconds},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

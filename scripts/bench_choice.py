@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from scripts.benchmarking import (
     chosen_names,
     exit_code,
     in_own_process,
-    machine,
     make_parser,
+    parse_flags,
     peak_of,
     read_settings,
 )
-from sparse_zero.files import atomic_write_json
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 from sparse_zero.module_map import Matrix, ModuleMap, layer_index
 from sparse_zero.selection.budget import Choice, choose
 from sparse_zero.selection.candidates import Candidates, find_candidates
@@ -170,16 +171,10 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def print_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
+def table_of(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """The table that people read."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="One choice; memory is the peak over what was held with the scores in memory")
-    for heading in ("case", "regions", "blocks", "rows", "columns", "parameters", "time", "minimum", "memory"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for case, row in results.items():
-        table.add_row(
+    rows = [
+        [
             case,
             f"{row['num_regions']:,}",
             *(f"{row['chosen'][kind]:,}" for kind in MATRIX_KINDS),
@@ -187,8 +182,11 @@ def print_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
             f"{row['median_seconds']:.3f} s",
             f"{row['min_seconds']:.3f} s",
             f"{row['peak_growth_bytes'] / 2**20:,.0f} MiB",
-        )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+        ]
+        for case, row in results.items()
+    ]
+    headings = ("case", "regions", "blocks", "rows", "columns", "parameters", "time", "minimum", "memory")
+    return Table("One choice; memory is the peak over what was held with the scores in memory", headings, rows)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -196,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, Settings)
     parser.add_argument("--cases", default=",".join(CASES), help="cases to measure, joined by commas")
     parser.add_argument("--measure", choices=CASES, default=None, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return parse_flags(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -211,9 +209,14 @@ def run(options: argparse.Namespace) -> None:
 
     with Progress(transient=True) as progress:
         results = {case: measure(case, settings) for case in progress.track(cases, description="cases")}
-    print_summary(results)
-    if options.json is not None:
-        atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "cases": results})
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(results)],
+        numbers={"cases": results},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -35,10 +35,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
+from scripts.benchmarking import chosen_names, exit_code, make_parser, parse_flags, read_settings
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 from scripts.training_in_turns import LORA, METHODS, PARTS, PREVIOUS, SMALL, Settings, child, read_samples
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 
 TITLES = {
     "lora": "LoRA, Trainer",
@@ -179,34 +180,29 @@ def summarize(found: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, dict
     return summary
 
 
-def print_summary(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[float], small_batch: int) -> None:
+def table_of(summary: Mapping[str, Mapping[str, Any]], predicted: Sequence[float], small_batch: int) -> Table:
     """The table that people read, in 110 columns."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     title = "Useful tokens a second; speed-ups are medians over the same steps (least to most)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "trained", "layers\nfrom", "step", "tokens/s", "times\nLoRA", "least-most", "times\nbefore"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    table.add_column("modelled", justify="right")
-    table.add_column("loss", justify="right")
+    headings = ["method", "trained", "layers\nfrom", "step", "tokens/s", "times\nLoRA", "least-most", "times\nbefore"]
+    rows = []
     for (method, row), modelled in zip(summary.items(), predicted, strict=True):
         low, high = row["speedup_range"]
         over_previous = row["speedup_over_previous"]
-        table.add_row(
-            title_of(method, small_batch),
-            f"{row['trained'] / 1e6:.2f}M",
-            str(row["lowest_layer"]),
-            f"{row['median_seconds']:.2f} s",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['speedup']:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            "-" if over_previous is None else f"{over_previous:.2f}",
-            f"{1 / modelled:.2f}",
-            f"{row['validation_loss']:.4f}",
+        rows.append(
+            [
+                title_of(method, small_batch),
+                f"{row['trained'] / 1e6:.2f}M",
+                str(row["lowest_layer"]),
+                f"{row['median_seconds']:.2f} s",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['speedup']:.2f}",
+                f"{low:.2f}-{high:.2f}",
+                "-" if over_previous is None else f"{over_previous:.2f}",
+                f"{1 / modelled:.2f}",
+                f"{row['validation_loss']:.4f}",
+            ]
         )
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    return Table(title, [*headings, "modelled", "loss"], rows)
 
 
 def make_inputs(settings: Settings, folder: str, small: bool) -> Settings:
@@ -256,29 +252,29 @@ def run(options: argparse.Namespace) -> None:
     per_step = [sum(lengths[at : at + settings.batch]) for at in range(0, len(lengths), settings.batch)]
     longest = [max(lengths[at : at + settings.micro_batch]) for at in range(0, len(lengths), settings.micro_batch)]
     summary = summarize(found, per_step[settings.warmup :])
-    if options.json is not None:
-        atomic_write_json(
-            options.json,
-            {
-                "settings": asdict(settings),
-                "machine": machine(),
-                "methods": summary,
-                "modelled_operations": dict(zip(found, predicted, strict=True)),
-                "step_seconds": {method: row["seconds"] for method, row in found.items()},
-            },
-        )
-    print(
-        f"{len(order)} samples of {statistics.mean(lengths):.0f} tokens; padded batches are full to "
-        f"{sum(lengths) / (settings.micro_batch * sum(longest)):.2f}"
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(summary, predicted, settings.small_batch)],
+        remarks=[
+            f"{len(order)} samples of {statistics.mean(lengths):.0f} tokens; padded batches are full to "
+            f"{sum(lengths) / (settings.micro_batch * sum(longest)):.2f}"
+        ],
+        numbers={
+            "methods": summary,
+            "modelled_operations": dict(zip(found, predicted, strict=True)),
+            "step_seconds": {method: row["seconds"] for method, row in found.items()},
+        },
     )
-    print_summary(summary, predicted, settings.small_batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
     parser = make_parser(__doc__, Settings)
     parser.add_argument("--methods", default=",".join(METHODS), help="methods to compare, joined by commas")
-    options = parser.parse_args(arguments)
+    options = parse_flags(parser, arguments)
     return exit_code(lambda: run(options))
 
 

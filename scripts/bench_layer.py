@@ -28,13 +28,21 @@ import torch
 from torch import Tensor, nn
 
 import sparse_zero as sz
-from scripts.benchmarking import check_clock, chosen_names, exit_code, machine, make_parser, read_settings, take_turns
+from scripts.benchmarking import (
+    check_clock,
+    chosen_names,
+    exit_code,
+    make_parser,
+    parse_flags,
+    read_settings,
+    take_turns,
+)
 from scripts.benchmarks.methods import DELTA, OURS, PUBLISHED
 from scripts.benchmarks.peers import ConcatenatedRows, CopiedBlocks, DiagonalBlocks, MaskedLinear, Peer
 from scripts.benchmarks.ratios import Ratio, noise_line, paired
+from scripts.benchmarks.results import finish
 from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 from sparse_zero.optional import require
 from sparse_zero.zero.config import Placement
 
@@ -273,10 +281,10 @@ def summarize(seconds: Mapping[str, Sequence[float]], layers: Mapping[str, Layer
     return summary
 
 
-def tables_of(result: Mapping[str, Any]) -> list[Table]:
+def tables_of(sizes: Mapping[str, Any], tokens: int) -> list[Table]:
     """A table for every size."""
     tables = []
-    for size, found in result["sizes"].items():
+    for size, found in sizes.items():
         rows = []
         for method, row in found["methods"].items():
             over = str(Ratio(**row["over_floor"])) if "over_floor" in row else "-"
@@ -285,17 +293,17 @@ def tables_of(result: Mapping[str, Any]) -> list[Table]:
             time_ms = f"{row['median_seconds'] * 1e3:,.3f} ms"
             written = f"{row['write_back_seconds'] * 1e3:,.3f} ms" if "write_back_seconds" in row else "-"
             rows.append([method, trained, time_ms, over, f"{row['gflops_per_second']:,.1f}", share, written])
-        heading = f"One linear {size}, forward and backward, {result['settings']['tokens']} tokens"
+        heading = f"One linear {size}, forward and backward, {tokens} tokens"
         columns = ("method", "trained", "time", "time / floor", "GFLOP/s", "of roofline", "write-back")
         tables.append(Table(heading, columns, rows))
     return tables
 
 
-def remarks(result: Mapping[str, Any]) -> list[str]:
+def remarks(sizes: Mapping[str, Any]) -> list[str]:
     """How noisy the machine was, by size."""
     return [
         f"{size}: {noise_line(Ratio(**found['methods']['floor2']['over_floor']))}"
-        for size, found in result["sizes"].items()
+        for size, found in sizes.items()
         if "over_floor" in found["methods"].get("floor2", {})
     ]
 
@@ -306,7 +314,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     usual = ",".join(method for method in METHODS if method not in DELTA)
     parser.add_argument("--methods", default=usual, help="methods to compare, joined by commas")
     parser.add_argument("--delta", action="store_true", help="also ours added to the product, under the names *_delta")
-    return parser.parse_args(arguments)
+    return parse_flags(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -324,12 +332,15 @@ def run(options: argparse.Namespace) -> None:
     with Progress(transient=True) as progress:
         for in_features, out_features in progress.track(shapes, description="sizes"):
             sizes[f"{in_features}x{out_features}"] = measure(methods, in_features, out_features, settings)
-    result = {"settings": asdict(settings), "machine": machine(), "sizes": sizes}
-    for table in tables_of(result):
-        table.show()
-    print("\n".join(remarks(result)))
-    if options.json is not None:
-        atomic_write_json(options.json, result)
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=tables_of(sizes, settings.tokens),
+        remarks=remarks(sizes),
+        numbers={"sizes": sizes},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.chunked_loss import chunked_nll
-from scripts.benchmarking import exit_code, machine, make_parser, read_settings, take_turns
+from scripts.benchmarking import exit_code, make_parser, parse_flags, read_settings, take_turns
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 from sparse_zero.memory.simulation.recorder import MemoryRecorder
 
 
@@ -146,19 +147,15 @@ def measure(settings: Settings, vocabulary: int) -> list[dict[str, Any]]:
     ]
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+def table_of(found: Sequence[Mapping[str, Any]]) -> Table:
     """The table that people read."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Head and loss, forward and backward; ratios are of minima")
-    for heading in ("vocabulary", "loss", "median", "/ at once", "peak of tensors"):
-        table.add_column(heading, justify="left" if heading == "loss" else "right")
-    for row in rows:
+    rows = []
+    for row in found:
         peak = f"{row['peak_bytes'] / 2**20:,.1f} MiB"
         median, ratio = f"{row['median_seconds'] * 1e3:,.1f} ms", f"{row['ratio_of_minima']:.3f}"
-        table.add_row(f"{row['vocabulary']:,}", row["loss"], median, ratio, peak)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+        rows.append([row["loss"], f"{row['vocabulary']:,}", median, ratio, peak])
+    headings = ("loss", "vocabulary", "median", "/ at once", "peak of tensors")
+    return Table("Head and loss, forward and backward; ratios are of minima", headings, rows)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -167,16 +164,13 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(settings.threads)
     rows: list[dict[str, Any]] = []
     for vocabulary in _numbers(settings.vocabularies, "--vocabularies"):
-        found = measure(settings, vocabulary)
-        print_rows(found)
-        rows += found
-    if options.json is not None:
-        atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "losses": rows})
+        rows += measure(settings, vocabulary)
+    finish(options, script=__file__, doc=__doc__, settings=settings, tables=[table_of(rows)], numbers={"losses": rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
-    return exit_code(lambda: run(make_parser(__doc__, Settings).parse_args(arguments)))
+    return exit_code(lambda: run(parse_flags(make_parser(__doc__, Settings), arguments)))
 
 
 if __name__ == "__main__":

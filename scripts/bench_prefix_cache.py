@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,19 @@ from torch import Tensor
 
 import sparse_zero as sz
 from models.loss import response_nll
-from scripts.benchmarking import LlamaSettings, exit_code, machine, make_parser, random_llama, read_settings, take_turns
+from scripts.benchmarking import (
+    LlamaSettings,
+    exit_code,
+    make_parser,
+    parse_flags,
+    random_llama,
+    read_settings,
+    take_turns,
+)
 from scripts.benchmarks.ratios import paired
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 from sparse_zero.flops import flop_shape, step_flops
 from sparse_zero.prefix.cache import PrefixCache
 from sparse_zero.prefix.encoding import bytes_per_token
@@ -175,30 +184,27 @@ def summarize(seconds: Mapping[str, Sequence[float]], predicted: float) -> dict[
     return found
 
 
-def print_summary(found: Mapping[str, float]) -> None:
+def table_of(found: Mapping[str, float]) -> Table:
     """The table that people read."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="One training step; ratios are of medians (of minima)")
-    for heading in ("step", "time", "/ plain", "/ first epoch", "predicted", "measured / predicted"):
-        table.add_column(heading, justify="left" if heading == "step" else "right")
 
     def ratio(way: str) -> str:
         return f"{found[f'median_later_over_{way}']:.3f} ({found[f'min_later_over_{way}']:.3f})"
 
-    table.add_row("without the cache", f"{found['plain_seconds'] * 1e3:.1f} ms", "1", "", "", "")
     first = f"{found['first_seconds'] * 1e3:.1f} ms"
-    table.add_row("first epoch", first, f"{found['first_over_plain']:.3f}", "1", "", "")
-    table.add_row(
-        "later epoch",
-        f"{found['later_seconds'] * 1e3:.1f} ms",
-        ratio("plain"),
-        ratio("first"),
-        f"{found['predicted']:.3f}",
-        f"{found['measured_over_predicted']:.2f}",
-    )
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    rows = [
+        ["without the cache", f"{found['plain_seconds'] * 1e3:.1f} ms", "1", "", "", ""],
+        ["first epoch", first, f"{found['first_over_plain']:.3f}", "1", "", ""],
+        [
+            "later epoch",
+            f"{found['later_seconds'] * 1e3:.1f} ms",
+            ratio("plain"),
+            ratio("first"),
+            f"{found['predicted']:.3f}",
+            f"{found['measured_over_predicted']:.2f}",
+        ],
+    ]
+    headings = ("step", "time", "/ plain", "/ first epoch", "predicted", "measured / predicted")
+    return Table("One training step; ratios are of medians (of minima)", headings, rows)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -227,18 +233,23 @@ def run(options: argparse.Namespace) -> None:
     found = summarize(seconds, predicted_share(settings))
     pairs = zip(losses["plain"], losses["later"], strict=True)
     found["loss_difference"] = max(abs(one - other) / one for one, other in pairs)
-    print_summary(found)
-    print(f"Losses from the cache ({settings.stored}) are off by at most {found['loss_difference']:.1e} of themselves.")
-    if options.json is not None:
-        numbers = {"settings": asdict(settings), "machine": machine(), "found": found, "step_seconds": seconds}
-        atomic_write_json(options.json, numbers)
+    off = f"{found['loss_difference']:.1e}"
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(found)],
+        remarks=[f"losses from the cache ({settings.stored}) are off by at most {off} of themselves"],
+        numbers={"found": found, "step_seconds": seconds},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
     parser = make_parser(__doc__, Settings)
     parser.add_argument("--folder", type=Path, default=None, help="where the cache lies; default: of temporary files")
-    return exit_code(lambda: run(parser.parse_args(arguments)))
+    return exit_code(lambda: run(parse_flags(parser, arguments)))
 
 
 if __name__ == "__main__":

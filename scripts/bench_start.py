@@ -13,7 +13,6 @@ hash of them is known. The libraries stay in the page cache.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,10 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scripts.benchmarks.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the children import the project from: this checkout, or the one beside it.
@@ -273,31 +275,28 @@ def measure(
     return found
 
 
-def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
+def table_of(found: Mapping[str, list[dict[str, Any]]]) -> Table:
     """The medians, a column for each kind."""
-    from rich.console import Console
-    from rich.table import Table
+    from scripts.benchmarks.tables import Table
 
-    table = Table(title="seconds from the command to the end of the first step, (of the processor); medians")
-    table.add_column("")
-    for name in found:
-        table.add_column(name, justify="right")
+    rows: list[list[str]] = []
     for part in PARTS:
         row = []
         for starts in found.values():
             known = [(each["parts"][part], each["cpu_parts"][part]) for each in starts if part in each["parts"]]
             both = [median(each) for each in zip(*known, strict=True)]
             row.append(f"{both[0]:.2f} ({both[1]:.2f})" if both else "")
-        table.add_row(part, *row)
+        rows.append([part, *row])
     whole = []
     for starts in found.values():
         cpu = median(sum(each.get("cpu_parts", {}).values()) for each in starts)
         whole.append(f"{median(each['seconds'] for each in starts):.2f}" + (f" ({cpu:.2f})" if cpu else ""))
-    table.add_row("all", *whole)
+    rows.append(["all", *whole])
     for name, key in (("peak MiB", "VmHWM"), ("of its own MiB", "RssAnon")):
         held = [[each["memory"][key] / 2**20 for each in starts if "memory" in each] for starts in found.values()]
-        table.add_row(name, *(f"{median(each):.0f}" if each else "" for each in held))
-    Console().print(table)
+        rows.append([name, *(f"{median(each):.0f}" if each else "" for each in held)])
+    title = "Seconds from the command to the end of the first step (of the processor); medians"
+    return Table(title, ("part", *found), rows)
 
 
 def main() -> int:
@@ -306,15 +305,15 @@ def main() -> int:
         start = {"train": start_train, "transformers": start_transformers}[kind]
         return start(config, float(began), Path(out), cold == "1")
     sys.path.insert(0, str(ROOT))
-    from scripts.benchmarking import chosen_names, exit_code, machine, make_parser, read_settings
+    from scripts.benchmarking import chosen_names, exit_code, make_parser, parse_flags, read_settings
+    from scripts.benchmarks.results import finish
     from sparse_zero.errors import InputError
-    from sparse_zero.files import atomic_write_json
 
     parser = make_parser(__doc__, StartSettings)
     parser.add_argument("--kinds", default=",".join(KINDS), help="what is started (default: all)")
     parser.add_argument("--beside", type=Path, default=None, help="another checkout, of which the same is started")
     parser.add_argument("--cold", action="store_true", help="with the model's files out of the page cache")
-    options: argparse.Namespace = parser.parse_args()
+    options = parse_flags(parser, None)
 
     def work() -> None:
         settings = read_settings(options, StartSettings(), SMALL)
@@ -324,9 +323,14 @@ def main() -> int:
                 f"--beside is {options.beside}, which is no checkout: name a folder with launcher/train.py"
             )
         found = measure(settings, kinds, options.beside, options.cold, lambda text: print(text, file=sys.stderr))
-        show(found)
-        if options.json is not None:
-            atomic_write_json(options.json, {"settings": asdict(settings), "machine": machine(), "starts": found})
+        finish(
+            options,
+            script=__file__,
+            doc=__doc__,
+            settings=settings,
+            tables=[table_of(found)],
+            numbers={"starts": found},
+        )
 
     return exit_code(work)
 

@@ -32,8 +32,8 @@ from scripts.benchmarking import (
     chosen_names,
     exit_code,
     in_own_process,
-    machine,
     make_parser,
+    parse_flags,
     peak_of,
     random_llama,
     read_settings,
@@ -52,11 +52,10 @@ from scripts.benchmarks.methods import (
     own_parameters,
     prepare,
 )
-from scripts.benchmarks.plots import draw_bars, save_png
 from scripts.benchmarks.ratios import Ratio, noise_line, paired
+from scripts.benchmarks.results import Chart, finish
 from scripts.benchmarks.tables import Table
 from sparse_zero.errors import InputError
-from sparse_zero.files import atomic_write_json
 
 REFERENCES = ("floor", "full", "lora")
 GROUPS = {
@@ -147,9 +146,8 @@ def summarize(
     return summary
 
 
-def table_of(result: Mapping[str, Any]) -> Table:
+def table_of(summary: Mapping[str, Mapping[str, Any]], num_parameters: int) -> Table:
     """The table that people read."""
-    summary: Mapping[str, Mapping[str, Any]] = result["methods"]
     has_memory = any("peak_growth_bytes" in row for row in summary.values())
     headings = ["method", "trained", "step"]
     headings += [
@@ -157,7 +155,7 @@ def table_of(result: Mapping[str, Any]) -> Table:
     ]
     rows = []
     for method, row in summary.items():
-        share = row["trained_parameters"] / result["num_parameters"]
+        share = row["trained_parameters"] / num_parameters
         cells = [
             method,
             f"{row['trained_parameters'] / 1e6:,.2f}M {share:.2%}",
@@ -173,9 +171,8 @@ def table_of(result: Mapping[str, Any]) -> Table:
     return Table("One training step: paired median ± half the interquartile range (ratio of minima)", headings, rows)
 
 
-def remarks(result: Mapping[str, Any]) -> list[str]:
+def remarks(summary: Mapping[str, Mapping[str, Any]], depth: float) -> list[str]:
     """What a reader of the table must know: how noisy it is, and who does not train the same."""
-    summary: Mapping[str, Mapping[str, Any]] = result["methods"]
     lines = []
     if "over_floor" in summary.get("floor2", {}):
         lines.append(noise_line(Ratio(**summary["floor2"]["over_floor"])))
@@ -185,7 +182,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append("tokens trains rows of the embedding: it cannot train a part of q, k and v")
     if any(method.startswith("small_blocks") for method in summary):
         lines.append("small_blocks trains what its blocks add up to, not as many parameters as the others")
-    if (depth := result["settings"]["depth_from"]) > 0:
+    if depth > 0:
         lines.append(
             f"ours train layers from {depth:.0%} of the depth on, as many parameters as the others in all layers"
         )
@@ -200,7 +197,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--plot", type=Path, default=None, help="also draw the times over the floor's into this PNG")
     parser.add_argument("--measure-memory", choices=(*METHODS, *DELTA), default=None, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return parse_flags(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -224,20 +221,22 @@ def run(options: argparse.Namespace) -> None:
                 peaks[method] = measure_memory(method, settings)
         task = progress.add_task("time", total=settings.warmup + settings.steps)
         seconds, trained = measure_time(methods, settings, lambda number: progress.update(task, completed=number))
-    result = {
-        "settings": asdict(settings),
-        "machine": machine(),
-        "num_parameters": sum(parameter.numel() for parameter in build_model(settings).parameters()),
-        "methods": summarize(seconds, trained, peaks),
-        "step_seconds": seconds,
-    }
-    table_of(result).show()
-    print("\n".join(remarks(result)))
-    if options.json is not None:
-        atomic_write_json(options.json, result)
-    if options.plot is not None:
-        ratios = {method: Ratio(**row["over_floor"]) for method, row in result["methods"].items()}
-        save_png(draw_bars(ratios, groups=GROUPS, heading="One training step", floor="floor"), options.plot)
+    num_parameters = sum(parameter.numel() for parameter in build_model(settings).parameters())
+    summary = summarize(seconds, trained, peaks)
+    chart = None
+    if "floor" in methods:
+        ratios = {method: row["over_floor"] for method, row in summary.items()}
+        chart = Chart("bars", "One training step", {"ratios": ratios, "groups": GROUPS, "floor": "floor"})
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(summary, num_parameters)],
+        remarks=remarks(summary, settings.depth_from),
+        chart=chart,
+        numbers={"num_parameters": num_parameters, "methods": summary, "step_seconds": seconds},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,13 +14,14 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarking import exit_code, machine, make_parser, peak_of, read_settings
+from scripts.benchmarking import exit_code, make_parser, parse_flags, peak_of, read_settings
+from scripts.benchmarks.results import finish
+from scripts.benchmarks.tables import Table
 from scripts.zero_variants import (
     SMALL,
     Settings,
@@ -31,7 +32,6 @@ from scripts.zero_variants import (
     on_fresh_ranks,
     train,
 )
-from sparse_zero.files import atomic_write_json
 from sparse_zero.memory.measure import PeakMemory
 
 VARIANTS = {
@@ -74,20 +74,16 @@ def summarize(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def print_summary(summary: dict[str, dict[str, float]], settings: Settings) -> None:
+def table_of(summary: dict[str, dict[str, float]], settings: Settings) -> Table:
     """The table that people read."""
-    from rich.console import Console
-    from rich.table import Table
-
     what = f"{settings.world_size} ranks, batch {settings.batch} x {settings.length}, {settings.dtype}"
-    table = Table(title=f"Memory of the rank that needs most: {what}")
-    for heading in ("variant", "trained", "engine ready", "training", "/ full", "whole life"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    rows = []
     for name, row in summary.items():
         cells = [f"{row[key] / 2**30:.2f} GiB" for key in ("ready_bytes", "training_bytes", "life_bytes")]
         ratio = f"{row['of_full']:.3f}" if "of_full" in row else "-"
-        table.add_row(name, f"{row['trained']:,.0f}", *cells[:2], ratio, cells[2])
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+        rows.append([name, f"{row['trained']:,.0f}", *cells[:2], ratio, cells[2]])
+    headings = ("variant", "trained", "engine ready", "training", "/ full", "whole life")
+    return Table(f"Memory of the rank that needs most: {what}", headings, rows)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -98,17 +94,21 @@ def run(options: argparse.Namespace) -> None:
         return
     found = on_fresh_ranks(__file__, options, list(VARIANTS), settings)
     summary = summarize(found)
-    print_summary(summary, settings)
-    if options.json is not None:
-        content = {"settings": asdict(settings), "machine": machine(), "variants": summary, "ranks": found}
-        atomic_write_json(options.json, content)
+    finish(
+        options,
+        script=__file__,
+        doc=__doc__,
+        settings=settings,
+        tables=[table_of(summary, settings)],
+        numbers={"variants": summary, "ranks": found},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong input, with one line on stderr."""
     parser = make_parser(__doc__, Settings)
     add_rank_flags(parser, list(VARIANTS))
-    options = parser.parse_args(arguments)
+    options = parse_flags(parser, arguments)
     return exit_code(lambda: run(options))
 
 

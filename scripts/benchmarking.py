@@ -79,12 +79,19 @@ def make_parser(description: str | None, settings: type[Any]) -> argparse.Argume
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--small", action="store_true", help="a tiny model: does it run? (the numbers mean nothing)")
-    parser.add_argument("--json", type=Path, default=None, help="also write all numbers to this file")
+    parser.add_argument("--json", type=Path, default=None, help="also write tables and numbers to this file")
     for setting in fields(settings):
         parser.add_argument(
             _flag(setting.name), type=type(setting.default), default=None, help=f"default: {setting.default}"
         )
     return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; ``given`` has them as they were written, so that a file can name the command that made it."""
+    options = parser.parse_args(arguments)
+    options.given = list(sys.argv[1:] if arguments is None else arguments)
+    return options
 
 
 def read_settings(options: argparse.Namespace, usual: Settings, small: Settings) -> Settings:

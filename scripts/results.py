@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""What have the studies shown? docs/results.md and a page of HTML, from the numbers of saved studies and nothing else.
+"""What have studies and benchmarks shown? docs/results.md and a page of HTML, from saved numbers and nothing else.
 
   python scripts/results.py runs/studies/plateau runs/studies/words    take these in, then write the page
+  python scripts/results.py runs/step.json                              the same of what --json of a benchmark wrote
   python scripts/results.py                                             write the page anew from docs/results/
   python scripts/results.py --check                                     is docs/results.md what it would be?
 
-A study is a folder that scripts/accuracy_study.py or scripts/ntk_study.py has written, or its JSON. What is taken in is
-that JSON: numbers, no prediction, no text of any data. Shipped studies without one are listed as not run.
+A study is a folder that scripts/accuracy_study.py or scripts/ntk_study.py has written, or its JSON. What is taken in
+is that JSON: numbers, no prediction, no text of any data. Shipped studies without one are listed as not run. A
+benchmark has the name of its JSON: step.json becomes bench-step.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.plots import LIGHT, to_png
-from scripts.accuracy import results_page
 from scripts.benchmarking import exit_code
+from scripts.report.page import markdown, pictures, write_html
+from scripts.report.source import read_source, stored
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 
@@ -34,22 +37,22 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--check takes in nothing, and {options.studies[0]} is named: leave out one of them")
     store: Path = options.docs / "results"
     for place in options.studies:
-        found = results_page.read_study_results(place)
+        found = read_source(place)
         atomic_write_json(store / f"{found.name}.json", found.content)
-    studies = results_page.stored(store)
-    text = results_page.markdown(studies)
+    sources = stored(store)
+    text = markdown(sources)
     page = options.docs / "results.md"
     if options.check:
         if not page.is_file() or page.read_text(encoding="utf-8") != text:
             raise InputError(f"{page} is not what {store} gives: write it anew by python scripts/results.py")
         print(f"{page} is what {store} gives")
         return
-    pictures = results_page.pictures(studies)
-    for name, (_, draw) in pictures.items():
+    drawn = pictures(sources)
+    for name, (_, draw) in drawn.items():
         atomic_write_bytes(options.docs / "pictures" / f"{name}.png", to_png(draw(LIGHT)))
     atomic_write_text(page, text)
-    results_page.write_html(options.html, studies)
-    print(f"{page}, {options.html}: {len(studies)} studies, {len(pictures)} pictures in {options.docs / 'pictures'}")
+    write_html(options.html, sources)
+    print(f"{page}, {options.html}: {len(sources)} results, {len(drawn)} pictures in {options.docs / 'pictures'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,13 +50,13 @@ def test_ratios_are_those_of_the_same_steps(capsys: pytest.CaptureFixture[str]) 
     assert summary["depth"]["speedup_range"] == (2.0, 4.0)
     assert summary["depth"]["tokens_per_second"] == 10.0
     assert summary["depth"]["median_seconds"] == 1.0
-    bench.print_summary(summary, [1.0, 0.8, 0.5], 1)
+    bench.table_of(summary, [1.0, 0.8, 0.5], 1).show()
     printed = capsys.readouterr().out
     assert "2.00-4.00" in printed
     assert "+ upper half" in printed
     assert "-" in next(line for line in printed.splitlines() if "upper half" in line).split()
     rows = dict.fromkeys(METHODS, summary["depth"])
-    bench.print_summary(rows, [1.0] * len(rows), 1)
+    bench.table_of(rows, [1.0] * len(rows), 1).show()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 110
     assert not any("…" in line for line in lines)

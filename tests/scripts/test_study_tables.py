@@ -1,9 +1,8 @@
-"""Do tables, pictures and the page of results say what the JSON of a study says, and nothing else?"""
+"""Do tables and pictures say what the JSON of a study says, and nothing else?"""
 
 import csv
 import io
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,20 +12,15 @@ import pytest
 
 from launcher.plots import LIGHT, to_png
 from launcher.run_folder import RunFolder
-from scripts import results as results_script
-from scripts.accuracy.commands import command_of
-from scripts.accuracy.results_page import markdown as page_of
-from scripts.accuracy.results_page import read_study_results, shipped_studies, stored, study_pictures
 from scripts.accuracy.study_places import Places, places_as_json, places_of
 from scripts.accuracy.study_plots import drawings
 from scripts.accuracy.study_results import Finished, Key, _other_bases, compare, read_pieces, share_of_row
 from scripts.accuracy.study_tables import as_csv, markdown, tables_of, terminal_tables
 from scripts.accuracy_study import kept_remarks
-from scripts.ntk.study_config import SubsetsConfig
-from scripts.ntk.subsets import named_subsets
+from scripts.commands import command_of
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
-from tests.scripts.study_examples import STUDIES, example_results
+from tests.scripts.study_examples import example_results
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -314,73 +308,3 @@ def test_long_labels_above_panels_do_not_touch() -> None:
     assert len(boxes) >= 3
     for at, one in enumerate(boxes):
         assert not any(one.overlaps(other) for other in boxes[at + 1 :])
-
-
-def test_the_page_of_the_documents_is_what_the_stored_results_give() -> None:
-    assert (DOCS / "results.md").read_text(encoding="utf-8") == page_of(stored(DOCS / "results"))
-    for study in stored(DOCS / "results"):
-        for name in study_pictures(study):
-            assert (DOCS / "pictures" / f"{name}.png").is_file()
-        # Numbers alone: no prediction, no text.
-        assert "predictions" not in json.dumps(study.content)
-
-
-def test_results_are_taken_in_and_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "plateau"
-    run.mkdir()
-    (run / "results.json").write_text(json.dumps(example_results("plateau")))
-    html = tmp_path / "page.html"
-    arguments = ["--docs", str(tmp_path / "docs"), "--html", str(html)]
-    assert results_script.main([str(run), *arguments]) == 0
-    text = (tmp_path / "docs" / "results.md").read_text()
-    assert "## plateau" in text
-    assert "- `plateau`:" not in text
-    assert "- `scores`:" in text
-    assert (tmp_path / "docs" / "pictures" / "plateau-share.png").stat().st_size < 150_000
-    assert "data:image/png;base64" in html.read_text()
-    shutil.rmtree(run)
-    assert results_script.main(["--check", *arguments]) == 0
-    (tmp_path / "docs" / "results.md").write_text("other")
-    assert results_script.main(["--check", *arguments]) == 2
-    assert "write it anew" in capsys.readouterr().err
-
-
-def test_what_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.json").write_text("{}")
-    for place in ("a.json", "missing"):
-        assert results_script.main([str(tmp_path / place), "--docs", str(tmp_path)]) == 2
-    assert "no result of a study" in capsys.readouterr().err
-    assert results_script.main(["--check", str(tmp_path / "a.json"), "--docs", str(tmp_path)]) == 2
-    assert "--check takes in nothing" in capsys.readouterr().err
-
-
-def test_every_shipped_study_is_on_the_page() -> None:
-    assert set(shipped_studies()) == {*(path.stem for path in STUDIES), "ntk"}
-
-
-def test_kernel_studies_have_a_table_and_pictures(tmp_path: Path) -> None:
-    config = SubsetsConfig(per_matrix=(1,), kinds=("row", "column", "block"), scores=("first",), lora_ranks=(1,))
-    kinds = {named.kind for named in named_subsets(config)} - {"full", "matrices", "vectors"}
-    line = {
-        "head": None, "shots": 16, "subset": "rows-1-first", "kind": "rows", "budget": 1, "score": "first",
-        "num_seeds": 3, "fraction": 0.001, "num_parameters": 1000,
-    }  # fmt: skip
-    for name in ("scaled_distance", "centred_alignment", "accuracy", "agreement"):
-        line |= {name: 0.25, f"{name}_deviation": 0.01}
-    model = {"name_or_path": "/secret/minilm", "function": "probe"}
-    content = {"config": {"model": model, "heads": ["fitted"], "shots": [16]}, "machine": example_results()["machine"]}
-    others = [{**line, "kind": kind, "subset": kind, "fraction": 0.01} for kind in sorted(kinds)]
-    (tmp_path / "results.json").write_text(json.dumps({**content, "summary": [line, *others], "rows": []}))
-    found = read_study_results(tmp_path)
-    assert "secret" not in json.dumps(found.content)
-    text = page_of([found])
-    # What was changed is in the command, and no more.
-    command = "ntk.yaml --model.name_or_path=.../minilm '--heads=[\"fitted\"]'`"
-    assert command in text
-    # Every kind that the study makes has its line.
-    (axes,) = study_pictures(found)["ntk-distance"][1](LIGHT).axes
-    labels = axes.get_legend_handles_labels()[1]
-    assert {label.partition(",")[0] for label in labels} == kinds == {"rows", "columns", "blocks", "lora"}
-    assert "| rows-1-first | 1,000 | 0.10% | 0.250 ± 0.010 | 0.250 ± 0.010 | 25.0 ± 1.0 % | 25.0 % |" in text
-    for _, draw in study_pictures(found).values():
-        assert to_png(draw(LIGHT)).startswith(b"\x89PNG")

@@ -13,9 +13,19 @@ from typing import Any
 def override(name: str, value: Any) -> str:
     """``--name=value`` for a shell; of a path that leads elsewhere on every machine, its last part."""
     text = value if isinstance(value, str) else json.dumps(value)
+    return shlex.quote(f"{name}={_last_part(text)}")
+
+
+def of_this_machine(word: str) -> str:
+    """A flag, a value or ``--flag=value``, as :func:`override` tells it."""
+    name, joined, value = word.partition("=")
+    return shlex.quote(f"{name}={_last_part(value)}" if joined else _last_part(word))
+
+
+def _last_part(text: str) -> str:
     if os.path.isabs(os.path.expanduser(text)) or Path(text).parts[:1] == ("..",):
-        text = f".../{Path(text).name}"
-    return shlex.quote(f"{name}={text}")
+        return f".../{Path(text).name}"
+    return text
 
 
 def command_of(script: str, config: Path, overrides: Sequence[str]) -> str:

@@ -1,0 +1,1 @@
+"""The page of results, from the saved numbers of studies and benchmarks."""
