@@ -8,6 +8,9 @@ Launchers tell it in environment variables, read in this order (the first that i
     4. Slurm, inside a task that srun started       SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
     5. none of them                                 a single process
 
+Slurm's PMI-2 plug-in sets PMI_RANK and PMI_SIZE in every task of srun: where they say what Slurm says, Slurm counts,
+which needs no MPI for the ranks to meet.
+
 One launcher may start another (srun one torchrun per node). The outer one then describes fewer
 processes than the inner one and is not compared. Otherwise two sources must say the same, because a
 wrong guess makes ranks wait for each other forever, or train the same thing side by side.
@@ -207,8 +210,11 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
             contradict each other, or the local rank of several ranks is unknown.
     """
     slurm = _read_slurm(environ)
-    candidates = [_read_torch(environ), _read(environ, "openmpi"), _read(environ, "mpich")]
-    candidates += [slurm] if slurm is not None else []
+    mpich = _read(environ, "mpich")
+    by_plugin = slurm is not None and (slurm.rank, slurm.world_size) == (mpich.rank, mpich.world_size)
+    last = [] if slurm is None else [slurm]
+    candidates = [_read_torch(environ), _read(environ, "openmpi")]
+    candidates += [*last, mpich] if by_plugin else [mpich, *last]
     present = [claim for claim in candidates if claim.rank is not None or claim.world_size is not None]
     chosen = next((claim for claim in present if claim.complete), None)
     for claim in present:

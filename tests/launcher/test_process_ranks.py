@@ -90,8 +90,16 @@ def test_launchers_that_start_launchers_agree(environ: Mapping[str, str], expect
 
 
 def test_a_missing_local_rank_comes_from_a_source_of_the_same_rank() -> None:
-    # srun with the PMI-2 plug-in: MPI names rank and size, Slurm the place on the node.
-    assert find_ranks({"PMI_RANK": "6", "PMI_SIZE": "7"} | SLURM) == _ranks(6, 7, 2, 3, "mpich")
+    # Set by hand in a task of srun, without a local rank.
+    environ = {"RANK": "6", "WORLD_SIZE": "7"} | SLURM
+    assert find_ranks(environ) == _ranks(6, 7, 2, 3, "environment")
+
+
+def test_tasks_of_srun_need_no_mpi_where_slurm_sets_the_variables_of_pmi() -> None:
+    environ = {"PMI_RANK": "6", "PMI_SIZE": "7"} | SLURM
+    ranks = find_ranks(environ)
+    assert ranks == _ranks(6, 7, 2, 3, "slurm")
+    assert export_ranks(ranks, environ).source == "Slurm"
 
 
 @pytest.mark.parametrize(
