@@ -38,7 +38,7 @@ from models.classification import check_context, set_up_classifier
 from models.classified_data import Labels, load_classified
 from models.collate import collate
 from models.data import Sample, SampleSet, load_records, load_samples
-from models.families import check_not_fused, mixes_packed, module_map
+from models.families import check_can_pack, check_not_fused, module_map
 from models.gather import gather_json
 from models.heads import check_head_trained, head_text, trained_entirely
 from models.liger import check_kernels, use_kernels
@@ -225,14 +225,6 @@ def _load_data(
     return load_classified(data, tokenizer, "train", labels, records), validation, calibration, labels
 
 
-def _check_packing(config: RunConfig, model: Any) -> None:
-    if config.data.batching == "pack" and mixes_packed(model):
-        raise InputError(
-            f"data.batching is 'pack', but packed samples of {model.config.model_type} models read one another: set it "
-            "to pad"
-        )
-
-
 def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose selection was made by another config: it would win silently."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config.selection)))
@@ -394,7 +386,8 @@ def prepare(
         check_tokenizer_fits(model, tokenizer)
         if labels is not None:
             set_up_classifier(model, tokenizer, labels)
-        _check_packing(config, model)
+        if config.data.batching == "pack":
+            check_can_pack(model)
         for found in (train, validation, calibration, forgetting, classified):
             if found is not None:
                 check_context(model, found.lengths)

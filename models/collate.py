@@ -100,7 +100,8 @@ def collate_pack(samples: Sequence[TokenizedSample]) -> dict[str, torch.Tensor]:
 
     Positions restart at 0 with every sample, from which transformers derives that no token may attend to
     another sample. It does so only without an attention mask **and without a cache**: call the model with
-    ``use_cache=False``, or every sample silently reads those before it.
+    ``use_cache=False``, or every sample silently reads those before it. And it does so only for some families:
+    see :func:`models.families.can_pack`.
 
     Args:
         samples: at least one.

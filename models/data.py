@@ -114,7 +114,8 @@ class DataConfig:
     # cut: the sample is dropped (counted). 512 holds nearly every record of the usual instruction sets. Plain text is
     # cut into samples of so many tokens; the last one has what is left.
     max_length: int = 512
-    # pad: every sample a row, filled up to the longest of the micro-batch; pack: one row of all samples.
+    # pad: every sample a row, filled up to the longest of the micro-batch; pack: one row of all samples, only of model
+    # families that are known to keep them apart (models.families.PACKABLE_FAMILIES).
     batching: Literal["pad", "pack"] = "pad"
     # Put samples of like length into the same micro-batch of a step: less padding, the same result.
     group_by_length: bool = True

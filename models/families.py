@@ -51,9 +51,10 @@ KNOWN_FAMILIES = frozenset(
     }
 )
 
-# Known families whose packed samples read one another, whatever their position ids say: nothing tells their attention
-# where a sample begins.
-MIXING_PACKED = frozenset({"bloom", "gpt_oss"})
+# Families whose layers tell from position ids where a packed sample begins: a test compares packed with padded batches
+# of each. Not the known ones whose samples read one another nonetheless, nor encoders, which classify padded rows. Of
+# families that are not known, many mix as well: state spaces, convolutions, and positions that are counted anew.
+PACKABLE_FAMILIES = KNOWN_FAMILIES - {"bloom", "gpt_oss"} - {"bert", "roberta"}
 
 # Projections that some families hold as one matrix: the fused name, and the names that it stands for.
 FUSED = {
@@ -74,9 +75,22 @@ def is_known(model: nn.Module) -> bool:
     return _model_type(model) in KNOWN_FAMILIES
 
 
-def mixes_packed(model: nn.Module) -> bool:
-    """Whether the model's family is one of :data:`MIXING_PACKED`."""
-    return _model_type(model) in MIXING_PACKED
+def can_pack(model: nn.Module) -> bool:
+    """Whether the model's family is one of :data:`PACKABLE_FAMILIES`."""
+    return _model_type(model) in PACKABLE_FAMILIES
+
+
+def check_can_pack(model: nn.Module) -> None:
+    """Raise unless packed samples of the model are known not to read one another.
+
+    Raises:
+        InputError: names the setting and the family.
+    """
+    if not can_pack(model):
+        raise InputError(
+            f"data.batching is 'pack', but packed samples of {_model_type(model)} models read one another, or are not "
+            "known not to: set data.batching to pad"
+        )
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -103,7 +117,8 @@ def module_map(model: PreTrainedModel) -> ModuleMap:
     if found.shared_inputs:
         warnings.warn(
             f"model type {kind!r} is not among the families known to share inputs between projections: "
-            "each linear keeps its own input for backward, which costs memory",
+            "each linear keeps its own input for backward, which costs memory; its samples cannot be packed either "
+            "(data.batching pack)",
             FamilyWarning,
             stacklevel=2,
         )

@@ -18,7 +18,8 @@ from launcher.__main__ import main
 from launcher.yaml_files import dump_yaml
 from models.loading import ModelConfig
 from sparse_zero.checkpoint.folders import MANIFEST
-from tests.models.tiny import write_tiny_llama
+from tests.models.tiny import tiny_tokenizer, write_tiny_llama
+from tests.models.tiny_families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -321,6 +322,7 @@ RUN_CASES = [
     Case(name="weights cut off", overrides=["--model.name_or_path=cut"], says=["cut", "model.safetensors"]),
     Case(name="GGUF file missing", overrides=["--model.gguf_file=gone.gguf"], says=["gone.gguf"]),
     Case(name="precision against dtype", overrides=["--training.precision=bf16"], says=["training.precision is bf16", "model.dtype is float32"]),
+    Case(name="packed samples of a family that mixes them", overrides=["--model.name_or_path=bloom", "--model.attention=eager", "--data.batching=pack"], says=["data.batching is 'pack'", "bloom models", "set data.batching to pad"]),
     # classes
     Case(name="head left untrained", overrides=CLASSES, files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n"}, says=["selection.regions leaves score.weight untrained", 'modules: ["score.*"]']),
     Case(name="head trained twice", overrides=[*CLASSES, "--selection.regions=[{kind: whole, modules: ['score.*']}, {kind: row, modules: [score], per_matrix: 1}]"], files={"classes.tsv": "sentence\tlabel\na\t1\nb\t0\n"}, says=["trains score.weight entirely", "names its rows too"]),
@@ -432,6 +434,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     write_tiny_llama(folder / "model-folder")
     write_tiny_llama(folder / "other", seed=1)
+    FAMILIES["bloom"].make(vocab_size=384).save_pretrained(folder / "bloom")
+    tiny_tokenizer().save_pretrained(folder / "bloom")
     shutil.copytree(folder / "model-folder", folder / "cut")
     cut(folder / "cut" / "model.safetensors")
     (folder / "train.json").write_text(RECORDS, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which runs load their model in shards, what do those say that cannot, and whose samples are not to be packed?"""
+"""Which runs load their model in shards, and what do those say that cannot?"""
 
 import warnings
 from typing import Any
@@ -6,18 +6,16 @@ from typing import Any
 import pytest
 
 from launcher.config import RunConfig, parse_config
-from launcher.preparing import _check_packing, _loads_sharded
+from launcher.preparing import _loads_sharded
 from models.sharded_loading import ShardedLoadingWarning
-from sparse_zero.errors import InputError
-from tests.models.tiny_families import FAMILIES
 
 
-def make(stage: int, model: dict[str, Any] | None = None, *, batching: str = "pad", **selection: Any) -> RunConfig:
+def make(stage: int, model: dict[str, Any] | None = None, **selection: Any) -> RunConfig:
     rows = {"regions": [{"kind": "row", "modules": ["*"], "per_matrix": 1}]}
     return parse_config(
         {
             "model": {"name_or_path": "m", **(model or {})},
-            "data": {"train": "d.json", "batching": batching},
+            "data": {"train": "d.json"},
             "selection": selection or rows,
             "training": {"steps": 1},
             "zero": {"stage": stage, "placement": "delta"},
@@ -55,12 +53,3 @@ def test_stage_3_loads_shards(config: RunConfig, is_selected: bool, sharded: boo
 def test_what_needs_whole_weights_first_is_told(config: RunConfig, field: str) -> None:
     with pytest.warns(ShardedLoadingWarning, match=f"{field}, which needs whole weights: at zero.stage 3 every rank"):
         assert not _loads_sharded(config, is_selected=False)
-
-
-@pytest.mark.parametrize("family", ["bloom", "gpt_oss"])
-def test_samples_that_would_read_one_another_are_not_packed(family: str) -> None:
-    model = FAMILIES[family].make()
-    with pytest.raises(InputError, match=f"packed samples of {family} models read one another: set it to pad"):
-        _check_packing(make(2, batching="pack"), model)
-    _check_packing(make(2), model)
-    _check_packing(make(2, batching="pack"), FAMILIES["llama"].make())

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import sparse_zero as sz
-from models.families import KNOWN_FAMILIES, FamilyWarning, check_not_fused, module_map
+from models.collate import collate
+from models.data import IGNORED, TokenizedSample
+from models.families import (
+    KNOWN_FAMILIES,
+    PACKABLE_FAMILIES,
+    FamilyWarning,
+    check_can_pack,
+    check_not_fused,
+    module_map,
+)
+from models.loss import response_nll
 from sparse_zero.errors import InputError
 from sparse_zero.layers.carriers import carriers
 from sparse_zero.layers.merge import remove_values
@@ -145,7 +155,7 @@ def test_map_knows_how_each_family_stores_its_matrices(name: str) -> None:
 def test_unknown_family_keeps_its_inputs_apart_and_says_so() -> None:
     model = tiny_model("llama")
     model.config.model_type = "llama_of_tomorrow"
-    with pytest.warns(FamilyWarning, match="llama_of_tomorrow"):
+    with pytest.warns(FamilyWarning, match=r"llama_of_tomorrow.* cannot be packed either \(data\.batching pack\)"):
         found = module_map(model)
     assert found.shared_inputs == ()
     assert "model.layers.1.self_attn.q_proj" in found.linears
@@ -181,6 +191,60 @@ def test_part_of_a_fused_projection_is_refused_by_name() -> None:
 def test_fused_projections_of_each_family_are_refused_by_name(kind: str, pattern: str, fused: str) -> None:
     with pytest.raises(InputError, match=f"ask for all of it, {fused}"):
         check_not_fused(tiny_model(kind), (pattern,))
+
+
+# -- packed samples
+
+
+def losses_of(model: Any) -> tuple[float, float]:
+    """Summed loss of three samples, padded and packed."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (9, 7, 11)]
+    samples = [TokenizedSample(each, [IGNORED] * 3 + each[3:]) for each in ids]
+    with torch.no_grad():
+        padded, packed = (
+            response_nll(model, collate(samples, batching=batching, pad_token_id=0)).item()
+            for batching in ("pad", "pack")
+        )
+    return padded, packed
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE_FAMILIES))
+def test_packed_samples_of_the_families_that_are_allowed_do_not_read_one_another(kind: str) -> None:
+    model = tiny_model(kind)
+    check_can_pack(model)
+    for attention in ("eager", "sdpa") if model._supports_sdpa else ("eager",):
+        model.set_attn_implementation(attention)
+        padded, packed = losses_of(model)
+        assert packed == pytest.approx(padded, rel=1e-5), attention
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bloom", {}),
+        ("gpt_oss", {}),
+        # Not known; each passes by the position ids in a way of its own.
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+        ("mamba", {}),
+        ("jamba", {"mamba_dt_rank": 2, "use_mamba_kernels": False}),
+        ("xglm", {"d_model": 32, "ffn_dim": 48, "attention_heads": 4, "num_layers": 2, "layerdrop": 0.0}),
+    ],
+)
+def test_families_whose_packed_samples_read_one_another_are_refused(kind: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(kind, **changes)
+    padded, packed = losses_of(model)
+    assert packed != pytest.approx(padded, rel=1e-3)
+    with pytest.raises(InputError, match=f"data.batching is 'pack', but .* of {kind} models .* data.batching to pad"):
+        check_can_pack(model)
+
+
+def test_a_family_that_nobody_has_tried_is_not_packed() -> None:
+    model = tiny_model("llama")
+    model.config.model_type = "llama_of_tomorrow"
+    with pytest.raises(InputError, match="llama_of_tomorrow"):
+        check_can_pack(model)
 
 
 # -- training: every family, every kind of region, both placements
