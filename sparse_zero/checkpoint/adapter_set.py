@@ -6,6 +6,7 @@ back, so that no sequence of exchanges changes the base.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -65,12 +66,17 @@ def check_base_of(model: nn.Module, adapter: Adapter, placement: Placement) -> N
 def _activate(model: nn.Module, loaded: _Loaded) -> None:
     """Put an adapter's values on the dense base."""
     adapter = loaded.adapter
-    sparsify(model, adapter.selection, loaded.placement, retired=adapter.retired)
+    # As wide as they are stored, whatever the weights are: a bf16 weight cannot show all that was learned.
+    dtype = reduce(torch.promote_types, (values.dtype for values in adapter.values.values()), torch.float32)
+    sparsify(model, adapter.selection, loaded.placement, retired=adapter.retired, values_dtype=dtype)
     values = convert_values(adapter.values, originals_by_name(model), adapter.placement, loaded.placement)
     for name, carrier in carriers(model):
         for kind, parameter in carrier.values().items():
-            parameter.copy_(values[values_name(name, kind)])
+            numbers = values[values_name(name, kind)]
+            parameter.copy_(numbers)
             parameter.requires_grad_(loaded.trainable)
+            if loaded.trainable:
+                carrier.loaded[kind] = numbers.float()
         carrier.write_back()
 
 
@@ -91,7 +97,8 @@ def load_adapter(
         folder: what :func:`save_adapter` wrote.
         name: under which :func:`set_adapter` finds it again.
         placement: where the values shall act; the stored form is converted when it is the other one.
-        trainable: whether the values require grad while it is active.
+        trainable: whether the values require grad while it is active. They are fp32, and an engine in bf16 or fp16,
+            which casts them, begins with their fp32 numbers as masters.
 
     Returns:
         The adapter's selection.

@@ -33,6 +33,9 @@ class ValuesModule(nn.Module):
         # Host copies of the base's entries: what unmerge puts back, what identifies the base, and what converts
         # values between the placements also where the parameter itself is sharded.
         self.originals: dict[Kind, Tensor] = {}
+        # Host copies, fp32, of values that an adapter brought to be trained on: DeepSpeed casts values before it makes
+        # masters of them, and these are what the masters begin with. The first engine takes them.
+        self.loaded: dict[Kind, Tensor] = {}
         self.retired: RetiredEntries | None = None
         self.retired_originals = torch.empty(0)
         # Under ZeRO-3: what of the values this rank writes into its shards.

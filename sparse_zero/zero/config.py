@@ -19,6 +19,14 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     return int((settings.get("zero_optimization") or {}).get("stage", 0))
 
 
+def low_precision(settings: Mapping[str, Any]) -> str | None:
+    """To which of bf16 and fp16 a DeepSpeed config has the parameters cast; None: they stay as they are."""
+    for name, section in (("bf16", settings.get("bf16", settings.get("bfloat16"))), ("fp16", settings.get("fp16"))):
+        if (section or {}).get("enabled"):
+            return name
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
     """The ZeRO stage, the placement of the values, and an own DeepSpeed config."""

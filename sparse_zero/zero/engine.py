@@ -19,7 +19,7 @@ from sparse_zero.layers.quantized_linear import check_same_constants
 from sparse_zero.layers.sparse_parameter import SparseParameter
 from sparse_zero.layers.sparsify import parameter_groups, placement_of, trainable_parameters, write_back
 from sparse_zero.zero import compat
-from sparse_zero.zero.config import Rounding
+from sparse_zero.zero.config import Rounding, low_precision
 from sparse_zero.zero.defaults import with_defaults
 from sparse_zero.zero.optimizer_state import optimizer_step_count
 from sparse_zero.zero.rounding import check_rounding, round_values
@@ -73,7 +73,7 @@ def initialize(
 
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else read_json(Path(config))
     _check_only_values_train(model)
-    check_rounding(model, rounding)
+    check_rounding(model, rounding, is_cast=low_precision(settings) is not None)
     check_settings(settings, placement_of(model))
     check_not_split(model, settings)
     settings = {**settings, "zero_optimization": with_defaults(model, settings.get("zero_optimization") or {})}
@@ -104,6 +104,33 @@ def _fetch_values_with(carrier: SparseParameter) -> None:
             deepspeed.zero.register_external_parameter(owner, values)
 
 
+@torch.no_grad()
+def _begin_with_loaded(engine: Any) -> None:
+    """Have masters begin with the fp32 numbers of values that an adapter brought. Collective.
+
+    DeepSpeed has made them from values that it cast before: in bf16 most of what was learned inplace is less than a
+    weight can show.
+    """
+    for name, carrier in carriers(engine.module):
+        for kind, parameter in carrier.values().items():
+            loaded = carrier.loaded.pop(kind, None)
+            if loaded is None or not parameter.requires_grad:
+                continue
+            rounded = loaded.to(parameter.dtype)
+            if torch.equal(rounded.float(), loaded):
+                continue
+            if compat.states_on_disk(engine) or (compat.is_sharded(parameter) and compat.is_out_of_reach(parameter)):
+                raise InputError(
+                    f"the values of {parameter_name(name, carrier)} are an adapter's in fp32, and their masters are "
+                    "offloaded to nvme, where they cannot be put: use offload_optimizer and offload_param cpu or none, "
+                    "or train in fp32"
+                )
+            master = compat.full_master(engine, parameter).view(-1)
+            # What somebody has trained since then stays.
+            is_loaded = master.to(parameter.dtype) == rounded.to(master.device)
+            compat.write_master(engine, parameter, torch.where(is_loaded, loaded.to(master.device), master))
+
+
 def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 0) -> None:
     """Write values back after every real step of ``engine``, and skip steps with a non-finite gradient.
 
@@ -119,7 +146,8 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
 
     Raises:
         InputError: the engine's model has no values, or trains something else too; stochastic rounding has nothing to
-            round; or stage 3 holds weights where inplace values cannot be written into them.
+            round; or stage 3 holds weights where inplace values cannot be written into them, or masters where those of
+            an adapter cannot.
     """
     _check_only_values_train(engine.module)
     optimizer = engine.optimizer
@@ -140,6 +168,7 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
     optimizer._sparse_zero_rounding = (rounding, rounding_seed)
     compat.undo_first_step(engine)
     compat.check_version()
+    _begin_with_loaded(engine)
     step = optimizer.step
     checks_itself = hasattr(optimizer, "overflow")
 
@@ -163,6 +192,8 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
     optimizer._sparse_zero_attached = True
     # What stands in the weights before the first step is what the values say, also after a broadcast.
     write_back(engine.module)
+    if compat.has_shards(engine.module):
+        compat.shards_are_written()
 
 
 def write_values(engine: Any, *, in_step: bool = False) -> None:

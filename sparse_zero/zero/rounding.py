@@ -100,8 +100,13 @@ def round_values(engine: Any, seed: int, step: int) -> None:
             parameter.copy_(round_stochastic(compat.full_master(engine, parameter).view(-1), parameter.dtype, key))
 
 
-def check_rounding(model: nn.Module, rounding: Rounding) -> None:
+def check_rounding(model: nn.Module, rounding: Rounding, *, is_cast: bool = False) -> None:
     """Raise unless ``rounding`` has something to round in ``model``.
+
+    Args:
+        model: sparsified.
+        rounding: what is asked for.
+        is_cast: whether DeepSpeed will cast the values to bf16 or fp16, so that theirs is no matter.
 
     Raises:
         InputError: an unknown name; stochastic where values are in fp32, or are not written into the weights.
@@ -111,7 +116,7 @@ def check_rounding(model: nn.Module, rounding: Rounding) -> None:
     if rounding == "nearest":
         return
     dtypes = {parameter.dtype for parameter in trainable_parameters(model).values()}
-    if placement_of(model) != "inplace" or not dtypes <= set(LOW_PRECISION):
+    if placement_of(model) != "inplace" or not (is_cast or dtypes <= set(LOW_PRECISION)):
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise InputError(
             f"rounding is 'stochastic', for inplace values in bf16 or fp16; here are {placement_of(model)} values in "

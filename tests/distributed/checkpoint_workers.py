@@ -12,13 +12,24 @@ from torch import Tensor
 
 import sparse_zero as sz
 from sparse_zero.checkpoint.checkpoint import read_checkpoint, take_snapshot, write_snapshot
+from sparse_zero.checkpoint.conversion import convert_values, originals_by_name
 from sparse_zero.checkpoint.writer import CheckpointWriter
 from sparse_zero.collectives import PeerError, failing_together
 from sparse_zero.layers.sparsify import trainable_parameters
-from sparse_zero.zero.config import Placement
+from sparse_zero.zero import compat
+from sparse_zero.zero.config import PLACEMENTS, Placement
 from sparse_zero.zero.shards import whole_values
-from sparse_zero.zero.state import read_training_state
-from tests.distributed.workers import GLOBAL_BATCH, PLACES, make_batches, make_model, sparse_engine, train
+from sparse_zero.zero.state import read_masters, read_training_state
+from tests.distributed.optimizer_workers import standing
+from tests.distributed.workers import (
+    GLOBAL_BATCH,
+    PLACES,
+    make_batches,
+    make_engine,
+    make_model,
+    sparse_engine,
+    train,
+)
 from tests.sparse_zero.helpers import mixed_selection, tiny_loss
 
 
@@ -244,3 +255,75 @@ def starts(folder: str) -> dict[str, Any]:
     except sz.InputError as error:
         found["blind"] = str(error)
     return found
+
+
+def _loaded_engine(
+    folder: Path, stage: int, placement: Placement, *, sharded: bool = False, changed: bool = False
+) -> Any:
+    """A bf16 engine that goes on from an adapter."""
+    model, size = make_model(bf16=True), GLOBAL_BATCH // dist.get_world_size()
+    if sharded:
+        config = {
+            "train_micro_batch_size_per_gpu": size,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+        }
+        init = compat.start_sharding(config)
+        for parameter in model.parameters():
+            compat.shards_of_rank_zero(init, parameter)
+    sz.load_adapter(model, folder, placement=placement, trainable=True)
+    if changed:
+        with torch.no_grad():
+            for values in trainable_parameters(model).values():
+                values[0] = 0.5
+    return make_engine(model, stage, size, 1, 0.0, bf16=True)
+
+
+def continued_adapters(folder: str) -> list[dict[str, Any]]:
+    """bf16 engines that go on from an adapter of small changes: their masters, beside those that were saved."""
+    report = []
+    learned = Path(folder) / "learned"
+    for placement in PLACEMENTS:
+        engine = sparse_engine(2, placement, decay=0.0, bf16=True)
+        with torch.no_grad():
+            # Less than bf16 shows of most entries.
+            for group in engine.optimizer.single_partition_of_fp32_groups:
+                group.add_(1e-5)
+        engine_masters, originals = read_masters(engine), originals_by_name(engine.module)
+        sz.save_adapter(engine, learned)
+        engine.destroy()
+        hidden = sum(
+            int((numbers.bfloat16().float() != numbers).sum()) / sum(map(len, engine_masters.values()))
+            for numbers in engine_masters.values()
+        )
+        for stage, into, sharded in (
+            *((stage, placement, False) for stage in range(4)),
+            (3, placement, True),
+            (1, "delta" if placement == "inplace" else "inplace", False),
+        ):
+            wanted = convert_values(engine_masters, originals, placement, into)
+            continued = _loaded_engine(learned, stage, into, sharded=sharded)
+            found, values = read_masters(continued), trainable_parameters(continued.module)
+            whole = dict(zip(values, whole_values(values.values()), strict=True))
+            rounded = all(torch.equal(whole[name].bfloat16(), wanted[name].bfloat16()) for name in wanted)
+            entries = standing(continued)
+            stands = into == "delta" or all(torch.equal(entries[name], wanted[name].bfloat16()) for name in wanted)
+            losses = train(continued, make_batches(2), GLOBAL_BATCH // dist.get_world_size(), 1)
+            continued.destroy()
+            report.append(
+                {
+                    "combination": [placement, stage, into, sharded],
+                    "hidden": hidden,
+                    "same": all(torch.equal(found[name], wanted[name]) for name in wanted),
+                    "rounded": rounded,
+                    "stands": stands,
+                    "losses": losses,
+                }
+            )
+        changed = _loaded_engine(learned, 2, placement, changed=True)
+        for name, numbers in read_masters(changed).items():
+            wanted = engine_masters[name].clone()
+            wanted[0] = 0.5
+            report[-1]["same"] &= torch.equal(numbers, wanted)
+        changed.destroy()
+    return report

@@ -94,3 +94,17 @@ def test_ranks_continue_from_what_all_of_them_have_whole(tmp_path):
     assert "step-000004: " in damaged
     assert "moments.safetensors has 0 bytes" in damaged
     assert "put output.folder on a file system that all nodes share" in found["blind"]
+
+
+def test_an_engine_in_bf16_goes_on_from_all_that_an_adapter_has_learned(tmp_path):
+    report = run_ranks("tests.distributed.checkpoint_workers:continued_adapters", 2, folder=str(tmp_path))
+    assert len(report) == 12
+    for entry in report:
+        # Rounded to bf16, most of it would be gone.
+        assert entry["hidden"] > 0.5, entry
+        assert entry["same"], entry
+        assert entry["rounded"], entry
+        assert entry["stands"], entry
+    first = report[0]["losses"]
+    for entry in report:
+        assert entry["losses"] == pytest.approx(first, rel=5e-3), entry
