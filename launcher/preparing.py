@@ -13,10 +13,10 @@ import torch
 
 from launcher.calibration_data import check_calibration_data, record_calibration_data
 from launcher.config import RunConfig
+from launcher.config_checks import check_config, score_names, trained_kinds
 from launcher.deepspeed_config import (
     check_can_continue,
     check_can_train_here,
-    check_own_config,
     deepspeed_config,
     validate_with_deepspeed,
 )
@@ -30,7 +30,6 @@ from launcher.resuming import choose_start, clear_interrupted, find_start
 from launcher.run_folder import RunFolder, check_same_run, check_writable, kept_folder
 from launcher.same_input import check_same_input
 from launcher.shared_folder import share_newest
-from launcher.training_config import DTYPE_OF_PRECISION
 from launcher.world import World
 from models.base_identity import base_identity, begin_base_identity
 from models.chunked_loss import warn_of_chunks
@@ -53,6 +52,7 @@ from models.loading import (
     validate_model_source,
 )
 from models.loss import batch_loss, batch_targets
+from models.problems import check_problems
 from models.sampler import BatchSampler
 from models.sharded_loading import ShardedLoadingWarning, load_sharded
 from sparse_zero.checkpoint.checkpoint import Checkpoint
@@ -64,8 +64,8 @@ from sparse_zero.layers.kernels import check_kernels_here, set_kernels
 from sparse_zero.layers.sparsify import check_fits, sparsify
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.optional import require
-from sparse_zero.reselection.migrate import check_kinds_can_change, kinds_of
-from sparse_zero.selection.config import Kind, SelectionConfig
+from sparse_zero.reselection.migrate import kinds_of
+from sparse_zero.selection.config import SelectionConfig
 from sparse_zero.selection.full_calibration import check_world_size
 from sparse_zero.selection.region_scores import RegionScores
 from sparse_zero.selection.scores import resolve_score
@@ -132,24 +132,8 @@ class Prepared:
         return self.checkpoint is not None or self.selection is not None
 
 
-def _check_quantized(config: RunConfig) -> None:
-    """Refuse what does not go with a quantized base."""
-    what = f"model.quantization is {config.model.quantization!r}"
-    if config.model.quantization == "none":
-        return
-    if config.zero.placement == "inplace":
-        raise InputError(
-            f"{what} with zero.placement 'inplace', which writes values into the weights: set zero.placement to delta"
-        )
-    if config.selection.file is None and config.selection.calibration_weights == "full":
-        raise InputError(
-            f"{what} with selection.calibration_weights 'full', which trains all weights: set it to 'frozen', or "
-            "select without quantization and name the selection as selection.file"
-        )
-
-
 def check_run(config: RunConfig, *, continues: bool = True) -> None:
-    """Everything that can be checked without loading a model or writing a file.
+    """Everything that can be checked without loading a model or writing a file: of the config, and of this machine.
 
     Args:
         config: the run.
@@ -158,38 +142,19 @@ def check_run(config: RunConfig, *, continues: bool = True) -> None:
     Raises:
         InputError: the first thing found wrong.
     """
-    check_own_config(config)
+    check_config(config)
     check_can_train_here(config)
     if config.training.kernels == "liger":
         check_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_kernels_here(config.training.region_kernels)
-    wanted = DTYPE_OF_PRECISION[config.training.precision]
-    if config.model.dtype != wanted:
-        raise InputError(
-            f"training.precision is {config.training.precision} but model.dtype is {config.model.dtype}: "
-            f"set model.dtype to {wanted}, or training.precision to match"
-        )
     if config.training.precision != "fp32" and not torch.cuda.is_available():
         warnings.warn(
             f"training.precision {config.training.precision} is slow on most CPUs: fp32 is the choice here",
             stacklevel=2,
         )
-    rounds = config.zero.placement == "inplace" and config.training.precision != "fp32"
-    if config.zero.rounding == "stochastic" and not rounds:
-        raise InputError(
-            f"zero.rounding is 'stochastic' with zero.placement {config.zero.placement} and training.precision "
-            f"{config.training.precision}, where nothing is rounded at write-back: use zero.rounding nearest"
-        )
     check_available(config.training.optimizer)
-    kinds = _kinds(config)
-    if kinds is not None:
-        check_kinds(config.training.optimizer_config(), kinds)
-        if config.selection.reselect is not None:
-            check_kinds_can_change(config.training.optimizer, kinds)
-    _check_quantized(config)
-    for region in config.selection.regions:
-        if region.kind != "whole":
-            resolve_score(config.selection.score_of(region))
+    for name in score_names(config.selection):
+        resolve_score(name)
     if config.output.report:
         require("matplotlib", extra="plots", purpose="draw the report (output.report)")
     if config.output.tensorboard:
@@ -391,6 +356,9 @@ def prepare(
         for found in (train, validation, calibration, forgetting, classified):
             if found is not None:
                 check_context(model, found.lengths)
+        if test and labels is None:
+            data = config.data
+            check_problems(model, tokenizer, test, data.evaluation, template=data.template, fields=data.fields)
         check_prefix_cache(config, model, train.lengths)
         family = module_map(model)
         check_model(config, model, family, checkpoint, sharded=sharded)
@@ -535,15 +503,6 @@ def make_engine(prepared: Prepared, selection: Selection, world: World, memory: 
     return engine
 
 
-def _kinds(config: RunConfig) -> list[Kind] | None:
-    """Kinds of region that the run may train, at any of its selections; None where a file says."""
-    if config.selection.file is not None:
-        return None
-    kinds = [region.kind for region in config.selection.regions]
-    # A head that is trained entirely is trained as its rows.
-    return [*kinds, "row"] if config.model.classifies and "whole" in kinds else kinds
-
-
 def new_engine(model: Any, config: RunConfig, world_size: int, *, broadcast_weights: bool = False) -> Any:
     """A DeepSpeed engine over a sparsified model, with an optimizer of its own. Collective.
 
@@ -561,7 +520,7 @@ def new_engine(model: Any, config: RunConfig, world_size: int, *, broadcast_weig
         config=settings,
         broadcast_weights=broadcast_weights,
         optimizer=lambda groups: build_optimizer(
-            groups, optimizer, model=model, offloaded=offloaded, kinds=_kinds(config)
+            groups, optimizer, model=model, offloaded=offloaded, kinds=trained_kinds(config)
         ),
         rounding=config.zero.rounding,
         rounding_seed=config.training.seed,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.answers import judge, normalize, options_in
+from models.answers import judge, normalize
 from models.loading import pad_token_id
-from models.templates import Template, encode_prompts, encode_responses, render
+from models.problems import check_room, choices_of, first_problems, longest_of, prompts_of
+from models.templates import Template
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
 
@@ -158,11 +158,10 @@ def evaluate_generate(
     """Exact match on greedily generated answers. Arguments and errors as :func:`evaluate`."""
     from transformers import GenerationConfig
 
-    problems = _first(records, config)
-    prompts = [render(template, record, tokenizer, fields)[0] for record in problems]
-    prompt_ids = encode_prompts(tokenizer, prompts, template)
+    problems = first_problems(records, config)
+    prompt_ids = prompts_of(records, tokenizer, config, template=template, fields=fields)
     lengths = [len(ids) for ids in prompt_ids]
-    _check_context(model, max(lengths) + config.max_new_tokens)
+    check_room(model, max(lengths), config.max_new_tokens)
     greedy = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
@@ -206,33 +205,24 @@ def evaluate_choice(
     with the option alone, and so does one without an output: nothing of its own solution is ever given to the model.
     Arguments and errors as :func:`evaluate`.
     """
-    problems = _first(records, config)
-    wording = _common_wording(records, fields)
-    options = [_options(index, record, config, fields) for index, record in enumerate(problems)]
-    rows = []  # per problem: (prompt ids, response ids, response text) of every option
-    for record, offered in zip(problems, options, strict=True):
-        before, after = wording if _wording(record, fields) == wording else ("", "")
-        responses = [before + option + after for option in offered]
-        texts = [render(template, {**record, fields.output: each}, tokenizer, fields) for each in responses]
-        prompt_ids = encode_prompts(tokenizer, [prompt for prompt, _ in texts], template)
-        response_ids = encode_responses(tokenizer, [response for _, response in texts])
-        rows.append(list(zip(prompt_ids, response_ids, responses, strict=True)))
-    lengths = [max(len(prompt) + len(response) for prompt, response, _ in row) for row in rows]
-    _check_context(model, max(lengths))
+    problems = first_problems(records, config)
+    choices = choices_of(records, tokenizer, config, template=template, fields=fields)
+    lengths = [longest_of(choice) for choice in choices]
+    check_room(model, max(lengths))
     batches = batches_of_rank(lengths, config.batch_size, rank, world_size, lockstep)
     predictions = []
     with evaluating(model, None), without_gradients(lockstep):
         for batch, is_real in with_progress(batches, progress):
-            flat = [(prompt, response) for index in batch for prompt, response, _ in rows[index]]
-            scores = _log_likelihoods(model, flat, pad_token_id(tokenizer))
+            rows = [(option.prompt_ids, option.response_ids) for index in batch for option in choices[index]]
+            scores = _log_likelihoods(model, rows, pad_token_id(tokenizer))
             for index in batch if is_real else ():
-                own, scores = scores[: len(rows[index])], scores[len(rows[index]) :]
+                own, scores = scores[: len(choices[index])], scores[len(choices[index]) :]
                 if any(math.isnan(score) for score in own):
                     # A model that has diverged prefers none of them.
                     predictions.append(_chosen(index, problems[index], "", "", fields))
                     continue
-                best = own.index(max(own))
-                predictions.append(_chosen(index, problems[index], options[index][best], rows[index][best][2], fields))
+                best = choices[index][own.index(max(own))]
+                predictions.append(_chosen(index, problems[index], best.option, best.response, fields))
     return _gathered("choice", predictions)
 
 
@@ -247,12 +237,6 @@ def write_result(path: Path, result: EvaluationResult) -> None:
     if result.metrics is not None:
         totals["metrics"] = dict(result.metrics)
     atomic_write_json(path, totals | {"predictions": [asdict(each) for each in result.predictions]})
-
-
-def _first(records: Sequence[Mapping[str, str]], config: EvaluationConfig) -> Sequence[Mapping[str, str]]:
-    if not records:
-        raise InputError("data.test has no problems: name a file with some")
-    return records[: config.limit]
 
 
 def _generated(index: int, record: Mapping[str, str], text: str, fields: FieldConfig) -> Prediction:
@@ -278,44 +262,6 @@ def _chosen(index: int, record: Mapping[str, str], option: str, text: str, field
         text=text,
         correct=normalize(option) == normalize(answer),
     )
-
-
-def _options(index: int, record: Mapping[str, str], config: EvaluationConfig, fields: FieldConfig) -> tuple[str, ...]:
-    question = record[fields.instruction] + "\n" + record.get(fields.input, "")
-    options = config.options or options_in(question)
-    if len(options) < 2:
-        raise InputError(
-            f"record {index + 1} of data.test offers no options ('Answer format: a/b'), which data.evaluation.kind "
-            "choice needs: set data.evaluation.options, or data.evaluation.kind to generate"
-        )
-    if normalize(record[fields.answer]) not in map(normalize, options):
-        raise InputError(
-            f"record {index + 1} of data.test has the answer {record[fields.answer]!r}, which is none of its "
-            f"options ({', '.join(options)}): correct the record or data.evaluation.options, or set "
-            "data.evaluation.kind to generate"
-        )
-    return options
-
-
-def _wording(record: Mapping[str, str], fields: FieldConfig) -> tuple[str, str]:
-    """What the output says before the answer and after it; nothing where it does not have the answer."""
-    before, found, after = record.get(fields.output, "").rpartition(record[fields.answer])
-    return (before, after) if found else ("", "")
-
-
-def _common_wording(records: Sequence[Mapping[str, str]], fields: FieldConfig) -> tuple[str, str]:
-    """The wording of more than half of the records, and of two at least: no single record decides it."""
-    (wording, number), *_ = Counter(_wording(record, fields) for record in records).most_common(1)
-    return wording if number >= 2 and 2 * number > len(records) else ("", "")
-
-
-def _check_context(model: PreTrainedModel, num_tokens: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and num_tokens > context:
-        raise InputError(
-            f"a problem of data.test needs {num_tokens} tokens, data.evaluation.max_new_tokens included, and "
-            f"the model has room for {context}: lower that setting, or leave the problem out"
-        )
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

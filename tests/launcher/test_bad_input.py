@@ -312,6 +312,8 @@ CONFIG_CASES = [
 
 RECORDS = json.dumps([{"instruction": f"Add {i} and 3.", "output": str(i + 3), "answer": str(i + 3)} for i in range(8)])
 _MODULES = "--selection.regions.0.modules="
+# Test data that is asked after training alone.
+TESTED = ["--data.test=train.json", "--output.evaluate=true", "--output.evaluate_base=false"]
 
 # What only the model, the tokenizer, the data or a file on disk can tell: the folder has two models (another has
 # other weights), data, and adapters.
@@ -343,6 +345,9 @@ RUN_CASES = [
     Case(name="plain text to answer", command="evaluate", overrides=["--data.test=t.txt"], files={"t.txt": "a b"}, says=["t.txt", "plain text has no records"]),
     Case(name="unknown suffix", overrides=["--data.train=train.xml"], files={"train.xml": "<a/>"}, says=["train.xml"]),
     Case(name="test records without answer", command="evaluate", overrides=["--data.test=t.json"], files={"t.json": '[{"instruction": "a", "output": "b"}]'}, says=["t.json", "answer"]),
+    Case(name="test problems without options", overrides=[*TESTED, "--data.evaluation.kind=choice"], says=["record 1 of data.test offers no options", "set data.evaluation.options"]),
+    Case(name="right answer that is no option", overrides=[*TESTED, "--data.evaluation={kind: choice, options: [a, b], limit: 1}"], says=["record 1 of data.test has the answer '3'", "none of its options (a, b)"]),
+    Case(name="test problem beyond the context", overrides=[*TESTED, "--data.evaluation.max_new_tokens=1020"], says=["a problem of data.test needs", "room for 1024", "lower that setting"]),
     # the selection
     Case(name="pattern without match", overrides=["--selection.regions.0.modules=['*.query_proj']"], says=["'*.query_proj'", "did you mean '*.q_proj'?"]),
     Case(name="budget larger than the model", overrides=["--selection.budget={parameters: 1000000000}"], says=["selection.budget.parameters is 1,000,000,000"]),

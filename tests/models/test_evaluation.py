@@ -17,6 +17,7 @@ from models.answers import as_number, judge, numbers_in, options_in
 from models.data import FieldConfig
 from models.evaluation import EvaluationConfig, evaluate, evaluate_choice, evaluate_generate, write_result
 from models.gather import gather_json
+from models.problems import check_problems
 from models.templates import encode_prompts, render
 from sparse_zero.errors import InputError
 from tests.distributed.spawn import run_ranks
@@ -322,6 +323,30 @@ def test_all_stop_tokens_of_the_model_stop(taught: Any, tokenizer: Any) -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         EvaluationConfig(**settings)
+
+
+def test_an_empty_answer_to_choose_is_named_and_matters_only_where_it_is_asked(model: Any, tokenizer: Any) -> None:
+    records = [*choices_of(3), choices_of(1)[0] | {"answer": ""}]
+    config = EvaluationConfig(kind="choice")
+    for check in (evaluate, check_problems):
+        with pytest.raises(InputError, match=r"record 4 of data.test has the answer '', which is none of its options"):
+            check(model, tokenizer, records, config, template="plain", fields=FIELDS)
+    first = EvaluationConfig(kind="choice", limit=3)
+    check_problems(model, tokenizer, records, first, template="plain", fields=FIELDS)
+    found = evaluate(model, tokenizer, records, first, template="plain", fields=FIELDS)
+    assert found == evaluate(model, tokenizer, choices_of(3), config, template="plain", fields=FIELDS)
+
+
+@pytest.mark.parametrize("kind", ["generate", "choice"])
+def test_problems_are_checked_without_an_answer(model: Any, tokenizer: Any, kind: Any) -> None:
+    """What evaluate refuses, and nothing else, up to the limit."""
+    long = {"instruction": "and so on " * 2000 + "\nAnswer format: answer1/answer2", "answer": "answer1"}
+    records = [*choices_of(2), long]
+    config = EvaluationConfig(kind=kind, limit=2)
+    check_problems(model, tokenizer, records, config, template="plain", fields=FIELDS)
+    for check in (evaluate, check_problems):
+        with pytest.raises(InputError, match=r"a problem of data.test needs .* tokens.* has room for 1024: .*leave"):
+            check(model, tokenizer, records, EvaluationConfig(kind=kind), template="plain", fields=FIELDS)
 
 
 def test_bad_problems_are_refused(model: Any, tokenizer: Any) -> None:
