@@ -48,9 +48,11 @@ class TrainingConfig:
     per_kind: PerKindConfig = field(default_factory=PerKindConfig)
     # Decoupled decay of trained entries only: towards zero inplace, towards the base under delta.
     weight_decay: float = 0.0
-    # Decay of the running means of the gradient and of its square. Lion's authors take 0.9 and 0.99.
+    # Decay of the running mean of the gradient.
     beta1: float = 0.9
+    # Decay of the running mean of the gradient's square. Lion's authors take 0.99.
     beta2: float = 0.999
+    # Added to the root of that mean, so that a step stays finite.
     epsilon: float = 1e-8
     # Global L2 norm of the values' gradient above which it is scaled down; None: never.
     max_gradient_norm: float | None = 1.0

@@ -90,17 +90,21 @@ class DataConfig:
     train_split: str = "train"
     # Records whose loss is measured during training; None: no validation.
     validation: str | None = None
+    # As train_split, of validation.
     validation_split: str = "validation"
     # Problems answered before and after training; None: no evaluation. Not with plain text, which has no prompts.
     test: str | None = None
+    # As train_split, of test.
     test_split: str = "test"
     # Records, or plain text, whose gradients and activations choose what is trained; None: the training data. Read only
     # where scores need data.
     calibration: str | None = None
+    # As train_split, of calibration.
     calibration_split: str = "train"
     # Text, or records, of another kind than the training data: the mean loss per token on it is measured before and
     # after training, which tells what the model has forgotten. None: it is not.
     forgetting: str | None = None
+    # As train_split, of forgetting.
     forgetting_split: str = "test"
     # Tokens of it that are predicted at most, over all ranks, from its start. Base and tuned model predict the same
     # ones, so that their difference is much surer than either loss; more of them cost two forward passes each.

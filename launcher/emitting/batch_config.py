@@ -33,8 +33,11 @@ def _check_absolute(name: str, value: str) -> None:
 class SlurmConfig:
     """What ``--emit slurm`` asks Slurm for. Left out: what the cluster's administrators have set."""
 
+    # Partition, as in sbatch --partition.
     partition: str | None = None
+    # Account that is charged, as in sbatch --account.
     account: str | None = None
+    # Quality of service, as in sbatch --qos.
     qos: str | None = None
     # Features of nodes, in Slurm's own form: "a100&ib".
     constraint: str | None = None
@@ -76,8 +79,9 @@ class SecretVariable:
 
     # HF_TOKEN, for one.
     variable: str
-    # Name of the Secret, and the key of the value in it.
+    # Name of the Secret.
     secret: str
+    # Key of the value in it.
     key: str
 
     def __post_init__(self) -> None:
@@ -92,7 +96,9 @@ class KubernetesConfig:
 
     # Of the job and all that belongs to it; None: kubectl's.
     namespace: str | None = None
+    # Volumes that every pod mounts: model, data and the run folder lie there.
     volumes: tuple[Volume, ...] = ()
+    # Environment variables that come from Secrets.
     secrets: tuple[SecretVariable, ...] = ()
     # GiB of memory for /dev/shm, where ranks of a node exchange data; counted in batch.memory_gib. The container's own
     # 64 MiB are too few for NCCL.
@@ -146,6 +152,7 @@ class SkypilotConfig:
     spot: bool = False
     # A folder of this machine that is copied to every node, where the command then starts.
     workdir: str | None = None
+    # Files and buckets that every machine gets besides.
     file_mounts: tuple[FileMount, ...] = ()
     # Lines of shell that are run once on each new machine: installing. Your own script, put in as it stands.
     install: tuple[str, ...] = ()
@@ -181,8 +188,11 @@ class BatchConfig:
     # Lines of shell before the run is started, in the same shell (Slurm: on the first node; SkyPilot: on each): "module
     # load cuda", ". .venv/bin/activate". Your own script, put in as it stands.
     setup: tuple[str, ...] = ()
+    # Read by --emit slurm.
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    # Read by --emit kubernetes.
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    # Read by --emit skypilot.
     skypilot: SkypilotConfig = field(default_factory=SkypilotConfig)
 
     def __post_init__(self) -> None:

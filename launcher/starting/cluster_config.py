@@ -23,11 +23,13 @@ class ClusterConfig:
     hostfile: str | None = None
     # The same lines here, instead of a file.
     hosts: tuple[str, ...] = ()
-    # Nodes to take only, or to leave out, by their names in the hostfile.
+    # Nodes to take only, by their names in the hostfile; empty: all.
     include: tuple[str, ...] = ()
+    # Nodes to leave out, by the same names.
     exclude: tuple[str, ...] = ()
-    # Port and user of ssh on all nodes; None: what ssh's own configuration says.
+    # Port of ssh on all nodes; None: what ssh's own configuration says.
     ssh_port: int | None = None
+    # User of ssh on all nodes; None: likewise.
     ssh_user: str | None = None
     # Network interface between nodes, for NCCL, gloo and MPI; None: they choose.
     network_interface: str | None = None

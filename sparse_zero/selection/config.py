@@ -56,8 +56,9 @@ class RegionConfig:
     # Instead of block_size: cut every matrix into this many strips along either side; the blocks are then as
     # oblong as the matrix (DiaBlo).
     blocks_per_side: int | None = None
-    # Only layers with min_layer <= index <= max_layer; negative numbers count from the last layer (-1).
+    # Only layers from this index on; negative numbers count from the last layer (-1). None: from the first.
     min_layer: int | None = None
+    # Only layers up to this index, itself among them; negative numbers as above. None: up to the last.
     max_layer: int | None = None
     # Exactly this many regions in every matched matrix, outside the competition for the budget.
     # None: the regions compete under the budget. What is of kind whole never competes: it is always trained.
@@ -143,10 +144,11 @@ class BudgetConfig:
     # The budget split over groups of matrices, each with a ranking of its own; every competing matrix is in
     # exactly one group. What one group cannot use, no other gets. Empty: no groups.
     groups: tuple[BudgetGroupConfig, ...] = ()
-    # At least, up to less than one region, and at most this share (of a group's, with groups) in every layer with
-    # candidates. The floors are filled first, each by the layer's own ranking; a layer at its cap is passed over.
-    # Matrices outside the layers are not bound.
+    # At least this share of the budget (of a group's, with groups), up to less than one region, in every layer with
+    # candidates. The floors are filled first, each by the layer's own ranking. Matrices outside the layers are not
+    # bound. None: no floor.
     min_share_per_layer: float | None = None
+    # At most this share, likewise; a layer at its cap is passed over. None: no cap.
     max_share_per_layer: float | None = None
 
     def __post_init__(self) -> None:
@@ -289,13 +291,15 @@ class SelectionConfig:
     calibration_batch_size: int = 4
     # frozen: calibration changes nothing; full: SMT's recipe, real full fine-tuning steps (see full_calibration).
     calibration_weights: CalibrationWeights = "frozen"
+    # Learning rate, steps and sharding of calibration_weights: full; not read with frozen.
     full_calibration: FullCalibrationConfig = field(default_factory=FullCalibrationConfig)
     # sum: a score reads the gradient summed over all micro-batches. per_step: it reads each micro-batch's
     # gradient, and the scores are averaged.
     accumulate: Accumulate = "sum"
     # Scores that are not linear in the gradient keep, with accumulate: sum, one accumulator per matrix on every
-    # rank's host. Its dtype, and a folder to map it from disk instead of holding it in memory.
+    # rank's host. Its dtype.
     accumulator_dtype: AccumulatorDtype = "float32"
+    # A folder to map the accumulators from disk; None: they are held in memory.
     accumulator_folder: str | None = None
     # Seed of the random score and of the calibration order.
     seed: int = 0

@@ -59,9 +59,13 @@ class KindOptimizerConfig:
 class PerKindConfig:
     """Settings of the values of each kind of region; None: the common ones."""
 
+    # Of blocks.
     block: KindOptimizerConfig | None = None
+    # Of rows.
     row: KindOptimizerConfig | None = None
+    # Of columns.
     column: KindOptimizerConfig | None = None
+    # Of biases and norms; a matrix of a head is trained as rows.
     whole: KindOptimizerConfig | None = None
 
     def named(self) -> dict[Kind, KindOptimizerConfig]:
