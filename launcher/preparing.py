@@ -215,6 +215,7 @@ def _check_same_selection(config: RunConfig, checkpoint: Checkpoint) -> None:
             config,
             f"{checkpoint.folder} was selected",
             "continue with the same, or start anew in another output.folder",
+            named_only=True,
         )
 
 
@@ -450,7 +451,7 @@ def _score_selection(prepared: Prepared, world: World) -> RegionScores:
     if kept_folder(config) is not None:
         prepared.base = _write_kept(prepared, world)
     scores.metadata["base"] = dataclasses.asdict(prepared.base)
-    record_calibration_data(scores.metadata, prepared.config)
+    record_calibration_data(scores.metadata, config, content=True)
     return scores
 
 

@@ -50,8 +50,7 @@ def read_records(source: str, *, field: str, split: str, data_format: DataFormat
         InputError: nothing to read there, an unsupported suffix, malformed content, or no records.
     """
     path = Path(source).expanduser()
-    if data_format != "hub" and path.exists():
-        files = _files_of_split(path, field, split, data_format) if path.is_dir() else [path]
+    if files := local_files(source, field=field, split=split, data_format=data_format):
         records = [record for file in files for record in _read_file(file, field, data_format)]
     elif data_format in ("auto", "hub") and path.suffix.lower() not in SUFFIXES and HUB_NAME.fullmatch(source):
         records = _read_hub(source, field, split)
@@ -69,11 +68,19 @@ def text_file(source: str, *, field: str, split: str, data_format: DataFormat = 
 
     Arguments and errors as :func:`read_records`, which reads all else.
     """
+    files = local_files(source, field=field, split=split, data_format=data_format)
+    return files[0] if len(files) == 1 and _kind(files[0], data_format) == "text" else None
+
+
+def local_files(source: str, *, field: str, split: str, data_format: DataFormat = "auto") -> list[Path]:
+    """The files that hold one split of a source; empty where it is not there, or is a hub name.
+
+    Arguments and errors as :func:`read_records`, which reads them.
+    """
     path = Path(source).expanduser()
     if data_format == "hub" or not path.exists():
-        return None
-    files = _files_of_split(path, field, split, data_format) if path.is_dir() else [path]
-    return files[0] if len(files) == 1 and _kind(files[0], data_format) == "text" else None
+        return []
+    return _files_of_split(path, field, split, data_format) if path.is_dir() else [path]
 
 
 def read_text(path: Path, *, field: str) -> str:

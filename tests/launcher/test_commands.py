@@ -269,6 +269,51 @@ def test_select_calibrates_on_other_data_where_it_is_named(
     scores("random", "--data.calibration=gone.json", "--selection.score=random")
 
 
+def test_scores_of_other_training_data_are_not_chosen_from(
+    selectable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select = ["select", "--config", "run.yaml", "--out"]
+    assert main([*select, "one.safetensors"]) == 0
+    again = [*select, "again.safetensors", "--from-scores"]
+
+    def refused(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*again, "one.scores.safetensors", *arguments]) == 2
+        assert not Path("again.safetensors").exists()
+        return capsys.readouterr().err
+
+    made = "and the scores in one.scores.safetensors were computed with"
+    (selectable / "other.json").write_text(TRAIN_RECORDS, encoding="utf-8")
+    for name, value, before in (
+        ("data.train", "'other.json'", "'train.json'"),
+        ("data.max_length", "9", "512"),
+        ("data.template", "'plain'", "'alpaca'"),
+        ("data.limit", "2", "None"),
+        ("data.fields.output", "'answer'", "'output'"),
+        ("model.tokenizer", "'model-folder'", "None"),
+    ):
+        assert f"{name} is {value}, {made} {before}: score again" in refused(f"--{name}={value}")
+    # The answer is of no training sample, and the limit of training data of no other.
+    assert main([*again, "one.scores.safetensors", "--data.fields.answer=output"]) == 0
+    Path("again.safetensors").unlink()
+    assert main([*select, "two.safetensors", "--data.calibration=other.json"]) == 0
+    changed = ["--data.calibration=other.json", "--data.limit=2", "--data.train=gone.json"]
+    assert main([*again, "two.scores.safetensors", *changed]) == 0
+    Path("again.safetensors").unlink()
+
+    # Other records of the same name; without the file, its name has to do.
+    (selectable / "train.json").write_text(TRAIN_RECORDS.replace("Add", "Sum"), encoding="utf-8")
+    assert "data.train 'train.json' has changed since the scores in one.scores.safetensors" in refused()
+    (selectable / "train.json").unlink()
+    assert main([*again, "one.scores.safetensors"]) == 0
+
+    # Scores of an earlier version say less, and are taken as they were.
+    scores = RegionScores.load("one.scores.safetensors")
+    scores.metadata["calibration_data"] = {"calibration": None, "calibration_split": None}
+    scores.save("old.scores.safetensors")
+    assert main([*again, "old.scores.safetensors", "--data.max_length=9"]) == 0
+
+
 def test_select_writes_scores_and_chooses_again_from_them(selectable: Path, capsys: pytest.CaptureFixture[str]) -> None:
     select = ["select", "--config", "run.yaml"]
     assert main([*select, "--out", "one.safetensors"]) == 0
