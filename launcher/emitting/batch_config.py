@@ -94,7 +94,7 @@ class SecretVariable:
 class KubernetesConfig:
     """What ``--emit kubernetes`` asks Kubernetes for."""
 
-    # Of the job and all that belongs to it; None: kubectl's.
+    # Namespace of the job and all that belongs to it; None: kubectl's.
     namespace: str | None = None
     # Volumes that every pod mounts: model, data and the run folder lie there.
     volumes: tuple[Volume, ...] = ()
@@ -170,7 +170,7 @@ class SkypilotConfig:
 class BatchConfig:
     """What a batch system is told; read by ``sparse-zero launch --emit`` only."""
 
-    # Of the job; None: the last part of output.folder.
+    # Name of the job; None: the last part of output.folder.
     name: str | None = None
     # Minutes; None: the batch system's own limit.
     time_limit_minutes: int | None = None

@@ -126,7 +126,11 @@ class BudgetGroupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """How much may be trained, over all regions together. Exactly one of the first four fields is set."""
+    """How much may be trained, over all regions together. Exactly one of the first four fields is set.
+
+    What is of kind whole and regions with per_matrix come first, and count (in regions: one each). The fields after
+    these four divide what they leave. An amount that does not hold one region is an error.
+    """
 
     # Share of all parameters of the model, tied ones counted once; 0 < fraction <= 1.
     fraction: float | None = None
@@ -136,8 +140,6 @@ class BudgetConfig:
     bytes: int | None = None
     # Number of regions, whatever their size.
     regions: int | None = None
-    # What is of kind whole and regions with per_matrix come first, and count (in regions: one each). The fields
-    # below divide what they leave. An amount that does not hold one region is an error.
     # all: one ranking over all matrices (SMT calls it no_restriction); matrix: every matrix (of a stack of experts:
     # every one of them) gets the same part (SMT's norm_dist).
     over: Literal["all", "matrix"] = "all"
