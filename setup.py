@@ -50,6 +50,8 @@ LIGER = ["liger-kernel>=0.8.5"]
 TRL = ["trl>=1"]
 # Its private parts were read at this version, see sparse_zero/integrations/peft_compat.py.
 PEFT = ["peft>=0.21.2"]
+# For scripts/accuracy_study.py: peers, pictures, and quantiles for intervals.
+STUDIES = [*PEFT, *PLOTS, "scipy>=1.11"]
 DEV = [
     "build>=1.2",
     "hypothesis>=6.100",
@@ -67,7 +69,7 @@ DEV = [
     "triton>=3.4; sys_platform == 'linux'",
     "types-PyYAML",
     # Also the baselines that tests and benchmarks compare with.
-    *PEFT,
+    *STUDIES,
     *TRL,
     # An MPI without root rights, for the tests that start through mpirun.
     "openmpi>=5; sys_platform == 'linux'",
@@ -91,6 +93,7 @@ setup(
         "peft": PEFT,
         "plots": PLOTS,
         "quant": QUANT,
+        "studies": STUDIES,
         "tracking": TRACKING,
         "trl": TRL,
     },

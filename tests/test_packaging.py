@@ -82,6 +82,7 @@ def test_metadata(wheel: Path, installed: Path) -> None:
         "peft",
         "plots",
         "quant",
+        "studies",
         "tracking",
         "trl",
     }

@@ -42,8 +42,6 @@ class StudySection:
     overlap: Literal["refuse", "drop", "keep"] = "refuse"
     # Adapters of finished points (the peers' too), whose size is in the table either way. Checkpoints never stay.
     keep_adapters: bool = False
-    # The resamples of an interval.
-    resamples: int = 10_000
 
     def __post_init__(self) -> None:
         for name in ("folder", "question"):
@@ -51,8 +49,6 @@ class StudySection:
                 raise InputError(f"study.{name} is empty: say it")
         if len(self.seeds) < MIN_SEEDS or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"study.seeds is {list(self.seeds)}: give {_SEEDS}")
-        if self.resamples < 100:
-            raise InputError(f"study.resamples is {self.resamples}: an interval needs at least 100")
 
     @property
     def path(self) -> Path:

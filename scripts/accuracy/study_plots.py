@@ -167,7 +167,8 @@ def methods_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
         mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
         values = [scale * value for value in row["scores"].values() if value is not None]
         is_full = row["method"] == results["protocol"]["full"]
-        share = share_of_row(row) if row["budget"] is None else row["budget"]
+        # What was trained, which is not always the budget.
+        share = share_of_row(row)
         labels.append(row["label"] + (f"  {100 * share:.3g} %" if share else ""))
         others = [each for number, each in enumerate(reversed(means)) if number != at]
         if _is_far(mean, others):
@@ -273,7 +274,7 @@ def layers_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
 
 
 def forgetting_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
-    """What was added to the loss on other text against what was learned; nearer to the upper left is better."""
+    """What was added to the loss on other text against what was learned; the further left, the less was forgotten."""
     metric = results["tasks"][task]["metric"]
     scale, looks = scale_of(metric), _looks(results["rows"])
     rows = [row for row in measured(rows_of_task(results, task)) if row["forgetting_after"] is not None]

@@ -131,7 +131,7 @@ def finished_of(
     return found
 
 
-def compare(ours: Sequence[Finished], reference: Sequence[Finished], resamples: int) -> Difference | None:
+def compare(ours: Sequence[Finished], reference: Sequence[Finished]) -> Difference | None:
     """Ours minus the reference over the seeds that both have; None where there are none, or other data."""
     theirs = {each.seed: each for each in reference}
     pairs = [(each, theirs[each.seed]) for each in ours if each.seed in theirs]
@@ -144,12 +144,12 @@ def compare(ours: Sequence[Finished], reference: Sequence[Finished], resamples: 
         return None
     if len(weights) == 1 and (shared := weights.pop()) is not None:
         matrices = [[[value for value, _ in each.units or ()] for each in side] for side in zip(*pairs, strict=True)]
-        return statistics.paired_difference(*matrices, weights=shared, resamples=resamples)
+        return statistics.paired_difference(*matrices, weights=shared)
     # Known as wholes, or in other pieces of the same data.
     numbers = [[each.score for each in side] for side in zip(*pairs, strict=True)]
     if any(value is None for side in numbers for value in side):
         return None
-    return statistics.paired_difference(numbers[0], numbers[1], resamples=resamples)
+    return statistics.paired_difference(numbers[0], numbers[1])
 
 
 def _spread(values: Sequence[object]) -> Spread | None:
@@ -182,7 +182,6 @@ def _row(
     within = None
     if spread is not None and full_spread is not None and not is_full:
         within = statistics.is_within_one_deviation(spread, full_spread, higher_is_better=higher_is_better)
-    resamples = config.study.resamples
     return {
         "task": setup.task.name,
         "method": setup.method.name,
@@ -204,9 +203,9 @@ def _row(
         "num_diverged": 0 if tuned is None else sum(as_number(each.row.get("final_loss")) is None for each in runs),
         "score": statistics.as_json(spread),
         "scores": scores,
-        "to_full": None if is_full else statistics.as_json(compare(runs, full, resamples)),
+        "to_full": None if is_full else statistics.as_json(compare(runs, full)),
         "within_full": within,
-        "to_baseline": None if is_baseline else statistics.as_json(compare(runs, baseline, resamples)),
+        "to_baseline": None if is_baseline else statistics.as_json(compare(runs, baseline)),
         "forgetting_before": _over(runs, "forgetting_base"),
         "forgetting_after": _over(runs, "forgetting_tuned"),
         "final_loss": _over(runs, "final_loss"),

@@ -1,4 +1,4 @@
-"""How sure is a difference between two methods? Means, deviations and paired bootstrap intervals, in numpy alone.
+"""How sure is a difference between two methods? Means, deviations, and intervals of paired differences.
 
 Two methods that were trained with the same seeds and asked the same problems are compared pair by pair: what makes a
 seed lucky or a problem hard is the same for both, and cancels in the difference.
@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 Floats = NDArray[numpy.float64]
 
 LEVEL = 0.95
-RESAMPLES = 10_000
-# Resamples that are held at once: bounds the memory (8 bytes x this x the problems), never the result.
-_CHUNK = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +35,9 @@ class Difference:
     """Method minus reference, over the seeds and problems that both have."""
 
     mean: float
-    # Ends of the interval that holds the middle LEVEL of the resampled means.
-    low: float
-    high: float
+    # Ends of its interval; None where a single number tells nothing of others.
+    low: float | None
+    high: float | None
     num_seeds: int
     # Test problems, or pieces of the data that a loss is taken on; None: what is compared are numbers of whole runs.
     num_problems: int | None
@@ -58,56 +56,23 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean=float(numbers.mean()), deviation=deviation, count=len(numbers))
 
 
-def resampled_means(
-    differences: ArrayLike, *, weights: ArrayLike | None = None, resamples: int = RESAMPLES, seed: int = 0
-) -> Floats:
-    """Means of ``differences`` over seeds and problems that are both drawn anew, with replacement.
-
-    Seeds and problems are crossed: a resample draws a multiset of each, and takes the mean over all pairs.
-
-    Args:
-        differences: [seeds, problems].
-        weights: [problems], such as the tokens of each, which a resample's mean counts as drawn; None: equal.
-        resamples: how many.
-        seed: of the draws.
-
-    Returns:
-        [resamples].
-    """
-    matrix: Floats = numpy.asarray(differences, dtype=numpy.float64)
-    num_seeds, num_problems = matrix.shape
-    weight: Floats = numpy.ones(num_problems) if weights is None else numpy.asarray(weights, dtype=numpy.float64)
-    generator = numpy.random.default_rng(seed)
-    means: list[Floats] = []
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        # How often each was drawn, over how many draws.
-        seeds = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=size) / num_seeds
-        problems = generator.multinomial(num_problems, [1 / num_problems] * num_problems, size=size) / num_problems
-        drawn = problems * weight
-        means.append(numpy.einsum("rs,rs->r", seeds, drawn @ matrix.T) / drawn.sum(axis=1))
-    return numpy.concatenate(means)
-
-
 def paired_difference(
-    values: ArrayLike,
-    reference: ArrayLike,
-    *,
-    weights: ArrayLike | None = None,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    values: ArrayLike, reference: ArrayLike, *, weights: ArrayLike | None = None, level: float = LEVEL
 ) -> Difference:
-    """The mean of ``values - reference``, and the percentile interval of its paired bootstrap.
+    """The mean of ``values - reference``, and an interval for other seeds and other problems.
+
+    Seeds and problems are crossed random effects: a difference is the sum of what the method is better by, of what the
+    seed adds, of what the problem adds, and a rest. Each has its variance from the means over the other (an analysis of
+    variance), an effect whose estimate is negative has none, and the interval is Student's with the degrees of freedom
+    of Satterthwaite (Biometrics Bulletin 2, 1946). A bootstrap of three seeds is too sure: its percentile interval
+    covers 74 % where 95 % is said, for it knows nothing of what three cannot show.
 
     Args:
         values: [seeds, problems]: 1 where the method answered right, 0 where not; [seeds, pieces], the mean loss on
             each piece of the data; or [seeds], a number of each run.
         reference: the same of the other method, seeds and problems in the same order.
         weights: [problems]: labels of each piece; None: equal.
-        level: share of the resampled means that the interval holds.
-        resamples: how many.
-        seed: of the draws.
+        level: how often the interval holds what it estimates.
 
     Raises:
         ValueError: the two are of different shapes, or empty.
@@ -117,28 +82,44 @@ def paired_difference(
         raise ValueError(f"values of shape {ours.shape} and {theirs.shape} are not paired by seeds (and problems)")
     has_problems = ours.ndim == 2
     matrix = ours - theirs if has_problems else (ours - theirs)[:, None]
-    means = resampled_means(matrix, weights=weights, resamples=resamples, seed=seed)
-    low, high = numpy.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    num_seeds, num_problems = matrix.shape
+    weight: Floats = numpy.ones(num_problems) if weights is None else numpy.asarray(weights, dtype=numpy.float64)
+    mean, variance, degrees = _mean_and_variance(matrix, weight / weight.sum())
+    half = None
+    if degrees > 0:
+        half = float(stdtrit(degrees, (1 + level) / 2)) * math.sqrt(variance)
     return Difference(
-        mean=float(numpy.average(matrix.mean(axis=0), weights=None if weights is None else numpy.asarray(weights))),
-        low=float(low),
-        high=float(high),
-        num_seeds=matrix.shape[0],
-        num_problems=matrix.shape[1] if has_problems else None,
+        mean=mean,
+        low=None if half is None else mean - half,
+        high=None if half is None else mean + half,
+        num_seeds=num_seeds,
+        num_problems=num_problems if has_problems else None,
     )
 
 
-def bootstrap_variance(differences: ArrayLike) -> float:
-    """What the variance of :func:`resampled_means` tends to with many resamples, in closed form.
-
-    The mean over S x P drawn pairs has the variance of one pair, plus the covariances of pairs that share their seed
-    (P - 1 of them for each) or their problem (S - 1), all divided by S P.
-    """
-    matrix: Floats = numpy.asarray(differences, dtype=numpy.float64)
+def _mean_and_variance(matrix: Floats, weight: Floats) -> tuple[float, float, float]:
+    """The mean of [seeds, problems], its variance, and the degrees of freedom of that; 0: one number tells nothing."""
     num_seeds, num_problems = matrix.shape
-    of_pairs, of_seeds, of_problems = matrix.var(), matrix.mean(axis=1).var(), matrix.mean(axis=0).var()
-    total = of_pairs + (num_problems - 1) * of_seeds + (num_seeds - 1) * of_problems
-    return float(total / (num_seeds * num_problems))
+    of_seeds, of_problems = matrix @ weight, matrix.mean(axis=0)
+    mean = float(of_seeds.mean())
+    rest = matrix - of_seeds[:, None] - of_problems + mean
+    # Variances of the mean: of its seeds and of its problems, each with the rest's in it, and of the rest alone.
+    known = {}
+    if num_seeds > 1:
+        known["seeds"] = (float(of_seeds.var(ddof=1)) / num_seeds, num_seeds - 1)
+    if num_problems > 1:
+        enlarged = num_problems / (num_problems - 1)
+        known["problems"] = (enlarged * float((weight**2 * (of_problems - mean) ** 2).sum()), num_problems - 1)
+    if len(known) < 2:
+        variance, degrees = next(iter(known.values()), (0.0, 0))
+        return mean, variance, degrees
+    degrees_of_rest = (num_seeds - 1) * (num_problems - 1)
+    of_rest = enlarged * float((weight**2 * rest**2).sum()) / (num_seeds * (num_seeds - 1))
+    variance = of_rest + sum(max(0.0, each - of_rest) for each, _ in known.values())
+    spread_of_it = sum(each**2 / degrees for each, degrees in (*known.values(), (of_rest, degrees_of_rest)))
+    if spread_of_it == 0.0:
+        return mean, 0.0, num_seeds - 1
+    return mean, variance, max(variance**2 / spread_of_it, num_seeds - 1)
 
 
 def is_within_one_deviation(found: Spread, reference: Spread, *, higher_is_better: bool = True) -> bool | None:

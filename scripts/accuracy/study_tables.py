@@ -34,9 +34,11 @@ def spread_text(spread: Mapping[str, Any] | None, metric: str) -> str:
 
 
 def difference_text(difference: Mapping[str, Any] | None, metric: str) -> str:
-    """A difference and its interval: ``+0.4 [-0.3, +1.1]``."""
+    """A difference and its interval: ``+0.4 [-0.3, +1.1]``; alone where there is none."""
     if difference is None:
         return ABSENT
+    if difference["low"] is None:
+        return value_text(difference["mean"], metric, signed=True)
     mean, low, high = (value_text(difference[name], metric, signed=True) for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -71,7 +73,10 @@ def _mean(row: Mapping[str, Any], name: str) -> float | None:
 
 def _forgetting(row: Mapping[str, Any]) -> str:
     before, after = _mean(row, "forgetting_before"), _mean(row, "forgetting_after")
-    return ABSENT if before is None or after is None else f"{before:.3f} → {after:.3f}"
+    if before is None or after is None:
+        return ABSENT
+    deviation = row["forgetting_after"]["deviation"]
+    return f"{before:.3f} → {after:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def budget_text(row: Mapping[str, Any]) -> str:
@@ -167,8 +172,8 @@ def protocol_text(results: Results) -> str:
         f"the best {_tuned_by(results)} on the development data; (edge): the best was the lowest or highest."
     )
     measure = (
-        f"Mean ± standard deviation (of the sample) over the seeds {seeds}. Differences with the 95 % interval of a "
-        f"paired bootstrap over {_drawn_anew(results)}. "
+        f"Mean ± standard deviation (of the sample) over the seeds {seeds}. Differences are paired, with their 95 % "
+        f"interval for other {_drawn_anew(results)}. "
         + (_WITHIN if any(row["within_full"] is not None for row in results["rows"]) else "")
         + "Trained: share of the parameters that the method has changed, those "
         "among them that it trained for a time only; without the head. "
@@ -179,7 +184,7 @@ def protocol_text(results: Results) -> str:
 
 
 def _drawn_anew(results: Results) -> str:
-    """What the bootstrap draws from."""
+    """Of what an interval says what others would give."""
     found = ["seeds"]
     if any(task["metric"] == "accuracy" for task in results["tasks"].values()):
         found.append("test problems")
@@ -228,13 +233,11 @@ def _reservations(results: Results) -> list[str]:
         found.append(f"Final runs that diverged; their answers count as they are: {', '.join(diverged)}.")
     of_losses = [row for row in _rows_of_losses(results) if _numbers_drawn(row)]
     whole = [row for row in of_losses if None in _numbers_drawn(row)]
-    if num_seeds < 4 and whole:
+    if whole:
         named = (
             "" if len(whole) == len(of_losses) else f" of {', '.join(row['label'] + budget_text(row) for row in whole)}"
         )
-        found.append(
-            f"Losses{named} are resampled over seeds alone: with {num_seeds}, the interval is their whole range."
-        )
+        found.append(f"Losses{named} are known as wholes: their intervals are for other seeds alone.")
     unequal = [each for row in rows if (each := _unequal(row, results)) is not None]
     if unequal:
         found.append(

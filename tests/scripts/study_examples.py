@@ -49,7 +49,7 @@ def all_points(config: StudyConfig) -> tuple[list[Any], list[Any]]:
 def write_study(path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A study of two methods on a tiny model; ``changes`` replace whole sections."""
     content: dict[str, Any] = {
-        "study": {"folder": str(path / "out"), "question": "Which?", "seeds": [1, 2, 3], "resamples": 500},
+        "study": {"folder": str(path / "out"), "question": "Which?", "seeds": [1, 2, 3]},
         "tuning": {"rates": [1e-3, 1e-2], "records": 4, "steps": 2},
         "run": {
             "model": {"name_or_path": str(path / "model")},
@@ -120,11 +120,11 @@ def example_results(name: str = "example", *, budgets: Sequence[float] = (0.001,
                 "num_finished": 3, "num_failed": 0, "score": as_json(spread(scores)),
                 "scores": {str(seed): score for seed, score in zip((1, 2, 3), scores, strict=True)},
                 "to_full": None if method == "full" else as_json(
-                    paired_difference(correct, answers["full", None], resamples=500)
+                    paired_difference(correct, answers["full", None])
                 ),
                 "within_full": None if method == "full" else method == "blocks" and budget == 0.2,
                 "to_baseline": None if baseline is None else as_json(
-                    paired_difference(correct, baseline, resamples=500)
+                    paired_difference(correct, baseline)
                 ),
                 "forgetting_before": as_json(spread([3.1] * 3)),
                 "forgetting_after": as_json(spread([3.1 + after, 3.12 + after, 3.08 + after])),
