@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 # Characters tokenized at once, at least: a tokenizer's offsets of a whole book would take more than the book.
 _PIECE_CHARACTERS = 1 << 16
-# Between a line break and what begins a line: no tokenizer joins the two, so that the ids are those of the whole text.
-_SEAM = re.compile(r"(?<=\n)(?=\S)")
+# Between a line break and the word that begins a line: no tokenizer joins the two, so that the ids are those of the
+# whole text. Only a break behind a line's last mark: at the end of a piece, tokenizers like GPT-2's join all spaces and
+# breaks that stand there, of which they leave the last one apart before a word.
+_SEAM = re.compile(r"(?<=\S\n)(?=\w)")
 
 
 def cut_text(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -57,7 +57,8 @@ def test_every_token_is_predicted_once(
 def test_a_long_text_is_tokenized_in_pieces_as_if_it_were_whole(
     tmp_path: Path, train_tokenizer: Any, sentencepiece_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = write(tmp_path, some_text(2000))
+    # Pieces end behind lines that do not end in spaces, where a word follows.
+    file = write(tmp_path, some_text(2000).replace("more. ", "more.\n"))
     config = DataConfig(train=file, max_length=50)
     for tokenizer in (train_tokenizer(), sentencepiece_tokenizer):
         whole = load_samples(config, tokenizer, "train")
@@ -66,6 +67,36 @@ def test_a_long_text_is_tokenized_in_pieces_as_if_it_were_whole(
             text = Path(file).read_text()
             assert len(list(plain_text._encode_pieces(text, tokenizer))) > 10
             assert load_samples(config, tokenizer, "train") == whole
+
+
+def gpt2_like_tokenizer() -> Any:
+    """Bytes, and what GPT-2's vocabulary has of spaces: two line breaks as one token, and a space with a break."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), ("Ġ", "Ċ"), ("Ġ", "Ġ")]
+    vocabulary = {piece: number for number, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n", "\n\n\n", " \n", "  \n", " \n\n", ".\n", "\n/", "\n "])
+def test_breaks_that_a_tokenizer_joins_at_the_end_of_a_piece_are_no_seam(
+    between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = gpt2_like_tokenizer()
+    # Every other time; single breaks are where pieces may end.
+    text = "".join(f"line{between if number % 2 else chr(10)}" for number in range(40)) + "end"
+    whole = tokenizer(text)["input_ids"]
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    assert len(tokenizer("\n\na")["input_ids"]) == 3
+    monkeypatch.setattr(plain_text, "_PIECE_CHARACTERS", 7)
+    pieces = list(plain_text._encode_pieces(text, tokenizer))
+    assert len(pieces) > 5
+    assert [token for piece in pieces for token in piece] == whole
 
 
 def test_the_limits_are_of_samples_in_training_and_of_tokens_in_forgetting(tmp_path: Path, tiny_tokenizer: Any) -> None:
