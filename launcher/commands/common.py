@@ -4,6 +4,7 @@ import argparse
 from typing import NoReturn
 
 from launcher.config import RunConfig, load_config
+from launcher.config_checks import check_config
 from launcher.deepspeed_config import check_own_config
 from sparse_zero.errors import InputError
 
@@ -42,8 +43,19 @@ def add_command(
     return parser
 
 
-def read_run(args: argparse.Namespace) -> RunConfig:
-    """The run that ``--config`` and the overrides describe, its own DeepSpeed config checked too."""
+def read_run(args: argparse.Namespace, *, trains: bool = True) -> RunConfig:
+    """The run that ``--config`` and the overrides describe, with what can be said of it from the config alone.
+
+    Args:
+        args: of the command.
+        trains: False where a model is loaded and nothing is trained: a run in bf16 may answer its problems in fp32.
+
+    Raises:
+        InputError: the config does not hold, or (trains) no rank could start with it.
+    """
     config = load_config(args.config, args.overrides)
-    check_own_config(config)
+    if trains:
+        check_config(config)
+    else:
+        check_own_config(config)
     return config

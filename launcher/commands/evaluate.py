@@ -27,7 +27,7 @@ sparse-zero evaluate --config run.yaml --adapter runs/mine/adapter --data.test=b
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
-    config = read_run(args)
+    config = read_run(args, trains=False)
     if config.data.test is None:
         raise InputError("data.test is missing: name the test data in the config or with --data.test=FILE")
     adapter = existing_adapter(args.adapter) if args.adapter else None

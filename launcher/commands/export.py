@@ -42,7 +42,7 @@ sparse-zero export --config run.yaml --as adapter --out my-adapter         for t
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
-    config = read_run(args)
+    config = read_run(args, trains=False)
     folder = Path(config.output.folder)
     adapter = existing_adapter(args.adapter or str(folder / "adapter"))
     is_model = args.form == "model"

@@ -160,6 +160,7 @@ def _planned(args: argparse.Namespace, config: "RunConfig | None") -> "tuple[Pla
     import dataclasses
 
     from launcher.config import apply_override, parse_config
+    from launcher.config_checks import check_config
     from launcher.plan.defaults import LORA_RANK, SELECTIONS, default_run, described, peer_changes, selection_for
     from launcher.plan.planned_run import plan_run
     from launcher.yaml_files import read_mapping
@@ -177,6 +178,7 @@ def _planned(args: argparse.Namespace, config: "RunConfig | None") -> "tuple[Pla
                 apply_override(mapping, override)
             replaced = parse_config(mapping, source=args.config)
             config = dataclasses.replace(config, selection=replaced.selection)
+            check_config(config)
     changes = peer_changes(method, str(values.get("model_type", "llama")), args.lora_rank or LORA_RANK)
     return plan_run(config, _ranks(args, config), **changes), method
 

@@ -9,6 +9,7 @@ from typing import Any
 from launcher.commands.common import Parser, add_command
 from launcher.run_folder import check_new_file
 from launcher.saying import say
+from launcher.starting.start_files import exported_variables
 from launcher.stopping import EXIT_SIGNAL, stop_requests
 from launcher.sweep.points import expand, find_config
 from launcher.sweep.sweep_config import SweepConfig, read_sweep
@@ -111,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
     from launcher.sweep.progress import SweepProgress
     from launcher.sweep.running import lock_of, run_points
 
+    for each in chosen:
+        if each.point is not None:  # Every one of them would find it out by itself.
+            exported_variables(each.point.config.cluster, os.environ)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()
@@ -208,6 +212,9 @@ def _emit(args: argparse.Namespace, folder: SweepFolder, listed: Sequence[Listed
         check_new_file(Path(args.out))
     points = {each.name: (each.index, each.point.config) for each in chosen if each.point is not None}
     script = array_of_points(points, folder.path.absolute(), Path.cwd(), args.at_once)
+    for each in chosen:
+        if each.point is not None:  # Every one of them would find it out by itself.
+            exported_variables(each.point.config.cluster, os.environ)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from launcher.config import load_config
-from launcher.deepspeed_config import check_own_config, deepspeed_config
-from launcher.emitting.job import ranks_per_node, refuse_secrets
+from launcher.config_checks import check_config
+from launcher.deepspeed_config import deepspeed_config
+from launcher.emitting.job import ranks_per_node
 from launcher.emitting.kubernetes import kubernetes_manifest
 from launcher.emitting.skypilot import skypilot_task
 from launcher.emitting.slurm_script import slurm_script
@@ -32,8 +33,7 @@ def emit(args: argparse.Namespace) -> int:
     if out is not None:
         check_new_file(out)
     config = load_config(args.config, args.overrides if args.emit == "slurm" else [*args.overrides, _ADDRESS])
-    check_own_config(config)
-    refuse_secrets(config)
+    check_config(config)
     # Found here, a contradiction costs no time in a queue.
     deepspeed_config(config, config.cluster.num_nodes * ranks_per_node(config))
     if args.emit == "slurm":

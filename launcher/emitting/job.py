@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from launcher.config import RunConfig
-from sparse_zero.credentials import is_secret
 from sparse_zero.errors import InputError
 
 # Kubernetes and SkyPilot append to a name, and 63 letters are all that a host name may have.
@@ -74,21 +73,6 @@ def check_exported(config: RunConfig, told: Sequence[str], secrets: str, folders
             f"cluster.export_file is {cluster.export_file}, which the machines of the batch system do not have: put "
             "it below a folder that is mounted there, or its lines into cluster.export"
         )
-
-
-def refuse_secrets(config: RunConfig) -> None:
-    """Refuse values that belong into no file.
-
-    Raises:
-        InputError: names the variable of ``cluster.export`` that holds one, not the value.
-    """
-    for text in config.cluster.export:
-        name, equals, value = text.partition("=")
-        if equals and is_secret(name, value):
-            raise InputError(
-                f"cluster.export has {name} with its value, which would be written down: leave it out, and "
-                "name it in batch.kubernetes.secrets or batch.skypilot.secrets, or set it where sbatch is called"
-            )
 
 
 def is_below(path: str, folders: Sequence[str]) -> bool:

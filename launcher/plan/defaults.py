@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from launcher.config import RunConfig, apply_override, parse_config
+from launcher.config_checks import check_config
+from launcher.training_config import DTYPE_OF_PRECISION
 from models.known_shapes import known_shape, nearest_known
 from models.source import local_folder
 from models.weight_files import read_json_object
@@ -176,7 +178,7 @@ def default_run(model: str, method: str, overrides: Sequence[str] = ()) -> RunCo
         overrides: as of a config file: ``--data.max_length=512``.
 
     Raises:
-        InputError: the model's name cannot be meant, or an override does not hold.
+        InputError: the model's name cannot be meant, or an override does not hold, or no rank could start with it.
     """
     check_model_name(model)
     values = described(model)
@@ -186,7 +188,6 @@ def default_run(model: str, method: str, overrides: Sequence[str] = ()) -> RunCo
         # transformers has no other attention for Bloom.
         "model": {
             "name_or_path": model,
-            "dtype": "bfloat16",
             "attention": "eager" if values.get("model_type") == "bloom" else "sdpa",
         },
         "data": {"train": "train.json", "max_length": 2048},
@@ -207,4 +208,9 @@ def default_run(model: str, method: str, overrides: Sequence[str] = ()) -> RunCo
     if samples and isinstance(batch, int) and batch > 0 and isinstance(mapping["selection"], dict):
         mapping["selection"].setdefault("calibration_batch_size", batch)
         mapping["selection"].setdefault("calibration_batches", -(-samples // batch))
-    return parse_config(mapping, source="the planned run")
+    precision = mapping["training"].get("precision") if isinstance(mapping["training"], dict) else None
+    if precision in DTYPE_OF_PRECISION and isinstance(mapping["model"], dict):
+        mapping["model"].setdefault("dtype", DTYPE_OF_PRECISION[precision])
+    config = parse_config(mapping, source="the planned run")
+    check_config(config)
+    return config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.config import RunConfig, apply_override, parse_config, resolved_yaml
-from launcher.deepspeed_config import check_own_config
+from launcher.config_checks import check_config
 from launcher.plan.forecasting import Shapes, job_of, planned_selection
 from launcher.plan.options import Option, dimensions
 from launcher.run_folder import FREE_KEYS
@@ -173,7 +173,7 @@ class _Search:
             for override in overrides:
                 apply_override(mapping, override)
             changed = parse_config(mapping)
-            check_own_config(changed)
+            check_config(changed)
             selection = self._selection_of(changed)
             job = job_of(changed, self._world_size, **_batch_of(self._config, changed, self._job, self._filled))
             forecast = self._shapes.forecast(job, selection)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.starting.exported import check_exported_lines
 from sparse_zero.errors import InputError
 
 
@@ -34,7 +35,7 @@ class ClusterConfig:
     # Network interface between nodes, for NCCL, gloo and MPI; None: they choose.
     network_interface: str | None = None
     # Variables for every rank: NAME, as it is set here, or NAME=value. Those of NCCL, gloo, UCX, OpenMP, Hugging Face
-    # and DeepSpeed are passed on without being named.
+    # and DeepSpeed are passed on without being named. A secret is named without its value: the config is saved.
     export: tuple[str, ...] = ()
     # A file of such lines.
     export_file: str | None = None
@@ -105,6 +106,7 @@ class ClusterConfig:
                 "use pdsh, openmpi, mpich, slurm or torchrun for several nodes"
             )
         self._check_reaching()
+        check_exported_lines(self.export)
         if self.launcher == "torchrun" and self.num_nodes > 1 and self.master_address is None:
             raise InputError("cluster.master_address is missing: torchrun on several nodes needs rank 0's address")
 

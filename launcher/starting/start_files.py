@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.config import RunConfig, resolved_yaml
-from launcher.process_ranks import OF_ONE_RANK
 from launcher.starting.cluster_config import ClusterConfig
+from launcher.starting.exported import name_and_value
 from launcher.yaml_files import read_text
 from sparse_zero.errors import InputError
 
@@ -25,25 +25,14 @@ CONFIG_NAME, ENVIRONMENT_NAME = "config.yaml", "environment.json"
 _FORWARDED = re.compile(
     r"(?!CUDA_VISIBLE_DEVICES$)(NCCL|GLOO|UCX|TORCH|PYTORCH|CUDA|OMP|MKL|DS|DEEPSPEED|HF|TRANSFORMERS|TOKENIZERS|MLFLOW|WANDB)_.*"
 )
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Those of a rank, of where ranks meet, and of a whole job.
-_OF_LAUNCHERS = re.compile(
-    rf"{OF_ONE_RANK.pattern}|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|(OMPI_COMM_WORLD|PMI|PMIX|SLURM|TORCHELASTIC)_.*"
-)
 
 
 def _entry(text: str, source: str, environ: Mapping[str, str]) -> tuple[str, str]:
     """(name, value) of ``NAME`` or ``NAME=value``."""
-    name, equals, value = text.partition("=")
-    if not _NAME.fullmatch(name):
-        raise InputError(f"{source} has {text!r}: write NAME, or NAME=value")
-    if _OF_LAUNCHERS.fullmatch(name):
-        raise InputError(f"{source} has {name}, which launchers set for each rank: take it out")
-    if "\0" in value:
-        raise InputError(f"{source} has {name} with a NUL character: no environment can hold it")
-    if not equals and name not in environ:
+    name, value = name_and_value(text, source)
+    if value is None and name not in environ:
         raise InputError(f"{source} names {name}, which is not set here: set it, or write {name}=value")
-    return name, value if equals else environ[name]
+    return name, environ[name] if value is None else value
 
 
 def exported_variables(cluster: ClusterConfig, environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.config import RunConfig
-from launcher.emitting.job import refuse_secrets
 from launcher.emitting.slurm_script import slurm_array
 from sparse_zero.errors import InputError
 
@@ -36,8 +35,6 @@ def array_of_points(
                 f"the points {first} and {name} of the sweep differ in cluster or batch, and tasks of an array are all "
                 "given the same: choose points that are alike with --only or --points"
             )
-    for _, each in points.values():
-        refuse_secrets(each)
     command = shlex.join(["sparse-zero", "sweep", "--folder", str(sweep_folder), "--point"])
     return slurm_array(
         config, f'{command} "$SLURM_ARRAY_TASK_ID"', folder, config.batch.name or "sparse-zero-sweep", tasks

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig, parse_config, set_value
-from launcher.deepspeed_config import check_own_config
+from launcher.config_checks import check_config
 from launcher.sweep.sweep_config import Choice, SweepConfig, excluded_values, identity, is_choice, parse_choice
 from launcher.yaml_files import merge, parse_yaml, read_mapping
 from sparse_zero.errors import InputError
@@ -177,7 +177,7 @@ def _parse(
                 set_value(mapping, key, copy.deepcopy(value), f"sweep.grid.{key}")
         set_value(mapping, "output.folder", str(sweep.path / name), "sweep.folder")
         config = parse_config(mapping, source="its config")
-        check_own_config(config)
+        check_config(config)
     except InputError as error:
         raise InputError(f"the point {name} of the sweep: {error}") from error
     return config

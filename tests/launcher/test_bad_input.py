@@ -86,6 +86,9 @@ CLASSIFIES = [
 ]
 CLASSES = [*CLASSIFIES, "--data.train=classes.tsv"]
 
+# A batch script, for which no rank starts.
+EMITS = ["--emit", "slurm", "--cluster.ranks_per_node=2"]
+
 CONFIG_CASES = [
     # the command line
     Case(name="no command", arguments=[], says=["COMMAND", "required", "sparse-zero --help"]),
@@ -233,7 +236,20 @@ CONFIG_CASES = [
     Case(name="hostfile of an MPIJob", command="launch", overrides=["--emit", "kubernetes", "--cluster.ranks_per_node=2", "--cluster.launcher=openmpi", "--cluster.hostfile=hosts", "--batch.image=a", "--batch.kubernetes.volumes=[{claim: a, path: /data}]", "--output.folder=/data/out"], says=["cluster.hostfile is hosts", "/etc/mpi/hostfile"]),
     Case(name="variable of this machine", command="launch", overrides=["--emit", "skypilot", "--cluster.ranks_per_node=2", "--batch.gpu_type=A100", "--cluster.export=[HOME]"], says=["cluster.export names HOME", "batch.skypilot.secrets"]),
     Case(name="variables' file of this machine", command="launch", overrides=["--emit", "skypilot", "--cluster.ranks_per_node=2", "--batch.gpu_type=A100", "--cluster.export_file=variables"], says=["cluster.export_file is variables"]),
-    Case(name="secret in what is emitted", command="launch", overrides=["--emit", "skypilot", "--cluster.ranks_per_node=2", "--batch.gpu_type=A100", "--cluster.export=[HF_TOKEN=abc]"], says=["cluster.export has HF_TOKEN with its value", "batch.skypilot.secrets"]),
+    Case(name="secret in what is emitted", command="launch", overrides=["--emit", "skypilot", "--cluster.ranks_per_node=2", "--batch.gpu_type=A100", "--cluster.export=[HF_TOKEN=abc]"], says=["cluster.export has HF_TOKEN with its value", "write HF_TOKEN alone"]),
+    Case(name="secret of a launch", command="launch", overrides=["--cluster.export=[API_TOKEN=abc]"], says=["cluster.export has API_TOKEN with its value", "write API_TOKEN alone", "cluster.export_file"]),
+    Case(name="exported name of two words", overrides=["--cluster.export=['A B=c']"], says=["cluster.export has 'A B' with a value", "write NAME, or NAME=value"]),
+    Case(name="exported rank", command="launch", overrides=["--emit", "slurm", "--cluster.ranks_per_node=2", "--cluster.export=[RANK=3]"], says=["cluster.export has RANK", "take it out"]),
+    Case(name="exported and not set", command="sweep", files=sweep_file(), overrides=["--cluster.export=[NOT_SET_HERE]"], says=["cluster.export names NOT_SET_HERE, which is not set here"]),
+    # what the ranks would find: said by commands that start none
+    Case(name="emitted with another precision", command="launch", overrides=[*EMITS, "--training.precision=bf16"], says=["training.precision is bf16", "model.dtype is float32"]),
+    Case(name="emitted with an unknown score", command="launch", overrides=[*EMITS, "--selection.score=foo"], says=["selection.score is 'foo'", "choose one of"]),
+    Case(name="emitted with rounding of nothing", command="launch", overrides=[*EMITS, "--zero.rounding=stochastic"], says=["zero.rounding is 'stochastic'", "use zero.rounding nearest"]),
+    Case(name="emitted with a quantized base inplace", command="launch", overrides=[*EMITS, "--model.quantization=nf4"], says=["model.quantization is 'nf4'", "set zero.placement to delta"]),
+    Case(name="emitted with muon and no blocks", command="launch", overrides=[*EMITS, "--training.optimizer=muon", "--selection.regions=[{kind: row, modules: [q_proj], per_matrix: 1}]", "--selection.budget=null"], says=["the optimizer muon is for matrices", "select blocks"]),
+    Case(name="doctor of another precision", command="doctor", overrides=["--training.precision=bf16"], says=["training.precision is bf16", "model.dtype is float32"]),
+    Case(name="point of another precision", command="sweep", files=sweep_file(), overrides=["--training.precision=bf16", "--dry-run"], says=["the point seed=0 of the sweep: training.precision is bf16"]),
+    Case(name="planned for a stage that offloads nothing", arguments=["plan", "--model", "llama-2-7b", "--zero.stage=0", "--zero.offload_optimizer=cpu"], says=["zero.offload_optimizer", "stage"]),
     Case(name="shared memory beyond memory", command="launch", overrides=["--emit", "kubernetes", "--cluster.ranks_per_node=2", "--cluster.launcher=torchrun", "--batch.image=a", "--batch.memory_gib=8", "--batch.kubernetes.volumes=[{claim: a, path: /data}]", "--output.folder=/data/out"], says=["batch.kubernetes.shared_memory_gib is 16", "batch.memory_gib is 8"]),
     Case(name="label that is none", command="launch", overrides=["--emit", "kubernetes", "--cluster.ranks_per_node=2", "--cluster.launcher=torchrun", "--batch.image=a", "--batch.gpu_type=a b", "--batch.kubernetes.volumes=[{claim: a, path: /data}]", "--output.folder=/data/out"], says=["batch.gpu_type is 'a b'", "nvidia.com/gpu.product"]),
     Case(name="host name that is none", command="launch", overrides=["--emit", "skypilot", "--cluster.ranks_per_node=2", "--batch.gpu_type=A100", "--batch.name=My_run"], says=["batch.name is 'My_run'", "lower case"]),
