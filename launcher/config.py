@@ -238,6 +238,17 @@ def _refuse_credential(name: str, source: str) -> NoReturn:
     )
 
 
+def named_paths(config: RunConfig) -> dict[str, str]:
+    """The files and folders that a config names, by setting; names of the hub are among them."""
+    found: dict[str, str] = {}
+    for name in _PATH_FIELDS:
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
 def resolved_yaml(config: RunConfig) -> str:
     """``config`` with every default written out; :func:`load_config` reads it back as an equal config."""
     return dump_yaml(_plain(config))

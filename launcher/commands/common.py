@@ -1,9 +1,12 @@
 """What do the commands share: the --config argument, overrides, and reading the run?"""
 
 import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
-from launcher.config import RunConfig, load_config
+from launcher.config import RunConfig, load_config, named_paths
 from launcher.config_checks import check_config
 from launcher.deepspeed_config import check_own_config
 from sparse_zero.errors import InputError
@@ -59,3 +62,26 @@ def read_run(args: argparse.Namespace, *, trains: bool = True) -> RunConfig:
     else:
         check_own_config(config)
     return config
+
+
+def inputs_of(args: argparse.Namespace, config: RunConfig) -> dict[str, str]:
+    """What a command reads that is given a config: the file itself, and what it names."""
+    return {"--config": args.config, **named_paths(config)}
+
+
+def check_keeps_inputs(out: Path, option: str, inputs: Mapping[str, str | Path | None]) -> None:
+    """Raise where a command would write over what it reads, by whatever name.
+
+    Args:
+        out: the file to be written.
+        option: that names it.
+        inputs: what is read, by option or setting.
+
+    Raises:
+        InputError: names the option and what it would overwrite.
+    """
+    for name, path in inputs.items():
+        if path is not None and os.path.realpath(out) == os.path.realpath(path):
+            raise InputError(
+                f"{option} is {out}, which {name} names as input: it would be overwritten; name another file"
+            )

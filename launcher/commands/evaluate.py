@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from launcher.commands.common import Parser, add_command, read_run
+from launcher.commands.common import Parser, add_command, check_keeps_inputs, inputs_of, read_run
 from launcher.run_folder import check_out_file
 from sparse_zero.errors import InputError
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None:
         check_out_file(out)
+        check_keeps_inputs(out, "--out", inputs_of(args, config))
     from launcher import evaluating  # heavy: torch and transformers
 
     return evaluating.evaluate_run(config, adapter, out)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.common import Parser, add_command
+from launcher.commands.common import Parser, add_command, check_keeps_inputs
 from launcher.run_folder import SCORES_NAME, SELECTION_NAME, check_can_write_in, check_out_file, scores_beside
 from sparse_zero.errors import InputError
 
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     other_file = None if args.other is None else selection_file(Path(args.other), "OTHER")
     if args.html is not None:
         check_out_file(Path(args.html), "--html")
+        check_keeps_inputs(Path(args.html), "--html", {"PATH": file, "OTHER": other_file, "--scores": args.scores})
     if args.png is not None:
         if Path(args.png).is_file():
             raise InputError(f"--png is {args.png}, which is a file: name a folder")

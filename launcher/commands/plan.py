@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.commands.common import OVERRIDES, Parser, add_command, read_run
+from launcher.commands.common import OVERRIDES, Parser, add_command, check_keeps_inputs, inputs_of, read_run
 from launcher.run_folder import check_out_file
 from sparse_zero.errors import InputError
 from sparse_zero.files import atomic_write_json
@@ -199,6 +199,9 @@ def _answer(args: argparse.Namespace, timeline: Path | None) -> int:
 
     gpu = None if args.gpu_memory is None else Gpu(gib=args.gpu_memory)
     config = None if args.config is None else read_run(args)
+    for name in ("json", "plot"):
+        if config is not None and getattr(args, name) is not None:
+            check_keeps_inputs(Path(getattr(args, name)), f"--{name}", inputs_of(args, config))
     if args.fits:
         assert gpu is not None
         answer = plan_answers.fitting_models(args.method or "smt", args.ranks or 1, gpu, args.overrides)

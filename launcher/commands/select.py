@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from launcher.commands.common import Parser, add_command, read_run
+from launcher.commands.common import Parser, add_command, check_keeps_inputs, inputs_of, read_run
 from launcher.run_folder import SCORES_NAME, RunFolder, check_out_file, scores_beside
 from sparse_zero.errors import InputError
 
@@ -54,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{out} belongs to the run in output.folder: name another file with --out")
     check_out_file(out, "--out" if args.out else "the selection file in output.folder")
     scores_out = _scores_file(args, out)
+    inputs = {**inputs_of(args, config), "--from-scores": args.from_scores}
+    check_keeps_inputs(out, "--out", inputs)
+    if scores_out is not None:
+        check_keeps_inputs(scores_out, "--scores", inputs)
     if args.from_scores is not None:
         from launcher.choosing import choose_from_scores  # heavy: torch and transformers
 

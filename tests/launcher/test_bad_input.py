@@ -241,6 +241,13 @@ CONFIG_CASES = [
     Case(name="exported name of two words", overrides=["--cluster.export=['A B=c']"], says=["cluster.export has 'A B' with a value", "write NAME, or NAME=value"]),
     Case(name="exported rank", command="launch", overrides=["--emit", "slurm", "--cluster.ranks_per_node=2", "--cluster.export=[RANK=3]"], says=["cluster.export has RANK", "take it out"]),
     Case(name="exported and not set", command="sweep", files=sweep_file(), overrides=["--cluster.export=[NOT_SET_HERE]"], says=["cluster.export names NOT_SET_HERE, which is not set here"]),
+    # what is read is never written over, by whatever name
+    Case(name="selection over its scores", command="select", files={"a.scores": "x"}, overrides=["--from-scores", "a.scores", "--out", "./a.scores"], says=["--out is a.scores", "--from-scores names", "name another file"]),
+    Case(name="selection over the config", command="select", overrides=["--out", "run.yaml"], says=["--out is run.yaml", "--config names"]),
+    Case(name="scores over the data", command="select", files={"train.json": "[]"}, overrides=["--out", "a.safetensors", "--scores", "train.json"], says=["--scores is train.json", "data.train names"]),
+    Case(name="plan over the config", command="plan", overrides=["--ranks", "1", "--json", "run.yaml"], says=["--json is run.yaml", "--config names"]),
+    Case(name="answers over the problems", command="evaluate", files={"test.json": "[]"}, overrides=["--data.test=test.json", "--out", "test.json"], says=["--out is test.json", "data.test names"]),
+    Case(name="page over the selection", arguments=["inspect", "a.safetensors", "--html", "a.safetensors"], files={"a.safetensors": NO_HEADER}, says=["--html is a.safetensors", "PATH names"]),
     # what the ranks would find: said by commands that start none
     Case(name="emitted with another precision", command="launch", overrides=[*EMITS, "--training.precision=bf16"], says=["training.precision is bf16", "model.dtype is float32"]),
     Case(name="emitted with an unknown score", command="launch", overrides=[*EMITS, "--selection.score=foo"], says=["selection.score is 'foo'", "choose one of"]),
