@@ -22,6 +22,7 @@ from sparse_zero.errors import InputError
 from sparse_zero.integrations.plain_state import from_plain, to_plain
 from sparse_zero.layers.sparsify import trainable_parameters
 from sparse_zero.zero.compat import inner_optimizer, stepped
+from sparse_zero.zero.optimizer_state import fill_missing_gradients
 
 ADAPTER_FOLDER = "adapter"
 # Options of a group of parameters that belong to the machine, not to the training.
@@ -33,15 +34,9 @@ _MARK = "_sparse_zero_steps_every_value"
 
 
 def _step_every_value(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: give the values that no batch has reached a gradient of zero, as DeepSpeed does.
-
-    torch's optimizers pass over what has no gradient: it would have no state, without which a checkpoint is not
-    loaded, and later a counter of its own, where a checkpoint has one for all.
-    """
+    """Before a step: see :func:`~sparse_zero.zero.optimizer_state.fill_missing_gradients`."""
     for group in optimizer.param_groups:
-        for values in group["params"]:
-            if values.requires_grad and values.grad is None:
-                values.grad = torch.zeros_like(values)
+        fill_missing_gradients(group["params"])
 
 
 @dataclass(frozen=True, kw_only=True)

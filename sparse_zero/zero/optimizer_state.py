@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,20 +43,34 @@ def _entry_states(inner: torch.optim.Optimizer, tensor: Tensor) -> tuple[str, ..
     unused = _UNUSED_STATES.get(type(inner).__name__, set())
     names, others = [], []
     for name, held in state.items():
-        if isinstance(held, Tensor) and held.shape == tensor.shape and name not in eight_bit.companions(state):
-            names.append(name)
-        elif isinstance(held, Tensor) and held.numel() != 1 and name not in eight_bit.companions(state):
-            others.append(name)
+        if name == "step" or held is None or name in eight_bit.companions(state):
+            continue
+        is_per_entry = isinstance(held, Tensor) and held.shape == tensor.shape
+        (names if is_per_entry else others).append(name)
     if others:
         raise InputError(
-            f"the optimizer {type(inner).__name__} has a state {others[0]} that is neither one number nor one for each "
-            "value, so that it cannot be saved: use one of sparse_zero.zero.optimizers"
+            f"the optimizer {type(inner).__name__} has a state {others[0]} that is neither its step counter nor a "
+            "number for each value, so that it cannot be saved: use one of sparse_zero.zero.optimizers"
         )
     return tuple(name for name in names if name not in unused)
 
 
+def fill_missing_gradients(tensors: Iterable[Tensor]) -> None:
+    """Give what is trained and has no gradient one of zero, as DeepSpeed does where no batch has reached values.
+
+    torch's optimizers pass over what has none: it would have no state, without which a checkpoint is not loaded, and
+    later a counter of its own, where a checkpoint has one for all.
+    """
+    for tensor in tensors:
+        if tensor.requires_grad and tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+
+
 def check_optimizer(engine: Any) -> None:
     """Refuse an optimizer whose state is not per entry: it could not be saved, nor go on with another selection.
+
+    Of what is not, only the step counter is kept. A number that changes with the steps (NAdam's ``mu_product``, ASGD's
+    ``eta`` and ``mu``) would begin anew after a resume.
 
     Raises:
         InputError: names the optimizer and the state.

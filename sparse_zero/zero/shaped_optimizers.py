@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparse_zero.collectives import collective_device
 from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
+from sparse_zero.zero.optimizer_state import fill_missing_gradients
 
 
 class _OverValues(torch.optim.Optimizer, ABC):
@@ -46,6 +47,8 @@ class _OverValues(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # Without DeepSpeed, values that no batch has reached have none: their blocks and sums belong to the step.
+            fill_missing_gradients(group["params"])
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
             if not tensors:
                 continue

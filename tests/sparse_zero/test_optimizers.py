@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import sparse_zero as sz
+from sparse_zero.checkpoint.checkpoint import take_snapshot
+from sparse_zero.integrations.loop_state import PlainEngine
 from sparse_zero.zero.optimizers import (
     RATE_FACTOR,
     KindOptimizerConfig,
@@ -169,3 +171,44 @@ def test_shaped_optimizers_converge_with_a_plain_loop(kind, placement):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [("NAdam", "mu_product"), ("ASGD", "eta"), ("RAdam", None), ("Adamax", None), ("SGD", None)]
+)
+def test_numbers_that_change_with_the_steps_are_refused_by_checkpoints(name, state):
+    model = sparse_model()
+    optimizer = getattr(torch.optim, name)(sz.parameter_groups(model), lr=1e-3)
+    engine = PlainEngine(module=model, optimizer=optimizer)
+    tiny_loss(model, torch.arange(18).reshape(2, 9)).backward()
+    optimizer.step()
+    if state is None:
+        assert take_snapshot(engine) is not None
+    else:
+        with pytest.raises(sz.InputError, match=f"the optimizer {name} has a state {state} that is neither its step"):
+            take_snapshot(engine)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("reached", [("a",), ("a", "c")])
+def test_values_that_no_batch_reaches_take_a_step_of_gradient_zero(name, reached):
+    """Without DeepSpeed they have no gradient; with it, one of zero."""
+
+    def trained(filled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({each: nn.Linear(32, 32) for each in "abc"})
+        regions = sz.WeightSelection(shape=(32, 32), blocks=[[0, 1]], block_size=16, rows=[3])
+        sz.sparsify(model, sz.Selection({f"{each}.weight": regions for each in "abc"}))
+        config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
+        optimizer = build_optimizer(sz.parameter_groups(model), config, model=model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            sum(model[each](torch.ones(4, 32)).square().sum() for each in reached).backward()  # type: ignore[union-attr]
+            if filled:
+                for values in sz.trainable_parameters(model).values():
+                    values.grad = torch.zeros_like(values) if values.grad is None else values.grad
+            optimizer.step()
+        return list(sz.trainable_parameters(model).values())
+
+    for found, expected in zip(trained(filled=False), trained(filled=True), strict=True):
+        assert torch.equal(found, expected)
