@@ -10,6 +10,7 @@ of ranks. ``docs/checkpoints.md`` has every field. Format 3 had no config, sched
 Adam's only, format 1 had no entries dropped; they are read.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ def take_snapshot(
         The snapshot; None on ranks that do not get it.
 
     Raises:
-        InputError: the optimizer has a state that is neither a number nor one for each value, or keeps it on a disk.
+        InputError: the optimizer has a state that is neither its step counter nor a number for each value, or keeps it
+            on a disk.
     """
     if keep is None:
         keep = rank_and_world_size()[0] == 0
@@ -206,8 +208,9 @@ def take_snapshot(
             "optimizer": {"name": algorithm(engine), "states": sorted(state.moments)},
             "placement": placement_of(model),
             "base": None if base is None else {"name": base.name, "sha256": base.sha256},
-            "config": config,
-            "extra": extra or {},
+            # The caller's own, which may change before they are written.
+            "config": deepcopy(config),
+            "extra": deepcopy(extra or {}),
         },
     )
 

@@ -15,11 +15,12 @@ import torch
 
 import sparse_zero as sz
 from sparse_zero.checkpoint import checkpoint as checkpoint_module
-from sparse_zero.checkpoint.checkpoint import Snapshot, read_checkpoint, write_snapshot
+from sparse_zero.checkpoint.checkpoint import Snapshot, read_checkpoint, take_snapshot, write_snapshot
 from sparse_zero.checkpoint.folders import MANIFEST, clear_leftovers, new_folder, remove_folder
 from sparse_zero.checkpoint.random_states import gather_random_states, states_of_rank
 from sparse_zero.checkpoint.writer import CheckpointWriter
 from sparse_zero.errors import InputError
+from sparse_zero.integrations.loop_state import PlainEngine
 from sparse_zero.layers.retired import Retired
 from sparse_zero.zero.state import TrainingState
 
@@ -257,3 +258,21 @@ def test_leftovers_are_cleared_and_old_folders_put_back(tmp_path):
     assert clear_leftovers(tmp_path, r"step-\d+|latest") == ["step-000001"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.5.tmp", "step-000001"]
     assert read_checkpoint(tmp_path / "step-000001").optimizer_step == 1
+
+
+def test_a_snapshot_keeps_what_the_caller_said_when_it_was_taken(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    sz.sparsify(model, sz.Selection({"0.weight": sz.WeightSelection(shape=(8, 16), rows=range(ROWS))}))
+    optimizer = torch.optim.AdamW(sz.parameter_groups(model), lr=1e-3)
+    progress, config = {"step": 1, "best": {"loss": 2.0}}, {"training": {"steps": 5}}
+    taken = take_snapshot(PlainEngine(module=model, optimizer=optimizer), extra=progress, config=config)
+    assert taken is not None
+    # Training goes on before it is written.
+    progress.update(step=2)
+    progress["best"]["loss"] = 1.0  # type: ignore[index]
+    config["training"]["steps"] = 6
+    with CheckpointWriter() as writer:
+        writer.submit(taken, tmp_path / "step")
+    found = read_checkpoint(tmp_path / "step")
+    assert found.extra == {"step": 1, "best": {"loss": 2.0}}
+    assert found.config == {"training": {"steps": 5}}
