@@ -323,6 +323,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], dict[st
 def read_safetensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU) and metadata of a file whose metadata say ``format: file_format``.
 
+    The tensors are in memory of their own: whatever becomes of the file afterwards, they stay what was read.
+
     Raises:
         InputError: the file is missing, cut off, no safetensors file, or of another format.
     """
@@ -335,7 +337,8 @@ def read_safetensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], d
         )
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            # What safetensors gives is a view of the mapped file.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{path} is no complete safetensors file ({error}): copy or create it again") from error
     except OSError as error:

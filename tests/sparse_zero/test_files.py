@@ -100,6 +100,19 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], tensor)
 
 
+def test_what_was_read_of_safetensors_does_not_change_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.ones(10_000)}, {"format": "test"})
+    loaded, _ = read_safetensors(path, "test")
+    with path.open("r+b") as file:
+        file.seek(-40_000, 2)
+        file.write(bytes(40_000))
+    assert bool((loaded["a"] == 1.0).all())
+    # A view of the mapped file would end the process here.
+    path.write_bytes(b"")
+    assert bool((loaded["a"] == 1.0).all())
+
+
 def test_safetensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(InputError, match="does not exist"):
