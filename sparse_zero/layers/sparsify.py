@@ -101,6 +101,22 @@ def live_positions(chosen: Mapping[int | None, WeightSelection], matrix: Matrix 
     return {kind: stored_positions(chosen, kind, layout) for kind in KINDS if kind in present}
 
 
+def _check_entries_can_be_reached(model: nn.Module, name: str, parameter: nn.Parameter, matrix: Matrix) -> None:
+    """Raise where entries cannot be written into a parameter, or read from its gradient, by their positions."""
+    if not (matrix.is_quantized or compat.is_sharded(parameter) or parameter.is_contiguous()):
+        raise InputError(
+            f"{name} is not contiguous, so that its entries cannot be written where they lie: make it so first "
+            "(parameter.data = parameter.data.contiguous())"
+        )
+    for owner, _ in matrix.owners:
+        module = model.get_submodule(owner)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise InputError(
+                f"{owner} is an embedding with sparse=True, whose gradients do not have every entry: set its attribute "
+                "sparse to False"
+            )
+
+
 def check_fits(
     model: nn.Module,
     selection: Selection,
@@ -121,8 +137,9 @@ def check_fits(
         placement: that the values shall have; None: whichever the weights bear.
 
     Raises:
-        InputError: the model is sparse already, a weight is missing, sharded, or of another shape, or quantized so
-            that it cannot be trained, or not under that placement, or an entry is both retired and selected.
+        InputError: the model is sparse already, a weight is missing, sharded, not contiguous, or of another shape, or
+            quantized so that it cannot be trained, or not under that placement, or has sparse gradients, or an entry is
+            both retired and selected.
     """
     if any(True for _ in carriers(model)):
         raise InputError("the model has values already: merge or unload them before another selection")
@@ -140,6 +157,8 @@ def check_fits(
             raise InputError(
                 f"{parameter} is sharded by ZeRO-3: select and sparsify before the weights are partitioned"
             )
+        if matrix is not None:
+            _check_entries_can_be_reached(model, parameter, parameters[parameter], matrix)
         if matrix is not None and swapped and "forward" in vars(model.get_submodule(matrix.module)):
             raise InputError(
                 f"{matrix.module} has a forward that something else has put there (such as accelerate's offloading), "

@@ -46,6 +46,12 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def settings_of(engine: Any) -> dict[str, Any]:
+    """The config that DeepSpeed made the engine from, as it was given or read from a file."""
+    found: dict[str, Any] = engine._config._param_dict
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stepped:
     """What the inner optimizer is handed at once, and the values that are in it."""

@@ -24,7 +24,7 @@ from sparse_zero.zero.defaults import with_defaults
 from sparse_zero.zero.optimizer_state import optimizer_step_count
 from sparse_zero.zero.rounding import check_rounding, round_values
 from sparse_zero.zero.same_weights import check_same_weights
-from sparse_zero.zero.unsupported import check_not_split, check_sequence_parallel, check_settings
+from sparse_zero.zero.unsupported import check_finds_overflow, check_not_split, check_sequence_parallel, check_settings
 
 
 def _check_only_values_train(model: nn.Module) -> None:
@@ -146,8 +146,8 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
 
     Raises:
         InputError: the engine's model has no values, or trains something else too; stochastic rounding has nothing to
-            round; or stage 3 holds weights where inplace values cannot be written into them, or masters where those of
-            an adapter cannot.
+            round; DeepSpeed would not find gradients that are not finite; or stage 3 holds weights where inplace values
+            cannot be written into them, or masters where those of an adapter cannot.
     """
     _check_only_values_train(engine.module)
     optimizer = engine.optimizer
@@ -155,6 +155,7 @@ def attach(engine: Any, *, rounding: Rounding = "nearest", rounding_seed: int = 
         return
     check_rounding(engine.module, rounding)
     check_sequence_parallel(engine)
+    check_finds_overflow(compat.settings_of(engine))
     for name, carrier in carriers(engine.module):
         parameter = carrier.parameter
         if carrier.placement == "inplace" and compat.is_sharded(parameter) and compat.is_out_of_reach(parameter):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparse_zero.errors import InputError
-from sparse_zero.zero.config import Placement, zero_stage
+from sparse_zero.zero.config import Placement, low_precision, zero_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,6 +90,26 @@ def _check_zero_plus_plus(section: Mapping[str, Any], stage: int, placement: Pla
         )
 
 
+def check_finds_overflow(settings: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed config that keeps ZeRO from finding gradients that are not finite: they reach the weights.
+
+    Raises:
+        InputError: names the setting.
+    """
+    section, stage, precision = settings.get("zero_optimization") or {}, zero_stage(settings), low_precision(settings)
+    if stage in (1, 2) and precision is None and section.get("compute_grad_norm") is False:
+        raise InputError(
+            "zero_optimization.compute_grad_norm (zero.options.compute_grad_norm) is false in fp32, where DeepSpeed "
+            "finds gradients that are not finite by their norm: leave it at true, so that such a step is skipped"
+        )
+    bf16 = settings.get("bf16", settings.get("bfloat16")) or {}
+    if stage in (1, 2) and precision == "bf16" and bf16.get("check_grad_overflow") is False:
+        raise InputError(
+            f"bf16.check_grad_overflow is false at zero stage {stage}, where gradients that are not finite would reach "
+            "the weights: leave it at true, so that such a step is skipped"
+        )
+
+
 def check_settings(settings: Mapping[str, Any], placement: Placement) -> None:
     """Refuse a DeepSpeed config that no sparse model of this placement could be trained with.
 
@@ -103,6 +123,7 @@ def check_settings(settings: Mapping[str, Any], placement: Placement) -> None:
             "fp16.enabled (training.precision fp16) at zero stage 0, where DeepSpeed scales the loss in a way that no "
             "checkpoint holds: use stage 1, 2 or 3, or bf16"
         )
+    check_finds_overflow(settings)
     _check_offload(settings, stage, placement)
     _check_zero_plus_plus(section, stage, placement)
 
