@@ -1,4 +1,4 @@
-"""Do the lines of docs/integrations.md run as they stand?"""
+"""Do the lines of docs/integrations.md and docs/precision.md run as they stand?"""
 
 import json
 import re
@@ -9,7 +9,8 @@ import pytest
 from tests.distributed.spawn import run_ranks
 from tests.models.tiny import write_tiny_llama
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "integrations.md"
 
 
 def snippets() -> dict[str, str]:
@@ -35,3 +36,8 @@ def test_the_lines_of_the_page_run(tmp_path):
         assert (tmp_path / adapter / "adapter.json").is_file(), adapter
     assert (tmp_path / "state" / "checkpoint.json").is_file()
     assert not (tmp_path / "out" / "checkpoint-2" / "config.json").exists()
+
+
+def test_an_optimizer_is_made_as_the_page_says():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / "precision.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert run_ranks("tests.integrations.workers:run_optimizer_snippet", 1, code=code) == "AdamW"

@@ -557,3 +557,17 @@ def run_snippets(folder: str, snippets: list[str]) -> None:
     for code in snippets:
         configure_accelerate(deepspeed=True)
         exec(code, names)
+
+
+def run_optimizer_snippet(code: str) -> str:
+    """Run a piece of Python that makes an engine, and a step with it; which optimizer it has."""
+    model = tiny_llama(layers=1)
+    region = sz.RegionConfig(kind="row", modules=("*.q_proj",), per_matrix=2)
+    sz.sparsify(model, sz.select(model, None, sz.SelectionConfig(regions=(region,), score="magnitude")))
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "steps_per_print": 10**9}
+    names: dict[str, Any] = {"sz": sz, "model": model, "deepspeed_config": settings}
+    exec(code, names)
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    names["engine"].backward(names["engine"](input_ids=tokens, labels=tokens).loss)
+    names["engine"].step()
+    return type(names["engine"].optimizer.optimizer).__name__
