@@ -32,6 +32,12 @@ SUFFIXES: dict[str, DataFormat] = {
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<subset>[\w.-]+))?")
 
 
+def is_hub_name(source: str, data_format: DataFormat = "auto") -> bool:
+    """Whether ``source``, where no such file or folder is, names a data set of the hub: ``data/train.json`` is a file."""
+    could_be = data_format in ("auto", "hub") and Path(source).suffix.lower() not in SUFFIXES
+    return could_be and HUB_NAME.fullmatch(source) is not None
+
+
 def read_records(source: str, *, field: str, split: str, data_format: DataFormat = "auto") -> list[Record]:
     """Read every record of one split, in the order of the source.
 
@@ -49,10 +55,9 @@ def read_records(source: str, *, field: str, split: str, data_format: DataFormat
     Raises:
         InputError: nothing to read there, an unsupported suffix, malformed content, or no records.
     """
-    path = Path(source).expanduser()
     if files := local_files(source, field=field, split=split, data_format=data_format):
         records = [record for file in files for record in _read_file(file, field, data_format)]
-    elif data_format in ("auto", "hub") and path.suffix.lower() not in SUFFIXES and HUB_NAME.fullmatch(source):
+    elif is_hub_name(source, data_format):
         records = _read_hub(source, field, split)
     elif data_format == "hub":
         raise InputError(f"{field} is {source!r}: a hub data set is named owner/name or owner/name:subset")

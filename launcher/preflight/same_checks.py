@@ -11,7 +11,7 @@ from launcher.preflight.asking import Answers
 from launcher.preflight.findings import Finding, Status
 from launcher.preflight.wanted import Wanted, keeps_weights
 from launcher.summary import format_bytes
-from models.records import HUB_NAME as DATA_HUB_NAME
+from models.records import is_hub_name
 from models.source import HUB_NAME
 
 
@@ -141,14 +141,14 @@ def check_code(wanted: Wanted, answers: Answers) -> list[Finding]:
     return found
 
 
-def _check_files(answers: Answers, check: str, field: str, value: str, *, is_hub_name: bool, key: str) -> list[Finding]:
+def _check_files(answers: Answers, check: str, field: str, value: str, *, of_hub: bool, key: str) -> list[Finding]:
     """Of one setting that names files: there, readable, the same."""
     found, digests = [], {}
     # A folder may be named like a model of the hub: it is one where any node has it.
-    is_hub_name = is_hub_name and all(facts[key].get("missing") for facts in answers.facts.values())
+    of_hub = of_hub and all(facts[key].get("missing") for facts in answers.facts.values())
     for node, facts in answers.facts.items():
         each = facts[key]
-        if each.get("missing") and is_hub_name:
+        if each.get("missing") and of_hub:
             found.append(Finding(node=node, check=check, what=f"{value}, a name of the hub: not looked at"))
         elif each.get("missing"):
             split = f" for the split {each['split']}" if each.get("split") else ""
@@ -198,8 +198,8 @@ def check_model(wanted: Wanted, answers: Answers) -> list[Finding]:
     named = {"model": ("model.name_or_path", model.name_or_path), "tokenizer": ("model.tokenizer", model.tokenizer)}
     for key, (field, value) in named.items():
         if value is not None:
-            is_hub_name = HUB_NAME.fullmatch(value) is not None
-            found += _check_files(answers, "model", field, value, is_hub_name=is_hub_name, key=key)
+            of_hub = HUB_NAME.fullmatch(value) is not None
+            found += _check_files(answers, "model", field, value, of_hub=of_hub, key=key)
     return found
 
 
@@ -219,8 +219,8 @@ def check_data(wanted: Wanted, answers: Answers) -> list[Finding]:
     found = []
     for field, value in values.items():
         if value is not None and field in asked:
-            is_hub_name = field.startswith("data.") and DATA_HUB_NAME.fullmatch(value) is not None
-            found += _check_files(answers, "data", field, value, is_hub_name=is_hub_name, key=field)
+            of_hub = field.startswith("data.") and is_hub_name(value, data.format)
+            found += _check_files(answers, "data", field, value, of_hub=of_hub, key=field)
     return found
 
 

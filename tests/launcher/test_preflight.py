@@ -481,6 +481,10 @@ def test_names_of_the_hub_are_not_looked_for() -> None:
     found = findings_of(wanted(config=config), answers(**missing))
     assert bad(found) == []
     assert {each.what for each in found if each.check == "model"} == {"owner/model, a name of the hub: not looked at"}
+    # What would be read as a file is none of the hub's names, though it looks like one.
+    for train in ("data/train.json", "data/train.JSONL"):
+        found = findings_of(wanted(config={"data.train": train}), answers(**missing))
+        assert {each for each in bad(found) if each[1] == "data"} == {(name, "data", "fail") for name in NODES}
     # A folder that one node has and another lacks.
     assert bad(findings_of(wanted(config=config), answers(b={"model": {"missing": True}}))) == [("b", "model", "fail")]
 
