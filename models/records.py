@@ -33,7 +33,7 @@ HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<s
 
 
 def is_hub_name(source: str, data_format: DataFormat = "auto") -> bool:
-    """Whether ``source``, where no such file or folder is, names a data set of the hub: ``data/train.json`` is a file."""
+    """Whether ``source``, where nothing of that name is, is a data set of the hub; ``data/train.json`` is a file."""
     could_be = data_format in ("auto", "hub") and Path(source).suffix.lower() not in SUFFIXES
     return could_be and HUB_NAME.fullmatch(source) is not None
 
