@@ -218,6 +218,11 @@ def save_adapter(model_or_engine: Any, folder: str | Path, *, base: BaseIdentity
         model_or_engine: a sparsified model, or an engine over one: then the fp32 masters are saved.
         folder: replaced atomically by rank 0, if it exists.
         base: identity of the base's files, recorded beside the fingerprints of its entries.
+
+    Raises:
+        InputError: the model has no values or is a ``PeftModel``, or ``folder`` holds what is no adapter.
+        OSError: the folder cannot be written.
+        PeerError: on the other ranks, where writing failed on rank 0.
     """
     taken = take_adapter(model_or_engine, base=base)
     with failing_together():

@@ -315,7 +315,12 @@ def num_retired(model: nn.Module) -> int:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The values, by fully qualified name (``….q_proj.values_block``), in the order of the model."""
+    """The values, by fully qualified name (``….q_proj.values_block``), in the order of the model.
+
+    Each is 1-D: the entries of all regions of one kind in one weight, in the weight's dtype, in ``values_dtype`` of
+    :func:`sparsify`, or in fp32 at least where :func:`sparse_zero.load_adapter` brought them. At ZeRO stage 3 a rank
+    holds a part of each. A model without values, or whose values do not train, has none: the mapping is empty.
+    """
     return {
         values_name(name, kind): parameter
         for name, carrier in carriers(model)
@@ -356,7 +361,10 @@ def parameter_groups(
 
 @torch.no_grad()
 def write_back(model: nn.Module) -> None:
-    """Copy inplace values into the weights, after an optimizer step.
+    """Copy inplace values into the weights, after an optimizer step, rounded to the weights' dtype.
+
+    Values under delta act without it: a model that has no others, or none at all, is left as it is, without an error. An
+    engine does it after each of its steps by itself.
 
     At ZeRO stage 3 it is collective: the values are gathered, many at once, and every rank writes those that lie in its
     own shards. The weights are not gathered.
