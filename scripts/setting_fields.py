@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import re
 import types
@@ -87,7 +86,6 @@ def settings_of(kind: type[Any], place: str) -> Iterator[Setting]:
         )
 
 
-@functools.cache
 def comments(kind: type[Any]) -> dict[str, str]:
     """The comment that stands right above each field of a dataclass, in one line; empty where there is none."""
     lines = inspect.getsource(inspect.getmodule(kind) or kind).splitlines()

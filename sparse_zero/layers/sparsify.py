@@ -363,8 +363,8 @@ def parameter_groups(
 def write_back(model: nn.Module) -> None:
     """Copy inplace values into the weights, after an optimizer step, rounded to the weights' dtype.
 
-    Values under delta act without it: a model that has no others, or none at all, is left as it is, without an error. An
-    engine does it after each of its steps by itself.
+    Values under delta act without it: a model that has no others, or none at all, is left as it is, without an error.
+    An engine does it after each of its steps by itself.
 
     At ZeRO stage 3 it is collective: the values are gathered, many at once, and every rank writes those that lie in its
     own shards. The weights are not gathered.
