@@ -286,6 +286,17 @@ def _warn_of_noise(candidates: Sequence[Candidates], scores: RegionScores, choic
             )
 
 
+def _warn_of_depth(left_out: Sequence[str], lowest: int) -> None:
+    """Warn of what the config asks for whatever its score, and the depth leaves out."""
+    if left_out:
+        warnings.warn(
+            f"selection.depth_tradeoff makes layer {lowest} the lowest: {len(set(left_out))} vectors, or matrices with "
+            f"per_matrix, below it are left out ({left_out[0]}, ...)",
+            SelectionWarning,
+            stacklevel=3,
+        )
+
+
 def _warn_of_rest(
     candidates: Sequence[Candidates],
     scores: RegionScores,
@@ -349,6 +360,7 @@ def choose_regions(
     total = num_parameters(model, module_map)
     bytes_of_one = bytes_per_parameter(model, candidates, vectors)
     depths = [depth_of(c.matrix.names(), module_map) for c in candidates]
+    depth_of_vector = {name: depth_of([name], module_map) for name in vectors}
 
     def choose_from(lowest: int) -> Choice:
         """Among what lies in this layer or above."""
@@ -358,7 +370,7 @@ def choose_regions(
             scores.scores,
             config.budget,
             module_map=module_map,
-            whole={name: whole for name, whole in vectors.items() if depth_of([name], module_map) >= lowest},
+            whole={name: whole for name, whole in vectors.items() if depth_of_vector[name] >= lowest},
             num_parameters_model=total,
             bytes_per_parameter=bytes_of_one,
             size_neutral=all(scores.is_size_neutral(c.score) for c in candidates if c.per_matrix is None),
@@ -376,6 +388,8 @@ def choose_regions(
     else:
         choice = choose_from(lowest)
     rivals = [c for c, depth in zip(candidates, depths, strict=True) if depth >= lowest]
+    fixed = [(c.weight, depth) for c, depth in zip(candidates, depths, strict=True) if c.per_matrix is not None]
+    _warn_of_depth([name for name, depth in [*depth_of_vector.items(), *fixed] if depth < lowest], lowest)
     _warn_of_noise(rivals, scores, choice)
     _warn_of_rest(rivals, scores, choice, config, module_map)
     selection = Selection(

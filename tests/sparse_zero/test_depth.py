@@ -12,7 +12,7 @@ from sparse_zero.flops import flop_shape
 from sparse_zero.module_map import default_module_map
 from sparse_zero.selection.depth import depth_of_weights
 from sparse_zero.selection.region_scores import RegionScores
-from sparse_zero.selection.select import choose_regions, score_regions
+from sparse_zero.selection.select import SelectionWarning, choose_regions, score_regions
 from tests.flop_counting import flop_counter
 from tests.models.tiny import tiny_llama
 from tests.models.tiny_families import FAMILIES
@@ -164,6 +164,23 @@ def test_a_larger_tradeoff_never_reaches_deeper_and_none_changes_nothing(tmp_pat
     assert lowest == sorted(lowest)
     assert lowest[0] == lowest[1]
     assert lowest[-1] > 0
+
+
+def test_what_the_depth_leaves_out_whatever_its_score_is_said():
+    """Also where it lies below every region that has a score, and where the tradeoff hardly counts."""
+    upper = tuple(dataclasses.replace(region, min_layer=2) for region in REGIONS)
+    vectors = sz.RegionConfig(kind="whole", modules=("*.q_proj.bias",))
+    fixed = sz.RegionConfig(kind="row", modules=("*.v_proj",), per_matrix=1, max_layer=1)
+    config = make_config(regions=(*upper, vectors, fixed), depth_tradeoff=1e-9, score="first")
+    with pytest.warns(
+        SelectionWarning, match=r"makes layer 2 the lowest: 4 vectors, or matrices .*\(layers\.0\."
+    ) as said:
+        selection = sz.select(make_model(), None, config)
+    assert len(said) == 1
+    assert layers_of(selection) == {2, 3, 4, 5}
+    assert "layers.2.self_attn.q_proj.bias" in selection.weights
+    # Without a tradeoff nothing is.
+    assert layers_of(sz.select(make_model(), None, dataclasses.replace(config, depth_tradeoff=0.0))) == set(range(6))
 
 
 @pytest.mark.filterwarnings("ignore::sparse_zero.selection.select.SelectionWarning")
