@@ -428,8 +428,11 @@ def select(
         batches: micro-batches of fixed composition, the same sequence on every rank (a rank computes its
             share of them); None if no score reads data. All of them are read, whatever ``calibration_batches`` is;
             ``num_calibration_batches`` in the selection's metadata is their number.
+            A batch is what ``loss_fn`` takes; by default a mapping whose items become keyword arguments of the model:
+            ``input_ids`` and ``labels`` (int64, [batch, length]; -100 where the loss skips a position), and an
+            ``attention_mask`` where there is padding. Its tensors lie on the model's device.
         config: candidates, scores and budget.
-        loss_fn: ``loss_fn(model, batch)`` gives a scalar; default: the loss of a transformers model.
+        loss_fn: ``loss_fn(model, batch)`` gives a scalar; default: ``model(**batch).loss``.
         module_map: the model's family; default: read from module names.
         on_batch: called after each micro-batch that this rank computed, for progress displays.
 
