@@ -117,6 +117,7 @@ class _SparseLinear(torch.autograd.Function):
         column: Tensor | None,
         plan: Plan,
         quantization: Quantization | None,
+        has_backward: bool,
     ) -> Tensor:
         device_type = x.device.type
         ctx.input_dtype = x.dtype
@@ -131,7 +132,7 @@ class _SparseLinear(torch.autograd.Function):
             x_TI = x.reshape(-1, x.shape[-1])
             if plan.is_delta:
                 _add_delta(y.view(-1, y.shape[-1]), x_TI, (block, row, column), plan)
-        trained = [values is not None and values.requires_grad for values in (block, row, column)]
+        trained = [has_backward and values is not None and values.requires_grad for values in (block, row, column)]
         kept: list[Tensor | None] = [None, None, None]
         if plan.keep_input and any(trained):
             kept[0] = x_TI
@@ -183,7 +184,7 @@ class _SparseLinear(torch.autograd.Function):
                 None if gradient is None else gradient.to(dtype)
                 for gradient, dtype in zip(gradients.values(), ctx.values_dtypes, strict=True)
             ]
-        return dx, None, dbias, *cast, None, None
+        return dx, None, dbias, *cast, None, None, None
 
 
 def sparse_linear(
@@ -209,5 +210,7 @@ def sparse_linear(
     Returns:
         [..., O] in the dtype of ``x``, or autocast's.
     """
-    y: Tensor = _SparseLinear.apply(x, weight, bias, block, row, column, plan, quantization)
+    # Within the function gradients are always off.
+    has_backward = torch.is_grad_enabled()
+    y: Tensor = _SparseLinear.apply(x, weight, bias, block, row, column, plan, quantization, has_backward)
     return y

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_zero as sz
 from sparse_zero.layers.region_products import MOST_VIEWS
@@ -192,3 +193,34 @@ def test_hooked_parameters_are_in_the_graph(placement):
     expected = gradients_of(model, model, ids)
     assert len(expected) == 4
     assert_same(gradients_of(torch.compile(model, fullgraph=True, backend="aot_eager"), model, ids), expected)
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the name of every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_forward_without_gradients_copies_nothing_for_backward(name, keep_input):
+    layer, x = layer_of(name, "inplace", keep_input), torch.randn(2, 5, SHAPE[1])
+    with torch.no_grad():
+        y = layer(x)  # Once, many blocks are listed.
+    with torch.no_grad(), _Operators() as plain:
+        nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad(), _Operators() as sparse:
+        layer(x)
+    assert [each for each in sparse.names if "view" not in each] == [each for each in plain.names if "view" not in each]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), y)
+    # The same function with gradients, after it was compiled without them.
+    assert_same(gradients_of(compiled, layer, x), gradients_of(layer, layer, x))
