@@ -110,12 +110,12 @@ class ReadyAdapter:
     @torch.no_grad()
     def take_values(self, values: Mapping[str, Tensor], stored: Placement) -> None:
         """Copy values of the placement ``stored`` into the modules; they stand nowhere else yet."""
-        converted = convert_values(
-            {name: tensor.cpu() for name, tensor in values.items()}, self._originals(), stored, self.placement
-        )
+        # Inplace they are kept beside the weights that show them: on the host, wherever they were read to.
+        values = {name: tensor.cpu() for name, tensor in values.items()}
+        converted = convert_values(values, self._originals(), stored, self.placement)
         for name, parameter in self.values().items():
             parameter.copy_(converted[name])
-        kept = dict(values) if self.placement == "inplace" else {}
+        kept = values if self.placement == "inplace" else {}
         self.adapter = dataclasses.replace(self.adapter, values=kept)
 
     def read(self, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -16,6 +16,7 @@ import sparse_zero as sz
 from sparse_zero.checkpoint.adapter import read_adapter
 from sparse_zero.errors import InputError
 from sparse_zero.integrations.peft import register_peft
+from sparse_zero.integrations.peft_adapters import ReadyAdapters
 from sparse_zero.layers.retired import Retired, RetiredEntries
 from sparse_zero.zero.config import PLACEMENTS, Placement
 from tests.models.tiny import tiny_llama, write_tiny_llama
@@ -140,6 +141,29 @@ def test_in_bfloat16_it_merges_as_here(Config, placement, tmp_path):
         assert {values.dtype for name, values in ours.named_parameters() if "values_" in name} == {torch.float32}
         sz.merge(ours)
         assert bits(model.merge_and_unload()) == bits(ours)
+
+
+def test_inplace_values_that_peft_read_to_a_device_wait_on_the_host(Config, tmp_path):
+    """The weights show them on the device."""
+
+    class OnDevice:
+        """In the place of a tensor there."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def cpu(self) -> Tensor:
+            return self.tensor
+
+    base = tiny_llama(layers=2)
+    save_random(base, rows_of(base), "inplace", tmp_path)
+    adapter = read_adapter(tmp_path)
+    adapters = ReadyAdapters(base)
+    adapters.add("default", adapter, is_trained=False)
+    ready = adapters["default"]
+    read: Any = {name: OnDevice(values) for name, values in adapter.values.items()}
+    ready.take_values(read, "inplace")
+    assert all(ready.adapter.values[name] is values for name, values in adapter.values.items())
 
 
 def test_adapters_on_one_base_are_exchanged_bit_for_bit(Config, tmp_path):
