@@ -41,7 +41,8 @@ def _entry_states(inner: torch.optim.Optimizer, tensor: Tensor) -> tuple[str, ..
     """Names of the states that have a number for each entry of ``tensor``; those of 8 bits are among them."""
     state = inner.state.get(tensor, {})
     unused = _UNUSED_STATES.get(type(inner).__name__, set())
-    names, others = [], []
+    names: list[str] = []
+    others: list[str] = []
     for name, held in state.items():
         if name == "step" or held is None or name in eight_bit.companions(state):
             continue

@@ -322,8 +322,8 @@ def continued_adapters(folder: str) -> list[dict[str, Any]]:
             )
         changed = _loaded_engine(learned, 2, placement, changed=True)
         for name, numbers in read_masters(changed).items():
-            wanted = engine_masters[name].clone()
-            wanted[0] = 0.5
-            report[-1]["same"] &= torch.equal(numbers, wanted)
+            expected = engine_masters[name].clone()
+            expected[0] = 0.5
+            report[-1]["same"] &= torch.equal(numbers, expected)
         changed.destroy()
     return report

@@ -269,7 +269,7 @@ def test_a_snapshot_keeps_what_the_caller_said_when_it_was_taken(tmp_path: Path)
     assert taken is not None
     # Training goes on before it is written.
     progress.update(step=2)
-    progress["best"]["loss"] = 1.0  # type: ignore[index]
+    progress["best"]["loss"] = 1.0
     config["training"]["steps"] = 6
     with CheckpointWriter() as writer:
         writer.submit(taken, tmp_path / "step")
