@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from launcher.emitting.batch_config import BatchConfig
 from launcher.memory.memory_config import MemoryConfig
 from launcher.starting.cluster_config import ClusterConfig
-from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig
+from launcher.training_config import CheckpointConfig, OutputConfig, TrainingConfig, check_seed
 from launcher.yaml_files import Prepare, dump_yaml, parse_yaml, read_mapping
 from models.data import DataConfig
 from models.loading import ModelConfig
@@ -45,6 +45,8 @@ _PATH_FIELDS = (
     "cluster.hostfile",
     "cluster.export_file",
 )
+# Of a whole number; what settings reach (generators, files) has no room for more.
+_MAX_BITS = 63
 _MISSING = object()
 # In the metadata of a field of a config: it follows from others, and no file has it.
 NOT_WRITTEN = "not_written"
@@ -88,6 +90,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_task()
+        check_seed("selection.seed", self.selection.seed)
         if self.output.evaluate and self.data.test is None:
             raise InputError("output.evaluate is true but data.test is missing: name the data, or set it to false")
         if self.training.validation_every is not None and self.data.validation is None:
@@ -227,6 +230,7 @@ def parse_as(kind: type[_Kind], mapping: Mapping[str, Any], source: str) -> _Kin
         InputError: names the key, its value and the remedy.
     """
     _check_keys(kind, mapping, (), source, kind)
+    _refuse_huge(mapping, ())
     return _validate(mapping, kind)
 
 
@@ -324,6 +328,16 @@ def _check_keys(expected: Any, value: Any, path: tuple[str, ...], source: str, r
                 _check_keys(get_args(option)[0], item, (*path, str(index)), source, root)
         elif get_origin(option) is Literal and value is not None:
             _check_choice(get_args(option), value, path)
+
+
+def _refuse_huge(value: Any, path: tuple[str, ...]) -> None:
+    """Refuse whole numbers that nothing has room for, at any depth of ``value``."""
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _refuse_huge(item, (*path, str(key)))
+    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        number = str(value) if value.bit_length() < 1000 else "too large to be shown"
+        raise InputError(f"{'.'.join(path)} is {number}: give a whole number of at most {_MAX_BITS} bits")
 
 
 def _check_choice(choices: Sequence[Any], value: Any, path: tuple[str, ...]) -> None:

@@ -15,6 +15,20 @@ DTYPE_OF_PRECISION: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
 }  # fmt: skip
 
 
+# What torch's generators and the integers of saved files take.
+_SEED_BITS = 63
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuse a seed that not everything which is seeded takes.
+
+    Raises:
+        InputError: names the setting.
+    """
+    if not 0 <= seed < 2**_SEED_BITS:
+        raise InputError(f"{name} is {seed}: it must lie in 0 to 2^{_SEED_BITS} - 1")
+
+
 def _check_at_least(section: str, minimum: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not (value >= minimum and math.isfinite(value)):
@@ -86,7 +100,8 @@ class TrainingConfig:
         _check_at_least("training", 1, steps=self.steps, global_batch_size=self.global_batch_size)
         _check_at_least("training", 1, micro_batch_size=self.micro_batch_size, validation_every=self.validation_every)
         _check_at_least("training", 1, max_nonfinite_steps=self.max_nonfinite_steps, loss_chunk=self.loss_chunk)
-        _check_at_least("training", 0, weight_decay=self.weight_decay, seed=self.seed)
+        _check_at_least("training", 0, weight_decay=self.weight_decay)
+        check_seed("training.seed", self.seed)
         for name in ("epochs", "learning_rate", "epsilon", "max_gradient_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.common import Parser, add_command, read_run
 from launcher.commands.launch import master_port_of, nodes_of, ranks_of
-from launcher.starting.nodes import choose_nodes, limits_of
+from launcher.starting.nodes import choose_nodes, limits_of, standing_by
 from launcher.starting.start_files import exported_variables
 from launcher.stopping import EXIT_INPUT
 
@@ -41,15 +41,15 @@ Exit code: 0 nothing is to be mended (there may be warnings), 2 something is.
     return parser
 
 
-def _wanted(config: "RunConfig") -> "Wanted":
-    """What the run needs, as `sparse-zero launch` would start it."""
+def _wanted(config: "RunConfig") -> "tuple[Wanted, str | None]":
+    """What the run needs, as `sparse-zero launch` would start it, and what is said of nodes that it does not use."""
     from launcher.preflight.wanted import wanted_of
 
     per_node, devices = ranks_of(config)
     nodes = nodes_of(config.cluster, per_node)
     limits = limits_of(config.cluster, nodes) if nodes else None
     chosen = choose_nodes(nodes, limits) if limits else ()
-    return wanted_of(
+    wanted = wanted_of(
         config,
         nodes,
         ranks_here=per_node,
@@ -58,6 +58,7 @@ def _wanted(config: "RunConfig") -> "Wanted":
         environment=exported_variables(config.cluster, os.environ),
         devices=devices,
     )
+    return wanted, standing_by(config.cluster, nodes, chosen)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     config = read_run(args)
-    wanted = _wanted(config)
+    wanted, left = _wanted(config)
     with ThreadPoolExecutor(1) as pool:
         # Importing what it needs takes as long as the nodes do.
         forecast = pool.submit(forecast_need, config, wanted.world_size)
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_network and not any(each.check == "port" and each.status == "fail" for each in findings):
         findings += check_network(wanted, meet(wanted, answers))
     findings = in_order(wanted, findings)
-    notes = []
+    notes = [] if left is None else [f"note: {left}"]
     if not wanted.is_whole:
         notes.append(
             "note: with cluster.launcher torchrun each of the nodes runs its own command: this is about this one only, "

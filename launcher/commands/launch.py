@@ -19,11 +19,22 @@ from launcher.preflight.forecast_beside import ForecastBeside
 from launcher.preflight.wanted import wanted_of
 from launcher.process_ranks import free_port, slurm_port
 from launcher.run_folder import RunFolder
+from launcher.saying import say
 from launcher.starting.cluster_config import ClusterConfig
 from launcher.starting.command_line import check_remote_shell, script_file, worker_by_hand, worker_command
 from launcher.starting.find_mpirun import mpirun_first
 from launcher.starting.live_view import make_view
-from launcher.starting.nodes import Limits, Node, Reach, Start, choose_nodes, limits_of, master_of, read_nodes
+from launcher.starting.nodes import (
+    Limits,
+    Node,
+    Reach,
+    Start,
+    choose_nodes,
+    limits_of,
+    master_of,
+    read_nodes,
+    standing_by,
+)
 from launcher.starting.reach import reach_of
 from launcher.starting.slurm import nodes_of_allocation
 from launcher.starting.start_files import exported_variables, files_of_run
@@ -68,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     num_gpus, devices = ranks_of(config)
     nodes = nodes_of(config.cluster, num_gpus)
     limits = limits_of(config.cluster, nodes) if nodes else Limits(least=1, most=1)
-    ranks = sum(node.slots for node in choose_nodes(nodes, limits)) or (num_gpus or 0) * config.cluster.num_nodes
+    starting = choose_nodes(nodes, limits)
+    ranks = sum(node.slots for node in starting) or (num_gpus or 0) * config.cluster.num_nodes
     if ranks:
         # Found here, a contradiction is one line; found by the workers, it is one for every rank.
         deepspeed_config(config, ranks)
@@ -82,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
             package=script_file("launcher.starting.start_rank"),
         )
     environment = exported_variables(cluster, os.environ)
+    left = standing_by(cluster, nodes, starting)
+    if left is not None:
+        say(left)
     remote, port = reach_of(cluster), master_port_of(config)
 
     def command(start: Start, folder: Path) -> list[str]:
@@ -115,8 +130,7 @@ def run(args: argparse.Namespace) -> int:
             environment=environment,
             devices=devices,
         )
-        starting = [node.name for node in choose_nodes(nodes, limits)]
-        beside = ForecastBeside(wanted, check_before_launch(wanted, starting))
+        beside = ForecastBeside(wanted, check_before_launch(wanted, [node.name for node in starting]))
     with beside, tempfile.TemporaryDirectory(prefix="sparse_zero_launch_") as folder, _mpirun(cluster, Path(folder)):
         supervisor = Supervisor(
             nodes or [Node("this machine", 1)],

@@ -52,6 +52,10 @@ class SlurmConfig:
     node_cache: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("partition", "account", "qos", "constraint"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise InputError(f"batch.slurm.{name} is {value!r}: leave it out, or give it a value")
         _check_at_least("slurm.signal_seconds", self.signal_seconds, 1)
         # Slurm keeps it in 16 bits.
         if self.signal_seconds > 65535:

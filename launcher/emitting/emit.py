@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from launcher.config import load_config
+from launcher.config import parse_config, read_with_overrides, set_value
 from launcher.config_checks import check_config
 from launcher.deepspeed_config import deepspeed_config
 from launcher.emitting.job import ranks_per_node
@@ -15,7 +15,7 @@ from sparse_zero.errors import InputError
 
 SYSTEMS = ("slurm", "kubernetes", "skypilot")
 # Kubernetes and SkyPilot tell it when they start a run; torchrun on several nodes is no config without.
-_ADDRESS = "--cluster.master_address=told-at-the-start"
+_ADDRESS = "told-at-the-start"
 
 
 def emit(args: argparse.Namespace) -> int:
@@ -32,7 +32,11 @@ def emit(args: argparse.Namespace) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None:
         check_new_file(out)
-    config = load_config(args.config, args.overrides if args.emit == "slurm" else [*args.overrides, _ADDRESS])
+    mapping = read_with_overrides(args.config, args.overrides)
+    section = mapping.get("cluster")
+    if args.emit != "slurm" and isinstance(section, dict) and section.get("launcher", "local") != "local":
+        set_value(mapping, "cluster.master_address", _ADDRESS, "--emit")
+    config = parse_config(mapping, source=args.config)
     check_config(config)
     # Found here, a contradiction costs no time in a queue.
     deepspeed_config(config, config.cluster.num_nodes * ranks_per_node(config))

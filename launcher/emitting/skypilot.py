@@ -1,5 +1,6 @@
 """Which task runs a config on machines that SkyPilot finds?"""
 
+import dataclasses
 from typing import Any
 
 from launcher.config import RunConfig, resolved_yaml
@@ -22,6 +23,7 @@ def skypilot_task(config: RunConfig) -> str:
         raise InputError(
             f"cluster.launcher is {cluster.launcher}, and SkyPilot runs one command on every machine: use torchrun"
         )
+    _check_starts(config)
     if batch.gpus_per_rank and batch.gpu_type is None:
         raise InputError(
             "batch.gpu_type is missing: SkyPilot looks for a kind of GPU: write A100-80GB, or set gpus_per_rank to 0"
@@ -53,6 +55,20 @@ def skypilot_task(config: RunConfig) -> str:
         notes.append("Not said here: batch.time_limit_minutes; SkyPilot knows no limit of a run.")
     filled = {key: value for key, value in task.items() if value not in (None, "", {})}
     return "".join(f"# {note}\n" for note in notes) + dump_yaml(filled, blocks=True)
+
+
+def _check_starts(config: RunConfig) -> None:
+    """Refuse what the start on the machines would: its launcher is torchrun, whichever the config has."""
+    try:
+        dataclasses.replace(
+            config.cluster,
+            launcher="torchrun",
+            ranks_per_node=ranks_per_node(config),
+            master_address="told-at-the-start",
+            master_port=config.cluster.master_port or _PORT,
+        )
+    except InputError as error:
+        raise InputError(f"SkyPilot's machines are started with cluster.launcher torchrun: {error}") from error
 
 
 def _resources(config: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class ClusterConfig:
     # Nodes that the run is to have: the first of those that are named or (slurm) allocated; with torchrun as many as
     # run the command.
     num_nodes: int = 1
-    # Ranks on each node; None: as many as the node has slots, or every GPU of it; 2 on a machine without GPUs.
+    # Ranks on each node; None: as many as the node has slots, or every GPU of it; 2 on a machine without GPUs. With
+    # slurm: the job's tasks on each node; where that is one, or not said, the GPUs that the job has there.
     ranks_per_node: int | None = None
     # DeepSpeed hostfile ("name slots=8" a line); pdsh, openmpi and mpich need it, or hosts.
     hostfile: str | None = None
@@ -112,7 +113,7 @@ class ClusterConfig:
 
     def _check_reaching(self) -> None:
         """Refuse what belongs to another launcher, or is no name of a user or an interface."""
-        others = () if self.names_nodes else ("hosts", "include", "exclude", "ssh_port", "ssh_user")
+        others = () if self.names_nodes else ("hostfile", "hosts", "include", "exclude", "ssh_port", "ssh_user")
         for name in (*others, *(() if self.reaches_nodes else ("launcher_arguments",))):
             if getattr(self, name):
                 remedy = "give it to sbatch or salloc" if self.launcher == "slurm" else "use pdsh, openmpi or mpich"
@@ -120,6 +121,11 @@ class ClusterConfig:
                     f"cluster.{name} is set, and cluster.launcher {self.launcher} does not choose or reach nodes: "
                     f"leave it out, or {remedy}"
                 )
+        if self.launcher == "local" and self.master_address is not None:
+            raise InputError(
+                f"cluster.master_address is {self.master_address} with cluster.launcher local, whose ranks meet on "
+                "this machine: leave it out, or use torchrun, pdsh, openmpi or mpich for several nodes"
+            )
         if self.bind_to_core and self.launcher in ("pdsh", "torchrun"):
             raise InputError(
                 f"cluster.bind_to_core is true, which the {self.launcher} launcher cannot do: use local, openmpi, "

@@ -79,6 +79,12 @@ def _parse_nodes(lines: Sequence[str], source: str, unit: str) -> list[Node]:
         match = re.fullmatch(r"([A-Za-z0-9_][\w.:@-]*)\s+slots=(\d+)(?:\s.*)?", line, re.ASCII)
         if match is None or not int(match[2]):
             raise InputError(f"{source}, {unit} {number} is {line!r}: write 'name slots=8'")
+        # Of several colons it is an address of IPv6.
+        if re.fullmatch(r"[^:]+:\d+", match[1]):
+            raise InputError(
+                f"{source}, {unit} {number} is {line!r}, a name with a port: write the name alone, and the port of all "
+                "nodes as cluster.ssh_port"
+            )
         if match[1] in [node.name for node in nodes]:
             raise InputError(f"{source} names {match[1]} twice: remove {unit} {number}")
         nodes.append(Node(match[1], int(match[2])))
@@ -131,6 +137,17 @@ def choose_nodes(answering: Sequence[Node], limits: Limits) -> tuple[Node, ...]:
         if sum(each.slots for each in [*chosen, node]) <= limits.most:
             chosen.append(node)
     return tuple(chosen) if sum(node.slots for node in chosen) >= limits.least else ()
+
+
+def standing_by(cluster: ClusterConfig, nodes: Sequence[Node], chosen: Sequence[Node]) -> str | None:
+    """What is to be said of nodes that a start does not use; None where it uses all."""
+    if len(chosen) == len(nodes):
+        return None
+    names = ", ".join(node.name for node in nodes if node not in chosen)
+    limit = f"cluster.num_nodes is {cluster.num_nodes}"
+    if cluster.max_world_size is not None:
+        limit = f"cluster.max_world_size is {cluster.max_world_size}"
+    return f"{len(chosen)} of {len(nodes)} nodes of {_source(cluster)} are used ({limit}); standing by: {names}"
 
 
 def master_of(cluster: ClusterConfig, usual: Node, start: Start) -> str:

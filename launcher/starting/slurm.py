@@ -11,13 +11,24 @@ from sparse_zero.errors import InputError
 _ASK_SECONDS = 30.0
 
 
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    """A number above zero; None where there is none."""
+    value = environ.get(name, "")
+    return int(value) if re.fullmatch(r"[1-9]\d*", value) else None
+
+
 def _ranks_per_node(cluster: ClusterConfig, environ: Mapping[str, str]) -> int:
-    """As many as the config, the job's tasks, or its GPUs on each node say."""
+    """As many as the config, the job's tasks, or its GPUs on each node say.
+
+    One task per node is the usual header of a job whose one command starts the ranks: then the GPUs count.
+    """
     if cluster.ranks_per_node is not None:
         return cluster.ranks_per_node
-    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
-        if re.fullmatch(r"[1-9]\d*", environ.get(name, "")):
-            return int(environ[name])
+    tasks, gpus = (_number(environ, name) for name in ("SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE"))
+    if gpus is not None and tasks in (None, 1):
+        return gpus
+    if tasks is not None:
+        return tasks
     raise InputError(
         "cluster.ranks_per_node is missing, and the job was given neither --ntasks-per-node nor --gpus-per-node: "
         "set one of them"

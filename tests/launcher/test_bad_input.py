@@ -241,6 +241,15 @@ CONFIG_CASES = [
     Case(name="exported name of two words", overrides=["--cluster.export=['A B=c']"], says=["cluster.export has 'A B' with a value", "write NAME, or NAME=value"]),
     Case(name="exported rank", command="launch", overrides=["--emit", "slurm", "--cluster.ranks_per_node=2", "--cluster.export=[RANK=3]"], says=["cluster.export has RANK", "take it out"]),
     Case(name="exported and not set", command="sweep", files=sweep_file(), overrides=["--cluster.export=[NOT_SET_HERE]"], says=["cluster.export names NOT_SET_HERE, which is not set here"]),
+    Case(name="empty partition", command="launch", overrides=[*EMITS, "--batch.slurm.partition=''"], says=["batch.slurm.partition is ''", "leave it out"]),
+    Case(name="blank constraint", overrides=["--batch.slurm.constraint=' '"], says=["batch.slurm.constraint is ' '", "leave it out"]),
+    Case(name="task that its own start refuses", command="launch", overrides=["--emit", "skypilot", "--cluster.ranks_per_node=2", "--batch.gpu_type=A100", "--cluster.bind_to_core=true"], says=["started with cluster.launcher torchrun", "cluster.bind_to_core is true"]),
+    # seeds and numbers that do not fit
+    Case(name="negative seed of the selection", overrides=["--selection.seed=-1"], says=["selection.seed is -1", "0 to 2^63 - 1"]),
+    Case(name="negative seed of training", overrides=["--training.seed=-1"], says=["training.seed is -1", "0 to 2^63 - 1"]),
+    Case(name="seed of 77 bits", overrides=["--training.seed=99999999999999999999999"], says=["training.seed is 99999999999999999999999", "63 bits"]),
+    Case(name="seed of 64 bits", overrides=["--selection.seed=9223372036854775808"], says=["selection.seed is 9223372036854775808", "63 bits"]),
+    Case(name="number of 64 bits in the file", files={"run.yaml": dump_yaml({**run_mapping(), "training": {"steps": 2**63}})}, says=["training.steps is 9223372036854775808", "63 bits"]),
     # what is read is never written over, by whatever name
     Case(name="selection over its scores", command="select", files={"a.scores": "x"}, overrides=["--from-scores", "a.scores", "--out", "./a.scores"], says=["--out is a.scores", "--from-scores names", "name another file"]),
     Case(name="selection over the config", command="select", overrides=["--out", "run.yaml"], says=["--out is run.yaml", "--config names"]),

@@ -104,6 +104,21 @@ def test_the_nodes_of_an_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="scontrol does not tell the nodes"):
         nodes_of_allocation(cluster, {**job, "SLURM_NTASKS_PER_NODE": "4"})
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho gpu07; echo gpu08\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for told, ranks in (
+        # One task is the launcher itself: the GPUs count.
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "8"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_NTASKS_PER_NODE": "1"}, 1),
+    ):
+        found = nodes_of_allocation(cluster, {**job, **told})
+        assert [(node.name, node.slots) for node in found] == [("gpu07", ranks), ("gpu08", ranks)]
+    named = ClusterConfig(launcher="slurm", ranks_per_node=2)
+    found = nodes_of_allocation(named, {**job, "SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "8"})
+    assert [node.slots for node in found] == [2, 2]
     with pytest.raises(InputError, match=r"cluster\.exclude is set, .* give it to sbatch"):
         ClusterConfig(launcher="slurm", exclude=("a",))
 
@@ -167,6 +182,10 @@ def test_paths_that_deepspeed_would_change_are_refused(path: str) -> None:
         ({"launcher": "openmpi"}, r"cluster\.hostfile is missing: the openmpi launcher"),
         ({"launcher": "mpich", "hosts": HOSTS, "hostfile": "h"}, r"cluster\.hostfile is h and cluster\.hosts"),
         ({"hosts": HOSTS}, r"cluster\.hosts is set, and cluster\.launcher local"),
+        ({"hostfile": "hosts"}, r"cluster\.hostfile is set, and cluster\.launcher local .*use pdsh"),
+        ({"launcher": "torchrun", "hostfile": "hosts"}, r"cluster\.hostfile is set, and cluster\.launcher torchrun"),
+        ({"launcher": "slurm", "hostfile": "hosts"}, r"cluster\.hostfile is set, .* give it to sbatch or salloc"),
+        ({"master_address": "node0"}, r"cluster\.master_address is node0 with cluster\.launcher local"),
         ({"launcher": "torchrun", "ssh_port": 22}, r"cluster\.ssh_port is set"),
         ({"launcher": "pdsh", "hosts": HOSTS, "bind_to_core": True}, r"cluster\.bind_to_core is true"),
         ({"launcher": "pdsh", "hosts": HOSTS, "ssh_port": 0}, r"cluster\.ssh_port is 0"),

@@ -98,6 +98,14 @@ def test_two_runs_on_one_machine_get_two_ports(run_file: Path, capsys: pytest.Ca
     assert port(*across, "--cluster.master_port=7") == 7
 
 
+def test_nodes_that_are_not_used_are_named(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hosts = "--cluster.hosts=[a slots=2, b slots=2, c slots=2]"
+    overrides = ["--cluster.launcher=pdsh", hosts, "--cluster.num_nodes=2"]
+    assert main(["launch", "--config", str(run_file), "--dry-run", *overrides]) == 0
+    said = capsys.readouterr().err
+    assert "sparse-zero: 2 of 3 nodes of cluster.hosts are used (cluster.num_nodes is 2); standing by: c\n" in said
+
+
 TEST_RECORDS = json.dumps([{"instruction": f"Add {i} and 3.", "output": "", "answer": str(i + 3)} for i in range(3)])
 
 

@@ -15,7 +15,7 @@ from launcher.commands.launch import cluster_of_start, overrides_of_start, write
 from launcher.config import parse_config
 from launcher.run_folder import RunFolder
 from launcher.starting.cluster_config import ClusterConfig
-from launcher.starting.nodes import Limits, Node, Start, choose_nodes, limits_of, master_of, read_nodes
+from launcher.starting.nodes import Limits, Node, Start, choose_nodes, limits_of, master_of, read_nodes, standing_by
 from launcher.starting.supervising import Outcome, Supervisor, judge
 from sparse_zero.errors import InputError
 
@@ -120,6 +120,7 @@ def test_hostfile(tmp_path):
         "a\n": "line 1 is 'a'",
         "a slots=0\n": "line 1 is",
         "-oProxyCommand=touch slots=2\n": "line 1 is",
+        "bob@a:22 slots=2\n": "the port of all nodes as cluster.ssh_port",
         "$(touch x) slots=2\n": "line 1 is",
         "a;touch slots=2\n": "line 1 is",
         "a slots=2`touch x`\n": "line 1 is",
@@ -130,6 +131,15 @@ def test_hostfile(tmp_path):
         assert said in str(error.value)
     with pytest.raises(InputError, match="is no file"):
         read_nodes(cluster(hostfile=str(tmp_path)))
+
+
+def test_what_is_said_of_nodes_that_stand_by():
+    named = cluster(num_nodes=1)
+    assert standing_by(named, [A], [A]) is None
+    assert standing_by(named, [A, B], [A]) == (
+        "1 of 2 nodes of hosts are used (cluster.num_nodes is 1); standing by: b"
+    )
+    assert "(cluster.max_world_size is 2)" in (standing_by(cluster(max_world_size=2), [A, B], [A]) or "")
 
 
 def test_nodes_are_included_and_excluded_by_name():
