@@ -95,6 +95,8 @@ class Runner:
         stack: for hooks that turn out to be needed; closed after the last micro-batch.
         backward: from the loss.
         remedy: for a loss or gradient that is not finite.
+        together: around a check between forward and backward. Where each of them is a collective, what makes a rank
+            fail there, fail all of them.
     """
 
     def __init__(
@@ -106,20 +108,31 @@ class Runner:
         stack: ExitStack,
         backward: Callable[[Tensor], object],
         remedy: str,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model, self._loss_fn, self._observers, self._stack = model, loss_fn, observers, stack
         self._pass, self._tallies = observation.running, observation.tallies
-        self._backward, self._remedy = backward, remedy
+        self._backward, self._remedy, self._together = backward, remedy, together
         self._begins_everywhere = False
 
     def _forward(self, batch: Any, seed: int, recording: bool) -> Tensor:
         self._pass.begin(batch, recording=recording)
         torch.manual_seed(seed)
-        with torch.set_grad_enabled(self._pass.needs_gradient):
-            loss = self._loss_fn(self._model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"loss_fn returned {what} for a calibration micro-batch: it must return a scalar tensor")
+        loss, failure = None, None
+        try:
+            with torch.set_grad_enabled(self._pass.needs_gradient):
+                loss = self._loss_fn(self._model, batch)
+        except InputError as error:  # Of a loss function that has looked at what the model returned.
+            failure = error
+        with self._together():
+            if failure is not None:
+                raise failure
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise InputError(
+                    f"loss_fn returned {what} for a calibration micro-batch: it must return a scalar tensor"
+                )
+        assert loss is not None
         return loss
 
     def run(self, batch: Any, seed: int, *, recording: bool) -> float:
@@ -143,11 +156,12 @@ class Runner:
                 observer.restart()
             loss = self._forward(batch, seed, recording)
         if running.needs_gradient:
-            if not loss.requires_grad:
-                raise InputError(
-                    "the loss of a calibration micro-batch depends on none of the matrices in "
-                    "selection.regions.modules: name matrices that the model computes its output with"
-                )
+            with self._together():
+                if not loss.requires_grad:
+                    raise InputError(
+                        "the loss of a calibration micro-batch depends on none of the matrices in "
+                        "selection.regions.modules: name matrices that the model computes its output with"
+                    )
             running.in_backward = True
             self._backward(loss)
         for observer in self._observers:
@@ -448,6 +462,11 @@ def calibrate(
     micro-batch's gradient and norms, and its scores are averaged. All other calls come at the end, with the mean
     gradient over all micro-batches and norms over all tokens.
 
+    Where one rank meets an error, all of them end. Not so with sharded weights (stage 3), if the error comes in the
+    middle of a forward or backward: the others wait for this rank's part of the weights, until the process group's time
+    is over or a launcher ends them. What the loss function returns, or says of it by an ``InputError``, is checked
+    between the two.
+
     Args:
         model: dense, sparse, in 4 bit, or inside a DeepSpeed engine (``engine.module``) at any stage; nothing of it is
             changed. At stage 3 the engine must have been made without an optimizer.
@@ -485,6 +504,7 @@ def calibrate(
                 # From above: the loss itself may be in fp16.
                 lambda loss: loss.backward(torch.full_like(loss, LOSS_SCALE)),
                 "check the data, or use a wider dtype (model.dtype)",
+                failing_together if sharded else nullcontext,
             )
             num_batches = _run_all(runner, batches, sharded=sharded, seed=config.seed, on_batch=on_batch)
         return observation.scores(num_batches), num_batches

@@ -3,11 +3,15 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import sparse_zero as sz
+from models.gather import gather_json
 from models.loading import ModelConfig, load_model
 from models.sharded_loading import load_sharded
+from sparse_zero.collectives import PeerError
+from sparse_zero.errors import InputError
 from sparse_zero.layers.frozen_linear import FrozenLinear
 from sparse_zero.selection.select import score_regions
 from sparse_zero.zero.inference import sharded_forward
@@ -49,3 +53,29 @@ def scores(folder: str, checkpointing: bool) -> dict[str, Any]:
         "left": sum(type(module) is FrozenLinear for module in sharded.modules()),
         "linears": sum(isinstance(module, nn.Linear) for module in sharded.modules()),
     }
+
+
+def refused(folder: str) -> list[Any]:
+    """What all ranks are told where the micro-batch of the last one is of no use: for each loss, what is raised."""
+    config = sz.SelectionConfig(regions=(sz.RegionConfig(kind="row", modules=("*.q_proj",), per_matrix=1),))
+    sharded = load_sharded(ModelConfig(name_or_path=folder, dtype="float32"), SETTINGS)
+    tokens = torch.arange(24).view(2, 12)
+    good, last = {"input_ids": tokens, "labels": tokens}, dist.get_rank() == dist.get_world_size() - 1
+
+    def unreduced(model: Any, batch: Any) -> Any:
+        loss = model(**batch).loss
+        return loss.repeat(2) if last else loss
+
+    def detached(model: Any, batch: Any) -> Any:
+        loss = model(**batch).loss
+        return loss.detach() if last else loss
+
+    told = []
+    for batch, loss_fn in (({"input_ids": tokens}, None), (good, unreduced), (good, detached), (good, None)):
+        try:
+            with sharded_forward(sharded, SETTINGS):
+                score_regions(sharded, [good, batch], config, loss_fn)
+            told.append("nothing")
+        except (InputError, PeerError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return gather_json(told)
