@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,19 @@ class _Best:
 
     step: int
     validation_loss: float
+    # Whose loss it is: settings of the validation data, with which a start may differ from the one before.
+    of: Mapping[str, Any]
 
 
-def _known_best(folder: RunFolder, earlier: Mapping[str, Any]) -> _Best | None:
-    """What the checkpoint that is continued from tells of the best one, if that is still there. Collective."""
+def _validation_data(config: RunConfig) -> dict[str, Any]:
+    return {"data.validation": config.data.validation, "data.validation_split": config.data.validation_split}
+
+
+def _known_best(config: RunConfig, folder: RunFolder, earlier: Mapping[str, Any]) -> _Best | None:
+    """What the checkpoint that is continued from tells of the best one, if that is still there. Collective.
+
+    None, with a warning, where losses of this start are of other data: they are not to be compared.
+    """
     told = earlier.get("best")
     if not isinstance(told, Mapping):
         return None
@@ -37,7 +47,20 @@ def _known_best(folder: RunFolder, earlier: Mapping[str, Any]) -> _Best | None:
         return None
     # Where nodes have disks of their own, the others may not have it; all ranks must say the same.
     is_there = any(gather_json((folder.checkpoint(step) / MANIFEST).is_file()))
-    return _Best(step=step, validation_loss=float(loss)) if is_there else None
+    if not is_there:
+        return None
+    now = _validation_data(config)
+    of = earlier.get("best_of") or now
+    if config.checkpoint.keep_best != "none" and of != now:
+        name = next(key for key in now if of.get(key) != now[key])
+        warnings.warn(
+            f"{name} was {of.get(name)!r} when the best checkpoint was found and is {now[name]!r}: losses of other "
+            f"data are not compared, checkpoint.keep_best begins anew, and {folder.checkpoint(step).name} is kept no longer "
+            "than others",
+            stacklevel=3,
+        )
+        return None
+    return _Best(step=step, validation_loss=float(loss), of=of)
 
 
 class RunCheckpoints:
@@ -64,10 +87,11 @@ class RunCheckpoints:
         *,
         writes: bool,
     ) -> None:
+        self._validation_data = _validation_data(config)
         self._config, self._folder, self._base, self._writes = config.checkpoint, folder, base, writes
         self._run_config: dict[str, Any] = parse_yaml(resolved_yaml(config), "the resolved config")
         self._writer = CheckpointWriter(background=config.checkpoint.background)
-        self._best = _known_best(folder, earlier)
+        self._best = _known_best(config, folder, earlier)
         # Seconds that training has waited, and for how many checkpoints.
         self.stall_seconds, self.num_saves = 0.0, 0
 
@@ -83,7 +107,7 @@ class RunCheckpoints:
         )
         if self._config.keep_best == "none" or not is_lower:
             return False
-        self._best = _Best(step=step, validation_loss=validation_loss)
+        self._best = _Best(step=step, validation_loss=validation_loss, of=self._validation_data)
         return True
 
     @property
@@ -116,7 +140,7 @@ class RunCheckpoints:
         best = None if self._best is None else {"step": self._best.step, "validation_loss": self._best.validation_loss}
         snapshot = take_snapshot(
             engine,
-            extra={**extra, "best": best},
+            extra={**extra, "best": best, "best_of": None if self._best is None else dict(self._best.of)},
             base=self._base,
             config=self._run_config,
             random_states=False,  # All streams are seeded by the step.

@@ -99,11 +99,13 @@ class RunFolder:
         """Point ``checkpoints/latest`` to a committed checkpoint, and delete what came before its ``keep`` newest.
 
         Counted are the checkpoints up to this one: neither it nor a later one is ever deleted, nor the best one, to
-        which ``checkpoints/best`` points. Nobody reads the pointers but people.
+        which ``checkpoints/best`` points, where there is one. Nobody reads the pointers but people.
         """
         atomic_write_text(self.checkpoints / "latest", checkpoint.name + "\n")
         if best is not None:
             atomic_write_text(self.checkpoints / "best", best.name + "\n")
+        else:
+            (self.checkpoints / "best").unlink(missing_ok=True)
         complete = [path for path in self.complete_checkpoints() if step_of(path.name) <= step_of(checkpoint.name)]
         for old in complete[:-keep]:
             if best is None or old.name != best.name:

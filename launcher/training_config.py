@@ -144,7 +144,7 @@ class CheckpointConfig:
     # Newest checkpoints kept; older ones are deleted after a new one is complete.
     keep: int = 2
     # validation_loss: also keep the checkpoint with the lowest one, which is written when it is found, whatever "every"
-    # says. none: the newest only.
+    # says; with other validation data than before, it is looked for anew. none: the newest only.
     keep_best: Literal["none", "validation_loss"] = "none"
     # Write while training goes on, which waits for a copy to the host's memory only (12 bytes for each value, on the
     # rank that writes). False: wait until it is on the disk.

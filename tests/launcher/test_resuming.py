@@ -175,6 +175,30 @@ def test_the_newest_and_the_best_are_kept(tmp_path, saved):
     assert saver.stall_seconds > 0
 
 
+def test_the_best_of_other_data_is_not_compared(tmp_path, saved):
+    folder, keep = RunFolder(tmp_path), ("checkpoint.keep=1", "checkpoint.keep_best=validation_loss")
+    saver = checkpoints(folder, {}, *keep)
+    assert saver.is_best(1, 0.5)
+    saved(saver, 1, 2)
+    told = read_checkpoint(folder.checkpoint(2)).extra
+    # Without keep_best nothing is compared, and a later start may go on.
+    saver = checkpoints(folder, told, "data.validation=null")
+    saved(saver, 3)
+    told = read_checkpoint(folder.checkpoint(3)).extra
+    assert told["best"] == {"step": 1, "validation_loss": 0.5}
+    assert not checkpoints(folder, told, *keep).is_best(4, 0.6)
+    with pytest.warns(UserWarning, match=r"data\.validation was .* and is 'other\.json': .*step-000001"):
+        saver = checkpoints(folder, told, *keep, "data.validation=other.json")
+    saved(saver, 4)
+    assert steps_in(folder) == [4]
+    assert not (folder.checkpoints / "best").exists()
+    assert saver.is_best(5, 0.9)
+    # Checkpoints of earlier versions do not say of which data.
+    saved(saver, 5)
+    told = {**read_checkpoint(folder.checkpoint(5)).extra, "best_of": None}
+    assert not checkpoints(folder, told, *keep).is_best(6, 1.0)
+
+
 def test_without_a_metric_the_newest_are_kept(tmp_path, saved):
     saver = checkpoints(RunFolder(tmp_path), {}, "checkpoint.background=false")
     assert not saver.is_best(1, 0.1)
