@@ -51,7 +51,8 @@ class ModelConfig:
     quantization: Quantized = "none"
     # Hold the constants of nf4 in 8 bits as well (QLoRA's double quantization), which saves 0.37 bits per entry.
     double_quantization: bool = False
-    # Attention implementation. sdpa needs no further package and forms no score matrix on GPUs.
+    # Attention implementation. sdpa needs no further package and forms no score matrix on GPUs; flash_attention_2
+    # computes in bfloat16 or float16 only.
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     # Run Python code that comes with the model. Off: a model is data, and data does not run.
     trust_remote_code: bool = False
@@ -63,6 +64,11 @@ class ModelConfig:
             raise InputError(f"model.dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.attention not in ATTENTIONS:
             raise InputError(f"model.attention is {self.attention!r}: use one of {', '.join(ATTENTIONS)}")
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise InputError(
+                "model.attention is 'flash_attention_2' with model.dtype float32, in which it cannot compute: set "
+                "model.dtype to bfloat16 or float16 (and training.precision to match), or model.attention to sdpa"
+            )
         if self.gguf_file is not None and (
             not self.gguf_file.endswith(".gguf") or Path(self.gguf_file).name != self.gguf_file
         ):

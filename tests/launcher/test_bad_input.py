@@ -114,6 +114,7 @@ CONFIG_CASES = [
     Case(name="number as key", files={"run.yaml": "1: {}\n"}, says=["the key 1", "put it in quotes"]),
     Case(name="circle of extends", files={"run.yaml": "extends: a.yaml\n", "a.yaml": "extends: run.yaml\n"}, says=["goes in a circle", "a.yaml"]),
     Case(name="extends a missing file", files={"run.yaml": "extends: [parts/gone.yaml]\n"}, says=["gone.yaml does not exist"]),
+    Case(name="flash attention in fp32", overrides=["--model.attention=flash_attention_2"], says=["model.attention is 'flash_attention_2'", "model.dtype float32", "set model.dtype to bfloat16"]),
     # keys
     Case(name="missing section", remove=["training"], says=["training is missing in run.yaml"]),
     Case(name="missing key", remove=["model.name_or_path"], says=["model.name_or_path is missing in run.yaml"]),

@@ -238,6 +238,10 @@ def test_weights_that_do_not_fit_their_config_are_refused(
         ({"name_or_path": " "}, "model.name_or_path"),
         ({"name_or_path": "x", "dtype": "int8"}, "model.dtype is 'int8'"),
         ({"name_or_path": "x", "attention": "quick"}, "model.attention is 'quick'"),
+        (
+            {"name_or_path": "x", "attention": "flash_attention_2"},
+            "with model.dtype float32, .* model.attention to sdpa",
+        ),
         ({"name_or_path": "x", "gguf_file": "x.bin"}, "model.gguf_file"),
         ({"name_or_path": "x", "gguf_file": "../x.gguf"}, "model.gguf_file"),
     ],
@@ -266,7 +270,7 @@ def test_bad_places_are_refused(folder: Path) -> None:
 def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(InputError, match=r"'flash_attention_2', which needs the package flash-attn: .* use sdpa"):
-        validate_model_source(ModelConfig(name_or_path=str(folder), attention="flash_attention_2"))
+        validate_model_source(ModelConfig(name_or_path=str(folder), dtype="bfloat16", attention="flash_attention_2"))
     monkeypatch.setitem(sys.modules, "accelerate", None)
     (folder / "q.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"'q.gguf', which needs the package accelerate"):
