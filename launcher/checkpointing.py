@@ -55,8 +55,8 @@ def _known_best(config: RunConfig, folder: RunFolder, earlier: Mapping[str, Any]
         name = next(key for key in now if of.get(key) != now[key])
         warnings.warn(
             f"{name} was {of.get(name)!r} when the best checkpoint was found and is {now[name]!r}: losses of other "
-            f"data are not compared, checkpoint.keep_best begins anew, and {folder.checkpoint(step).name} is kept no longer "
-            "than others",
+            f"data are not compared, checkpoint.keep_best begins anew, and {folder.checkpoint(step).name} is kept no "
+            "longer than others",
             stacklevel=3,
         )
         return None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # The same words as launcher.plan.defaults and launcher.plan.questions have: those import torch.
 _METHODS = ("smt", "rocoft-rows", "rocoft-columns", "mixed", "diablo", "full", "lora", "dora", "qlora")
+_WITH_ADAPTERS = ("lora", "dora", "qlora")
 _QUESTIONS = ("gpus", "batch", "length", "budget", "stage")
 _EXAMPLES = """
 Does it fit? (milliseconds of arithmetic; --simulate runs the real code on tensors without data)
@@ -112,6 +113,12 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"{question} needs --gpu-memory, the GiB of each GPU, as in --gpu-memory 24")
     if args.lora_rank is not None and args.lora_rank < 1:
         raise InputError(f"--lora-rank is {args.lora_rank}: it must be at least 1")
+    if args.lora_rank is not None and args.method not in _WITH_ADAPTERS and not args.compare:
+        what = f"--method {args.method}" if args.method else "no --method"
+        raise InputError(
+            f"--lora-rank is {args.lora_rank} with {what}, and nothing has adapters of a rank: choose "
+            f"--method {', '.join(_WITH_ADAPTERS[:-1])} or {_WITH_ADAPTERS[-1]}, add --compare, or leave it out"
+        )
     if args.simulate and args.find:
         raise InputError(
             f"--simulate with --find {args.find}, which is answered by the forecast: simulate the answer in a second "
@@ -204,7 +211,9 @@ def _answer(args: argparse.Namespace, timeline: Path | None) -> int:
             check_keeps_inputs(Path(getattr(args, name)), f"--{name}", inputs_of(args, config))
     if args.fits:
         assert gpu is not None
-        answer = plan_answers.fitting_models(args.method or "smt", args.ranks or 1, gpu, args.overrides)
+        answer = plan_answers.fitting_models(
+            args.method or "smt", args.ranks or 1, gpu, args.overrides, args.lora_rank or LORA_RANK
+        )
     elif config is not None and config.model.classifies:
         answer = _about_classifier(args, config, gpu, timeline)
     else:

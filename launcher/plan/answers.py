@@ -14,7 +14,15 @@ from launcher.plan import tables
 from launcher.plan.comparisons import compared, models_that_fit
 from launcher.plan.defaults import LORA_RANK
 from launcher.plan.planned_run import SAFE_SHARE, Gpu, PlannedRun
-from launcher.plan.questions import MAX_RANKS, fewest, gpus_needed, largest_batch, largest_budget, largest_length
+from launcher.plan.questions import (
+    MAX_RANKS,
+    check_lora_rank,
+    fewest,
+    gpus_needed,
+    largest_batch,
+    largest_budget,
+    largest_length,
+)
 from launcher.plan.search import changes_that_fit
 from launcher.plan.settings import settings_that_fit, why
 from launcher.summary import format_bytes
@@ -108,6 +116,7 @@ def about(
     Raises:
         InputError: the question does not go with the run.
     """
+    check_lora_rank(run)
     answer = Answer(run=run, name=name, gpu=gpu)
     job = run.job
     answer.found = {
@@ -243,6 +252,9 @@ def _find(answer: Answer, run: PlannedRun, gpu: Gpu, find: str) -> None:
         answer.fits = largest.value is not None
         answer.found["largest"] = largest.to_json()
         answer.shown += tables.largest_lines(largest, gpu)
+        batch = run.config.training.global_batch_size
+        if find == "batch" and largest.value == batch:
+            answer.shown.append(f"A micro-batch is no larger than training.global_batch_size, which is {batch}.")
         positions = getattr(run.shapes.model.config, "max_position_embeddings", None)
         if find == "length" and isinstance(positions, int) and (largest.value or 0) > positions:
             answer.shown.append(f"The model was trained on {positions:,} positions.")
@@ -251,13 +263,15 @@ def _find(answer: Answer, run: PlannedRun, gpu: Gpu, find: str) -> None:
             _add_changes(answer, largest.run if find == "batch" else run, gpu)
 
 
-def fitting_models(method: str, world_size: int, gpu: Gpu, overrides: Sequence[str] = ()) -> Answer:
+def fitting_models(
+    method: str, world_size: int, gpu: Gpu, overrides: Sequence[str] = (), lora_rank: int = LORA_RANK
+) -> Answer:
     """The answer to which built-in models fit.
 
     Raises:
         InputError: an override does not hold.
     """
-    found = models_that_fit(method, world_size, gpu, overrides)
+    found = models_that_fit(method, world_size, gpu, overrides, lora_rank=lora_rank)
     largest = next((each for each in found if each.fits), None)
     answer = Answer(fits=largest is not None, gpu=gpu)
     answer.found = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.plan.defaults import LORA_RANK, PEERS, default_run, described, peer_changes
 from launcher.plan.planned_run import Gpu, PlannedRun, plan_run
-from launcher.plan.questions import Gpus, at_stage, fewest, gpus_needed
+from launcher.plan.questions import Gpus, at_stage, check_lora_rank, fewest, gpus_needed
 from launcher.plan.settings import judge
 from models.decoder_shapes import CHECKED_FAMILIES
 from models.known_shapes import KNOWN_SHAPES, KnownShape
@@ -45,6 +45,7 @@ def compared(run: PlannedRun, name: str, gpu: Gpu | None, lora_rank: int = LORA_
             changes = peer_changes(peer, family, lora_rank)
             base: dict[str, Any] = {"quantization": "none"} if "quantization" not in changes else {}
             runs[peer] = run.but(**base, **changes, calibration=None)
+            check_lora_rank(runs[peer])
     return [
         Compared(name=each, run=other, gpus=None if gpu is None else fewest(gpus_needed(other, gpu)))
         for each, other in runs.items()
@@ -80,7 +81,12 @@ def _as_fast_as_it_fits(run: PlannedRun, gpu: Gpu) -> tuple[PlannedRun, bool]:
 
 
 def models_that_fit(
-    method: str, world_size: int, gpu: Gpu, overrides: Sequence[str] = (), models: Sequence[KnownShape] = _CHECKED
+    method: str,
+    world_size: int,
+    gpu: Gpu,
+    overrides: Sequence[str] = (),
+    models: Sequence[KnownShape] = _CHECKED,
+    lora_rank: int = LORA_RANK,
 ) -> list[ModelFit]:
     """Built-in models by a method's recipe on so many GPUs, the largest first, each as fast as it fits.
 
@@ -92,6 +98,7 @@ def models_that_fit(
         gpu: each of them.
         overrides: as of a config file.
         models: to look at.
+        lora_rank: of the methods with adapters.
 
     Raises:
         InputError: an override does not hold.
@@ -99,9 +106,11 @@ def models_that_fit(
     found = []
     for known in sorted(models, key=lambda each: -each.num_parameters):
         config = default_run(known.name, method, overrides)
-        changes = peer_changes(method, str(described(known.name)["model_type"]))
+        changes = peer_changes(method, str(described(known.name)["model_type"]), lora_rank)
+        planned = plan_run(config, world_size, **changes)
+        check_lora_rank(planned)
         try:
-            run, fits = _as_fast_as_it_fits(plan_run(config, world_size, **changes), gpu)
+            run, fits = _as_fast_as_it_fits(planned, gpu)
         except InputError:
             found.append(ModelFit(name=known.name, num_parameters=known.num_parameters, run=None, fits=False))
         else:

@@ -23,6 +23,7 @@ QUESTIONS: tuple[Question, ...] = get_args(Question)
 MAX_RANKS = 1024
 _MAX_BATCH = 4096
 _MAX_LENGTH = 2**20
+_MAX_LORA_RANK = 1024
 
 
 # --- how many GPUs ----------------------------------------------------------------------------------------
@@ -133,10 +134,9 @@ def _largest(
 
 
 def largest_batch(run: PlannedRun, gpu: Gpu) -> Largest:
-    """The largest micro-batch of a rank."""
-    return _largest(
-        "training.micro_batch_size", range(1, _MAX_BATCH + 1), lambda index: run.but(micro_batch=index + 1), gpu
-    )
+    """The largest micro-batch of a rank; no larger than the samples of a step, beyond which no run starts."""
+    most = min(_MAX_BATCH, run.config.training.global_batch_size)
+    return _largest("training.micro_batch_size", range(1, most + 1), lambda index: run.but(micro_batch=index + 1), gpu)
 
 
 def largest_length(run: PlannedRun, gpu: Gpu) -> Largest:
@@ -198,6 +198,26 @@ def _sizes(selection: SelectionConfig) -> tuple[str, list[int | float], Callable
     )
 
 
+def widest_adapted(run: PlannedRun) -> int:
+    """The most rows and columns that a matrix with adapters has at once: the rank of the whole matrix."""
+    adapted = [each for each in run.shapes.shape.linears if each.name.rpartition(".")[2] in run.job.lora_targets]
+    return max((min(each.out_features, each.in_features) for each in adapted), default=1)
+
+
+def check_lora_rank(run: PlannedRun) -> None:
+    """Refuse adapters that are larger than every matrix that they adapt.
+
+    Raises:
+        InputError: names the rank and the most that there is.
+    """
+    most = widest_adapted(run)
+    if run.job.method in ("lora", "dora") and run.job.lora_rank > most:
+        raise InputError(
+            f"--lora-rank is {run.job.lora_rank}, and of {run.config.model.name_or_path} the smaller side of no "
+            f"adapted matrix is above {most}: lower it"
+        )
+
+
 def largest_budget(run: PlannedRun, gpu: Gpu) -> Largest:
     """The most that may be trained: the budget, rows or columns of each matrix, fewer and larger diagonal blocks, r.
 
@@ -208,7 +228,7 @@ def largest_budget(run: PlannedRun, gpu: Gpu) -> Largest:
     if method == "full":
         raise InputError("--find budget with method full, which trains every parameter: choose another method")
     if method != "selection":
-        ranks = range(1, 1025)
+        ranks = range(1, min(_MAX_LORA_RANK, widest_adapted(run)) + 1)
         return _largest("--lora-rank", ranks, lambda index: run.but(lora_rank=ranks[index]), gpu)
     field, values, make = _sizes(run.config.selection)
     low, high = _bounds(run)

@@ -118,6 +118,14 @@ def test_the_largest_fits_and_the_next_does_not(smt: PlannedRun, search: Any, fi
     assert nothing.above_run is not None
 
 
+def test_the_largest_batch_is_one_that_the_run_accepts(smt: PlannedRun) -> None:
+    found = largest_batch(smt, gpu_with(1000 * smt.needed_bytes))
+    assert found.value == smt.config.training.global_batch_size
+    assert found.above is None
+    answer = about(smt, "smt", gpu=gpu_with(1000 * smt.needed_bytes), name="any", find="batch")
+    assert answer.shown[-1] == "A micro-batch is no larger than training.global_batch_size, which is 16."
+
+
 @pytest.mark.parametrize("method", ["mixed", "rocoft-rows", "diablo", "lora"])
 def test_the_largest_budget_fits(method: str) -> None:
     run = planned(method)
@@ -288,6 +296,13 @@ def test_what_fits_is_asked_of_all_models(out: Path, capsys: pytest.CaptureFixtu
         (["--model", "llama-2-7b", "--find", "money"], "--find"),
         (["--model", "llama-2-7b", "--method", "sgd"], "--method"),
         (["--model", "llama-2-7b", "--lora-rank", "0"], "--lora-rank is 0"),
+        (["--model", "llama-2-7b", "--lora-rank", "8"], "--lora-rank is 8 with no --method"),
+        (["--model", "llama-2-7b", "--method", "smt", "--lora-rank", "8"], "--lora-rank is 8 with --method smt"),
+        (
+            ["--model", "llama-2-7b", "--method", "lora", "--lora-rank", "99999"],
+            "--lora-rank is 99999, and of llama-2-7b",
+        ),
+        (["--model", "llama-2-7b", "--compare", "--lora-rank", "99999"], "no adapted matrix is above 4096"),
         (["--model", "llama-2-7b", "--plot", "plan.pdf"], "--plot is plan.pdf"),
         (["--model", "llama-2-7b", "--json", "."], "--json is ., which is a folder"),
         (["--model", "llama-2-7b", "--data.max_lenght=3"], "did you mean data.max_length?"),
