@@ -103,7 +103,9 @@ def test_optimizers_that_are_not_ours(world):
         uninterrupted, resumed = found[name]["losses"]
         assert resumed == uninterrupted, name
     assert found["sgd"]["algorithm"] == "sgd"
-    assert "Factored has a state row_var that is neither its step counter nor a number for each" in found["factored_error"]
+    assert (
+        "Factored has a state row_var that is neither its step counter nor a number for each" in found["factored_error"]
+    )
 
 
 def test_checkpoints_that_name_no_optimizer_are_adams(world):
