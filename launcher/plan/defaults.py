@@ -209,7 +209,7 @@ def default_run(model: str, method: str, overrides: Sequence[str] = ()) -> RunCo
         mapping["selection"].setdefault("calibration_batch_size", batch)
         mapping["selection"].setdefault("calibration_batches", -(-samples // batch))
     precision = mapping["training"].get("precision") if isinstance(mapping["training"], dict) else None
-    if precision in DTYPE_OF_PRECISION and isinstance(mapping["model"], dict):
+    if isinstance(precision, str) and precision in DTYPE_OF_PRECISION and isinstance(mapping["model"], dict):
         mapping["model"].setdefault("dtype", DTYPE_OF_PRECISION[precision])
     config = parse_config(mapping, source="the planned run")
     check_config(config)
