@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from launcher.__main__ import main
+from launcher.commands.doctor import _wanted
 from launcher.config import load_config, resolved_yaml
 from launcher.preflight import node_probe, rendezvous_probe
 from launcher.preflight.asking import Talks, ask_nodes
@@ -106,6 +107,14 @@ def test_what_is_wrong_is_named_with_its_remedy(
     assert code == 0
     held = [each["what"] for each in json.loads(output)["findings"] if each["check"] == "build cache"]
     assert f"is held by {Path(sys.executable).resolve().name}" in held[0] or "is held by py" in held[0]
+
+
+def test_nodes_that_a_launch_leaves_out_are_named(base: Path, tmp_path: Path) -> None:
+    hosts = "--cluster.hosts=[a slots=2, b slots=2]"
+    config = load_config(write_config(base, tmp_path), ["--cluster.launcher=pdsh", hosts])
+    wanted, left = _wanted(config)
+    assert wanted.world_size == 2
+    assert left == "1 of 2 nodes of cluster.hosts are used (cluster.num_nodes is 1); standing by: b"
 
 
 def test_a_run_that_cannot_fit(base: Path, tmp_path: Path, doctor: Any) -> None:
