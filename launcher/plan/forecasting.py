@@ -45,10 +45,10 @@ def shapes_of(config: RunConfig) -> Shapes:
     """From the model's config.json, or the built-in shapes.
 
     Raises:
-        InputError: the model has no closed form.
+        InputError: the model has no closed form, or the run packs samples that it would mix.
     """
     from models.decoder_shapes import decoder_shape
-    from models.families import module_map
+    from models.families import check_can_pack, module_map
     from models.skeleton import load_shapes
 
     if config.model.classifies:
@@ -57,6 +57,8 @@ def shapes_of(config: RunConfig) -> Shapes:
             "simulates it"
         )
     model = load_shapes(config.model)
+    if config.data.batching == "pack":
+        check_can_pack(model)
     return Shapes(shape=decoder_shape(model), module_map=module_map(model), model=model)
 
 

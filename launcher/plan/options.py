@@ -56,7 +56,7 @@ def _halvings(value: int, least: int) -> list[int]:
     return found
 
 
-def dimensions(config: RunConfig, world_size: int, on_host: bool) -> list[list[Option]]:
+def dimensions(config: RunConfig, world_size: int, on_host: bool, *, can_pack: bool) -> list[list[Option]]:
     """The settings that can be changed; of each, its options, every one smaller than the one before."""
     training, budget = config.training, config.selection.budget
     found = [_stages(config, world_size, on_host)]
@@ -77,7 +77,7 @@ def dimensions(config: RunConfig, world_size: int, on_host: bool) -> list[list[O
         option = "--zero.offload_optimizer=cpu"
         found.append([Option(overrides=(option,), cost="a little slower: states come from the host",
                               slowdown=_OFFLOADED_STATES)])  # fmt: skip
-    if config.data.batching == "pad":
+    if config.data.batching == "pad" and can_pack:
         found.append([Option(overrides=("--data.batching=pack",), cost="as fast: no padding")])
     found.append(
         [

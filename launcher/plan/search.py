@@ -15,6 +15,7 @@ from launcher.plan.forecasting import Shapes, job_of, planned_selection
 from launcher.plan.options import Option, dimensions
 from launcher.run_folder import FREE_KEYS
 from launcher.yaml_files import parse_yaml
+from models.families import can_pack
 from sparse_zero.errors import InputError
 from sparse_zero.memory.closed_form.forecast import Forecast
 from sparse_zero.memory.closed_form.job import MemoryJob
@@ -131,7 +132,7 @@ class _Search:
         # By the selections' configs; the run's own is used for the run's own config.
         self._selections: dict[str, Selection] = {}
         self._looked: dict[tuple[int, ...], Change | None] = {}
-        self.dimensions = dimensions(config, world_size, on_host)
+        self.dimensions = dimensions(config, world_size, on_host, can_pack=can_pack(shapes.model))
 
     def options(self, point: tuple[int, ...]) -> list[Option]:
         """Those of a point: for each setting, 0 or the number of its option."""

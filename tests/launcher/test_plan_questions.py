@@ -13,6 +13,7 @@ from launcher.config import load_config
 from launcher.plan.answers import about
 from launcher.plan.comparisons import compared, models_that_fit
 from launcher.plan.defaults import PLAN_METHODS, SELECTIONS, default_run, described, peer_changes
+from launcher.plan.options import dimensions
 from launcher.plan.planned_run import SAFE_SHARE, Gpu, PlannedRun, plan_run
 from launcher.plan.questions import (
     QUESTIONS,
@@ -202,6 +203,20 @@ def test_other_families_have_recipes_too(model: str, method: str) -> None:
     run = planned(method, model)
     assert 0 < run.num_trained <= run.shapes.shape.num_parameters
     assert run.peak_bytes > 0
+
+
+def test_packing_is_planned_and_offered_only_where_a_run_takes_it() -> None:
+    with pytest.raises(InputError, match="but packed samples of bloom models"):
+        planned("smt", "bloom-7b1", 1, "--data.batching=pack")
+    run = planned()
+    assert run.config.data.batching == "pad"
+
+    def offered(can_pack: bool) -> bool:
+        found = dimensions(run.config, 1, False, can_pack=can_pack)
+        return any("--data.batching=pack" in option.overrides for options in found for option in options)
+
+    assert offered(True)
+    assert not offered(False)
 
 
 def test_an_answer_is_the_forecast_of_its_config(smt: PlannedRun) -> None:
