@@ -48,9 +48,14 @@ def test_a_simulated_step_holds_what_a_real_one_does(case: dict[str, Any], tmp_p
 
     real = run_ranks("tests.distributed.simulation_workers:real", 2, **case)
     found = in_child(simulation_workers.simulated, tmp_path, world_size=2, **case)
+    # Threads of gloo may hold what they have reduced or gathered a moment longer, the more so on a busy machine, and never
+    # less than a step needs: what is held too long once is measured again.
+    for _ in range(2):
+        if all(expected["peak"] <= 1.02 * found[phase]["peak"] for phase, expected in real.items()):
+            break
+        real = run_ranks("tests.distributed.simulation_workers:real", 2, **case)
     for phase, expected in real.items():
         assert found[phase]["peak"] == pytest.approx(expected["peak"], rel=0.02), (phase, found[phase], expected)
-        # Threads of gloo may hold what they have reduced or gathered a moment longer, the more so on a busy machine.
         assert 0.97 * found[phase]["end"] <= expected["end"] <= 1.12 * found[phase]["end"], (
             phase,
             found[phase],
