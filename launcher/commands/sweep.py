@@ -112,9 +112,7 @@ def run(args: argparse.Namespace) -> int:
     from launcher.sweep.progress import SweepProgress
     from launcher.sweep.running import lock_of, run_points
 
-    for each in chosen:
-        if each.point is not None:  # Every one of them would find it out by itself.
-            exported_variables(each.point.config.cluster, os.environ)
+    _check_exported(chosen)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()
@@ -204,6 +202,13 @@ def _say_if_changed(file: str, sweep: SweepConfig, base: dict[str, Any], folder:
         say(f"{file} has changed since {listed.name} was listed: run as it was listed")
 
 
+def _check_exported(chosen: Sequence[Listed]) -> None:
+    """Refuse what ``cluster.export`` names and is not set, before every point finds it out by itself."""
+    for each in chosen:
+        if each.point is not None:
+            exported_variables(each.point.config.cluster, os.environ)
+
+
 def _emit(args: argparse.Namespace, folder: SweepFolder, listed: Sequence[Listed], chosen: Sequence[Listed]) -> int:
     from launcher.sweep.array_script import array_of_points
     from launcher.sweep.running import lock_of
@@ -212,9 +217,7 @@ def _emit(args: argparse.Namespace, folder: SweepFolder, listed: Sequence[Listed
         check_new_file(Path(args.out))
     points = {each.name: (each.index, each.point.config) for each in chosen if each.point is not None}
     script = array_of_points(points, folder.path.absolute(), Path.cwd(), args.at_once)
-    for each in chosen:
-        if each.point is not None:  # Every one of them would find it out by itself.
-            exported_variables(each.point.config.cluster, os.environ)
+    _check_exported(chosen)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_of(folder) as lock:
         lock.take()

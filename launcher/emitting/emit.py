@@ -6,7 +6,7 @@ from pathlib import Path
 from launcher.config import parse_config, read_with_overrides, set_value
 from launcher.config_checks import check_config
 from launcher.deepspeed_config import deepspeed_config
-from launcher.emitting.job import ranks_per_node
+from launcher.emitting.job import TOLD_AT_THE_START, ranks_per_node
 from launcher.emitting.kubernetes import kubernetes_manifest
 from launcher.emitting.skypilot import skypilot_task
 from launcher.emitting.slurm_script import slurm_script
@@ -14,8 +14,6 @@ from launcher.run_folder import check_new_file
 from sparse_zero.errors import InputError
 
 SYSTEMS = ("slurm", "kubernetes", "skypilot")
-# Kubernetes and SkyPilot tell it when they start a run; torchrun on several nodes is no config without.
-_ADDRESS = "told-at-the-start"
 
 
 def emit(args: argparse.Namespace) -> int:
@@ -35,7 +33,7 @@ def emit(args: argparse.Namespace) -> int:
     mapping = read_with_overrides(args.config, args.overrides)
     section = mapping.get("cluster")
     if args.emit != "slurm" and isinstance(section, dict) and section.get("launcher", "local") != "local":
-        set_value(mapping, "cluster.master_address", _ADDRESS, "--emit")
+        set_value(mapping, "cluster.master_address", TOLD_AT_THE_START, "--emit")
     config = parse_config(mapping, source=args.config)
     check_config(config)
     # Found here, a contradiction costs no time in a queue.

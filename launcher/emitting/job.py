@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 from launcher.config import RunConfig
 from sparse_zero.errors import InputError
 
+# Kubernetes and SkyPilot tell where ranks meet when they start a run; torchrun on several nodes is no config without.
+TOLD_AT_THE_START = "told-at-the-start"
 # Kubernetes and SkyPilot append to a name, and 63 letters are all that a host name may have.
 _MOST_OF_NAME = 40
 

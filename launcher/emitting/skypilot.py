@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from launcher.config import RunConfig, resolved_yaml
-from launcher.emitting.job import check_exported, host_name, is_below, ranks_per_node
+from launcher.emitting.job import TOLD_AT_THE_START, check_exported, host_name, is_below, ranks_per_node
 from launcher.yaml_files import dump_yaml
 from sparse_zero.errors import InputError
 
@@ -64,7 +64,7 @@ def _check_starts(config: RunConfig) -> None:
             config.cluster,
             launcher="torchrun",
             ranks_per_node=ranks_per_node(config),
-            master_address="told-at-the-start",
+            master_address=TOLD_AT_THE_START,
             master_port=config.cluster.master_port or _PORT,
         )
     except InputError as error:

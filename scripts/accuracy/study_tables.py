@@ -173,7 +173,7 @@ def protocol_text(results: Results) -> str:
     )
     measure = (
         f"Mean ± standard deviation (of the sample) over the seeds {seeds}. Differences are paired, with their 95 % "
-        f"interval for other {_drawn_anew(results)}. "
+        f"interval for other {_others_of_interval(results)}. "
         + (_WITHIN if any(row["within_full"] is not None for row in results["rows"]) else "")
         + "Trained: share of the parameters that the method has changed, those "
         "among them that it trained for a time only; without the head. "
@@ -183,12 +183,12 @@ def protocol_text(results: Results) -> str:
     return "\n\n".join(["\n".join(parts), tuning, measure, *_reservations(results)])
 
 
-def _drawn_anew(results: Results) -> str:
+def _others_of_interval(results: Results) -> str:
     """Of what an interval says what others would give."""
     found = ["seeds"]
     if any(task["metric"] == "accuracy" for task in results["tasks"].values()):
         found.append("test problems")
-    if pieces := sorted({number for row in _rows_of_losses(results) for number in _numbers_drawn(row) if number}):
+    if pieces := sorted({number for row in _rows_of_losses(results) for number in _numbers_of_problems(row) if number}):
         found.append(f"pieces of the held-out data ({', '.join(map(str, pieces))})")
     return " and ".join(found)
 
@@ -197,7 +197,7 @@ def _rows_of_losses(results: Results) -> list[Mapping[str, Any]]:
     return [row for row in results["rows"] if results["tasks"][row["task"]]["metric"] == "loss"]
 
 
-def _numbers_drawn(row: Mapping[str, Any]) -> list[int | None]:
+def _numbers_of_problems(row: Mapping[str, Any]) -> list[int | None]:
     """Of problems or pieces, in each of a row's differences; None: it is one of whole runs."""
     return [each["num_problems"] for each in (row["to_full"], row["to_baseline"]) if each is not None]
 
@@ -231,8 +231,8 @@ def _reservations(results: Results) -> list[str]:
     diverged = [f"{row['label']}{budget_text(row)}: {row['num_diverged']}" for row in rows if row.get("num_diverged")]
     if diverged:
         found.append(f"Final runs that diverged; their answers count as they are: {', '.join(diverged)}.")
-    of_losses = [row for row in _rows_of_losses(results) if _numbers_drawn(row)]
-    whole = [row for row in of_losses if None in _numbers_drawn(row)]
+    of_losses = [row for row in _rows_of_losses(results) if _numbers_of_problems(row)]
+    whole = [row for row in of_losses if None in _numbers_of_problems(row)]
     if whole:
         named = (
             "" if len(whole) == len(of_losses) else f" of {', '.join(row['label'] + budget_text(row) for row in whole)}"

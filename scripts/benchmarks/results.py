@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,7 @@ class BenchmarkResult:
 
 def read_benchmark(content: Mapping[str, Any]) -> BenchmarkResult:
     """What :meth:`BenchmarkResult.content` has given."""
-    names = ("question", "command", "settings", "machine", "tables", "remarks", "chart")
+    names = [each.name for each in fields(BenchmarkResult) if each.name != "numbers"]
     known = {name: content[name] for name in names}
     known["tables"] = [Table(**each) for each in known["tables"]]
     known["chart"] = None if known["chart"] is None else Chart(**known["chart"])
@@ -131,7 +130,6 @@ def finish(
         numbers=numbers,
     )
     found.show()
-    sys.stdout.flush()
     if options.json is not None:
         atomic_write_json(options.json, found.content())
     if chart is not None and options.plot is not None:

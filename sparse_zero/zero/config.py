@@ -19,10 +19,15 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     return int((settings.get("zero_optimization") or {}).get("stage", 0))
 
 
+def bf16_section(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section ``bf16`` of a DeepSpeed config, by either of its names."""
+    return settings.get("bf16", settings.get("bfloat16")) or {}
+
+
 def low_precision(settings: Mapping[str, Any]) -> str | None:
     """To which of bf16 and fp16 a DeepSpeed config has the parameters cast; None: they stay as they are."""
-    for name, section in (("bf16", settings.get("bf16", settings.get("bfloat16"))), ("fp16", settings.get("fp16"))):
-        if (section or {}).get("enabled"):
+    for name, section in (("bf16", bf16_section(settings)), ("fp16", settings.get("fp16") or {})):
+        if section.get("enabled"):
             return name
     return None
 

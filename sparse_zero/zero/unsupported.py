@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparse_zero.errors import InputError
-from sparse_zero.zero.config import Placement, low_precision, zero_stage
+from sparse_zero.zero.config import Placement, bf16_section, low_precision, zero_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,8 +102,7 @@ def check_finds_overflow(settings: Mapping[str, Any]) -> None:
             "zero_optimization.compute_grad_norm (zero.options.compute_grad_norm) is false in fp32, where DeepSpeed "
             "finds gradients that are not finite by their norm: leave it at true, so that such a step is skipped"
         )
-    bf16 = settings.get("bf16", settings.get("bfloat16")) or {}
-    if stage in (1, 2) and precision == "bf16" and bf16.get("check_grad_overflow") is False:
+    if stage in (1, 2) and precision == "bf16" and bf16_section(settings).get("check_grad_overflow") is False:
         raise InputError(
             f"bf16.check_grad_overflow is false at zero stage {stage}, where gradients that are not finite would reach "
             "the weights: leave it at true, so that such a step is skipped"
