@@ -23,7 +23,7 @@ from scripts.accuracy.study_points import (
     check_same_protocol,
     final_points,
     setups_of,
-    tuning_point,
+    tuning_points,
 )
 from scripts.accuracy.study_results import Key, results_of, rows_by_name, tuned_of, versions
 from scripts.accuracy.study_running import Machine, check_finished, list_points, run_points
@@ -52,7 +52,7 @@ class Study:
 
     def __post_init__(self) -> None:
         for setup in self.setups:
-            self.tuning[setup.key] = [self._tuning_point(setup, rate) for rate in setup.method.rates]
+            self.tuning[setup.key] = [each for rate in setup.method.rates for each in self._candidate(setup, rate)]
         # All that can be wrong is said before the first run: the final ones are checked with some rate.
         finals = [point for setup in self.setups for point in self._finals(setup, self._any_rate(setup))]
         check_same_protocol([*self.tuning_points, *finals])
@@ -90,8 +90,9 @@ class Study:
                 )
         self.inputs = {**before, **now}
 
-    def _tuning_point(self, setup: Setup, rate: float) -> StudyPoint:
-        return tuning_point(self.config, setup, rate, self.data[setup.task.name], self.sizes[setup.task.name])
+    def _candidate(self, setup: Setup, rate: float) -> list[StudyPoint]:
+        """The tuning runs of one rate."""
+        return tuning_points(self.config, setup, rate, self.data[setup.task.name], self.sizes[setup.task.name])
 
     def _any_rate(self, setup: Setup) -> float | None:
         return setup.method.rates[0] if setup.method.rates else None
@@ -136,7 +137,7 @@ class Study:
             rate = next_candidate(tuned, self._metric(setup))
             # Of all candidates, those among them that have not been run.
             if not is_known(rate, [each.rate for each in points if each.rate is not None]):
-                points.append(self._tuning_point(setup, rate))
+                points += self._candidate(setup, rate)
                 added = True
         return added
 

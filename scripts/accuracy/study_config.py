@@ -62,8 +62,8 @@ class TuningSection:
 
     # Candidates of every method that names none itself.
     rates: tuple[float, ...]
-    # Of all tuning runs; none of study.seeds.
-    seed: int = 0
+    # Of the tuning runs: each candidate is run with all of them, and judged by the mean. None of study.seeds.
+    seeds: tuple[int, ...] = (0,)
     # Optimizer steps of a tuning run; None: those of a final one.
     steps: int | None = None
     # What the best rate is best at, on the development data. accuracy: share of its problems answered right, ties
@@ -77,7 +77,11 @@ class TuningSection:
 
     def __post_init__(self) -> None:
         check_rates("tuning.rates", self.rates)
-        for name, minimum in (("seed", 0), ("steps", 1), ("records", 1), ("extend", 0)):
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(
+                f"tuning.seeds is {list(self.seeds)}: give one or more different whole numbers from 0 on, such as [100]"
+            )
+        for name, minimum in (("steps", 1), ("records", 1), ("extend", 0)):
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"tuning.{name} is {value}: it must be at least {minimum}")
@@ -110,9 +114,9 @@ class StudyConfig:
                 raise InputError(f"budgets has {value}: give shares of all parameters, 0.01 is one percent")
         if len(set(self.budgets)) < len(self.budgets):
             raise InputError(f"budgets is {list(self.budgets)}: one stands twice")
-        if self.tuning.seed in self.study.seeds:
+        if common := sorted({*self.tuning.seeds} & {*self.study.seeds}):
             raise InputError(
-                f"tuning.seed is {self.tuning.seed}, one of study.seeds: the rate would be tuned on a run that counts; "
+                f"tuning.seeds has {common[0]}, one of study.seeds: the rate would be tuned on a run that counts; "
                 "take another"
             )
         sizes = {each.name: len(each.rates) for each in self.all_methods() if each.rates}

@@ -95,12 +95,14 @@ def setups_of(config: StudyConfig) -> list[Setup]:
     ]
 
 
-def tuning_point(config: StudyConfig, setup: Setup, rate: float, data: TaskData, sizes: Sizes | None) -> StudyPoint:
-    """The run that tries one learning rate on the development data; it is given no test data."""
-    point = _point(config, setup, TUNE, rate, config.tuning.seed, data, sizes)
+def tuning_points(
+    config: StudyConfig, setup: Setup, rate: float, data: TaskData, sizes: Sizes | None
+) -> list[StudyPoint]:
+    """The runs that try one learning rate on the development data, one of each seed; they are given no test data."""
+    points = [_point(config, setup, TUNE, rate, seed, data, sizes) for seed in config.tuning.seeds]
     # What the protocol promises, whatever a method or task has set.
-    assert str(data.tested_on) not in repr(point.config), "a tuning run must not be given the test data"
-    return point
+    assert str(data.tested_on) not in repr([each.config for each in points]), "tuning must not be given the test data"
+    return points
 
 
 def final_points(
@@ -150,10 +152,11 @@ def _point(
     task, method = setup.task, setup.method
     settings: dict[str, Any] = {"stage": stage, "task": task.name, "method": method.name}
     settings |= {"budget": setup.budget, "rate": rate}
-    if stage == FINAL:
+    is_tuning = stage == TUNE
+    # The first tuning seed is not told: seeds can be added to a study that has begun with one.
+    if not (is_tuning and seed == config.tuning.seeds[0]):
         settings["seed"] = seed
     name = name_of(settings)
-    is_tuning = stage == TUNE
     try:
         mapping = _mapping(config, setup)
         _add_head(mapping, task.head, setup, sizes)

@@ -62,23 +62,26 @@ def rows_by_name(folder: SweepFolder, points: Sequence[StudyPoint]) -> tuple[dic
 def tuned_of(points: Sequence[StudyPoint], rows: Mapping[str, Mapping[str, Any]], metric: str) -> Tuned | None:
     """What the tuning runs of one setup have found; None where none of them has finished.
 
-    Candidates that have not been run to an end are none yet: that one of them lies beyond the best says nothing.
+    Candidates that have not been run to an end are none yet: that one of them lies beyond the best says nothing. One
+    that failed with one of its seeds has failed.
     """
-    tried = []
+    by_rate: dict[float, list[Mapping[str, Any]]] = {}
     for point in points:
-        row = rows[point.name]
         assert point.rate is not None
-        if row["state"] not in ("finished", "failed"):
-            continue
-        is_finished = row["state"] == "finished"
-        tried.append(
-            Tried(
-                rate=point.rate,
-                accuracy=as_number(row["accuracy_tuned"]) if is_finished else None,
-                loss=as_number(row["validation_loss_last"]) if is_finished else None,
-            )
-        )
+        by_rate.setdefault(point.rate, []).append(rows[point.name])
+    tried = [
+        Tried(rate=rate, accuracy=_mean_of(of_rate, "accuracy_tuned"), loss=_mean_of(of_rate, "validation_loss_last"))
+        for rate, of_rate in by_rate.items()
+        if all(row["state"] in ("finished", "failed") for row in of_rate)
+    ]
     return choose_rate(tried, metric)
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean over runs that have all finished with a number; None of others."""
+    numbers = [as_number(row[name]) if row["state"] == "finished" else None for row in rows]
+    known = [each for each in numbers if each is not None]
+    return sum(known) / len(known) if len(known) == len(rows) else None
 
 
 def read_correct(run: RunFolder) -> tuple[bool, ...]:
@@ -275,7 +278,7 @@ def results_of(
         **machine,
         "protocol": {
             "seeds": list(config.study.seeds),
-            "tuning_seed": config.tuning.seed,
+            "tuning_seeds": list(config.tuning.seeds),
             "tuning_steps": config.tuning.steps,
             "tuning_metric": config.tuning.metric,
             "overlap": config.study.overlap,

@@ -168,7 +168,7 @@ def protocol_text(results: Results) -> str:
     tried = sorted({len(row["tried"]) for row in results["rows"] if row["tried"]})
     number = " or ".join(map(str, tried)) if tried else "no"
     tuning = (
-        f"Learning rates: {number} candidates for each task, method and budget, seed {protocol['tuning_seed']}{steps}, "
+        f"Learning rates: {number} candidates for each task, method and budget, {_tuning_seeds(protocol)}{steps}, "
         f"the best {_tuned_by(results)} on the development data; (edge): the best was the lowest or highest."
     )
     measure = (
@@ -181,6 +181,13 @@ def protocol_text(results: Results) -> str:
         + "Time is that of a whole run."
     )
     return "\n\n".join(["\n".join(parts), tuning, measure, *_reservations(results)])
+
+
+def _tuning_seeds(protocol: Mapping[str, Any]) -> str:
+    seeds = protocol["tuning_seeds"]
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"the mean of the seeds {' and '.join((', '.join(map(str, seeds[:-1])), str(seeds[-1])))}"
 
 
 def _others_of_interval(results: Results) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ _MIN_VALIDATION_DOCUMENTS = 2
 # A tokenizer is trained on documents spread over the text, of so many characters together: more change nothing.
 _TOKENIZER_CHARACTERS = 2_000_000
 _CHUNK = 1024
+# Between documents. A line of spaces is empty, too: WikiText separates its paragraphs so.
+_EMPTY_LINES = re.compile(r"\n\s*\n")
 UNKNOWN, BEGIN, END = range(3)
 
 
@@ -38,7 +41,7 @@ def read_documents(files: Sequence[Path], num_characters: int, seed: int) -> tup
     text = (
         "\n\n".join(read_text(file, field="--text") for file in files) if files else generate_text(num_characters, seed)
     )
-    documents = [stripped for part in text.split("\n\n") if (stripped := part.strip())]
+    documents = [stripped for part in _EMPTY_LINES.split(text) if (stripped := part.strip())]
     if len(documents) <= _MIN_VALIDATION_DOCUMENTS:
         raise InputError(
             f"--text has {len(documents)} documents (paragraphs between empty lines): give text with more of them"
@@ -96,7 +99,8 @@ def train_tokenizer(documents: Sequence[str], vocab: int) -> PreTrainedTokenizer
         tokenizer.save_pretrained(again)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(again)
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    probe = documents[0][:1000]
+    # A special token's name in a text (WikiText has <unk> for rare words) is that token, and SentencePiece spells it out.
+    probe = re.sub("|".join(map(re.escape, loaded.all_special_tokens)), "", documents[0])[:1000]
     if loaded(probe)["input_ids"] != [BEGIN, *reference.encode(probe)]:
         raise InputError("transformers reads the tokenizer of this text otherwise than SentencePiece: give other text")
     return loaded

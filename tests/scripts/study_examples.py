@@ -12,7 +12,7 @@ import numpy
 from scripts.accuracy.heads import Sizes
 from scripts.accuracy.study_config import StudyConfig, read_study
 from scripts.accuracy.study_data import TaskData
-from scripts.accuracy.study_points import final_points, setups_of, tuning_point
+from scripts.accuracy.study_points import final_points, setups_of, tuning_points
 from scripts.accuracy.study_statistics import as_json, paired_difference, spread
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "studies"
@@ -41,7 +41,7 @@ def all_points(config: StudyConfig) -> tuple[list[Any], list[Any]]:
     for setup in setups_of(config):
         data = files_of(config, setup.task)
         sizes = SIZES if setup.task.head else None
-        tuning += [tuning_point(config, setup, rate, data, sizes) for rate in setup.method.rates]
+        tuning += [each for rate in setup.method.rates for each in tuning_points(config, setup, rate, data, sizes)]
         finals += final_points(config, setup, next(iter(setup.method.rates), None), data, sizes)
     return tuning, finals
 
@@ -141,7 +141,7 @@ def example_results(name: str = "example", *, budgets: Sequence[float] = (0.001,
         "machine": {"torch": "2.13.0", "python": "3.11.1", "machine": "x86_64", "cpu": "a CPU", "cores": "2"},
         "jobs": {"jobs": 2, "threads": 1}, "versions": {"torch": "2.13.0"},
         "protocol": {
-            "seeds": [1, 2, 3], "tuning_seed": 100, "tuning_steps": 40, "tuning_metric": "accuracy",
+            "seeds": [1, 2, 3], "tuning_seeds": [100], "tuning_steps": 40, "tuning_metric": "accuracy",
             "overlap": "drop", "full": "full", "baseline": "lora",
         },
         "tasks": {

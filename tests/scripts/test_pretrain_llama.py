@@ -41,6 +41,18 @@ def test_held_out_documents_are_in_no_training_data() -> None:
         text.split_documents([*documents[:297], *documents[:3]])
 
 
+def test_a_line_of_spaces_separates_and_names_of_special_tokens_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "wiki.txt"
+    lines = [f" = Part {number} = \n \n The <unk> of <s> is {number} , and it is old . \n" for number in range(40)]
+    file.write_text(" \n".join(lines))
+    documents, _ = text.read_documents([file], 0, 0)
+    assert documents[:3] == ["= Part 0 =", "The <unk> of <s> is 0 , and it is old .", "= Part 1 ="]
+    tokenizer = text.train_tokenizer([documents[1], *documents], 300)
+    ids = tokenizer(documents[1])["input_ids"]
+    assert ids.count(tokenizer.unk_token_id) == 1
+    assert tokenizer.decode(tokenizer("it is old")["input_ids"], skip_special_tokens=True) == "it is old"
+
+
 def test_the_folder_is_a_model_with_its_tokenizer_and_its_story(made: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -17,6 +17,7 @@ from scripts.accuracy import study as study_module
 from scripts.accuracy.study import Study, run_study, study_results
 from scripts.accuracy.study_points import StudyPoint, setups_of
 from scripts.accuracy.study_running import Machine
+from scripts.accuracy.study_tables import protocol_text
 from sparse_zero.errors import InputError
 from sparse_zero.files import read_json
 from tests.scripts.study_examples import files_of, read_example, write_records
@@ -36,7 +37,7 @@ def make_study(path: Path, **tuning: Any) -> Study:
     )
 
 
-def finish(folder: SweepFolder, point: StudyPoint, accuracy: float) -> None:
+def finish(folder: SweepFolder, point: StudyPoint, accuracy: float | None) -> None:
     run = folder.run(point.name)
     run.evaluation.mkdir(parents=True, exist_ok=True)
     run.summary.write_text(json.dumps({"accuracy": {"tuned": accuracy}, "base": {"sha256": f"head-{point.seed}"}}))
@@ -82,6 +83,34 @@ def test_every_round_adds_one_candidate_and_runs_no_other_again(tmp_path: Path, 
         "final full 0.003": 3,
         "final rows 0.111": 3,
     }
+
+
+def test_the_mean_over_the_tuning_seeds_chooses(tmp_path: Path, started: Counter[str]) -> None:
+    study = make_study(tmp_path, seeds=[7, 8])
+    for point in study.tuning_points:
+        # With the first seed the highest rate is best, with both the middle one; one seed of the lowest has no number.
+        best = {(7, 1e-2): 0.9, (8, 1e-2): 0.1, (7, 3e-3): 0.7, (8, 3e-3): 0.6, (7, 1e-3): 1.0, (8, 1e-3): None}
+        finish(study.folder, point, best[point.seed, point.rate])  # type: ignore[index, arg-type]
+    for tuned in study.found().values():
+        assert tuned is not None
+        assert tuned.rate == 3e-3
+        assert [each.accuracy for each in tuned.tried] == [None, pytest.approx(0.65), pytest.approx(0.5)]
+    assert run_study(study, Machine()) == 0
+    assert set(started) == {"final full 0.003", "final rows 0.003"}
+    results, _ = study_results(study, "again")
+    assert results["protocol"]["tuning_seeds"] == [7, 8]
+    assert "the mean of the seeds 7 and 8" in protocol_text(results)
+
+
+def test_a_candidate_counts_with_all_of_its_seeds(tmp_path: Path) -> None:
+    study = make_study(tmp_path, seeds=[7, 8])
+    rows = [point for point in study.tuning_points if point.setup.method.name == "rows"]
+    for point in rows:
+        if (point.seed, point.rate) != (8, 1e-2):
+            finish(study.folder, point, point.rate or 0.0)
+    tuned = study.found()[rows[0].setup.key]
+    assert tuned is not None
+    assert [each.rate for each in tuned.tried] == [1e-3, 3e-3]
 
 
 def test_a_dry_run_of_an_extended_study_shows_what_was_run(

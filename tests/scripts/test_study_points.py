@@ -78,6 +78,14 @@ def test_tuning_is_short_and_final_runs_have_the_seeds(tmp_path: Path) -> None:
     assert all(not point.config.output.evaluate_base for point in finals)
 
 
+def test_every_tuning_seed_tries_every_rate(tmp_path: Path) -> None:
+    tuning, _ = all_points(read_example(tmp_path, {"tuning": {"rates": [1e-3], "seeds": [7, 8]}}))
+    of_rows = [point for point in tuning if point.setup.method.name == "rows"]
+    assert [point.config.training.seed for point in of_rows] == [7, 8]
+    # As with one seed: a second one can be added to a study that has begun.
+    assert [point.name.partition("rate=")[2] for point in of_rows] == ["0.001", "0.001,seed=8"]
+
+
 def test_tuning_by_the_loss_answers_nothing(tmp_path: Path) -> None:
     tuning, finals = all_points(read_example(tmp_path, {"tuning": {"rates": [1e-3], "metric": "loss"}}))
     assert {(point.config.data.test, point.config.output.evaluate) for point in tuning} == {(None, False)}
@@ -110,7 +118,9 @@ _ROWS: dict[str, Any] = {"selection": {"regions": [{"kind": "row", "modules": ["
     ("changes", "message"),
     [
         ({"study": {"folder": "f", "question": "q", "seeds": [1, 2]}}, "study.seeds is"),
-        ({"study": {"folder": "f", "question": "q", "seeds": [0, 1, 2]}}, "tuning.seed is 0, one of study.seeds"),
+        ({"study": {"folder": "f", "question": "q", "seeds": [0, 1, 2]}}, "tuning.seeds has 0, one of study.seeds"),
+        ({"tuning": {"rates": [1e-3], "seeds": [7, 7]}}, r"tuning.seeds is \[7, 7\]: give one or more different"),
+        ({"tuning": {"rates": [1e-3], "seeds": []}}, r"tuning.seeds is \[\]"),
         ({"study": {"folder": "f", "question": "q", "sedes": [1]}}, "did you mean study.seeds"),
         ({"tuning": {"rates": [1e-2, 1e-3]}}, "tuning.rates is .*rising order"),
         ({"methods": {"a": {**_ROWS, "rates": [1e-3]}, "b": _ROWS}, "budgets": []}, "different numbers of rates"),
