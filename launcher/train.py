@@ -243,7 +243,8 @@ def _run_alone(
         if world.keeps_folder:
             _take_over(config, folder, lock)
     world.pulse.tick(owns_folder=True)
-    _say(world, f"{world.world_size} ranks on {world.device.type}, started by {world.launcher}")
+    started = "" if world.launcher == "none" else f", started by {world.launcher}"
+    _say(world, f"{world.world_size} rank{'s' * (world.world_size > 1)} on {world.device.type}{started}")
     accuracy: dict[str, Any] = {"base": None, "tuned": None, "num_problems": 0}
     metrics: dict[str, Any] = {}
     total = num_parameters(prepared.model)

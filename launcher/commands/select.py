@@ -19,13 +19,13 @@ sparse-zero select --config run.yaml
 sparse-zero select --config run.yaml --out one-percent.safetensors --selection.budget.fraction=0.01
 
 other budgets from the same calibration, in seconds:
-sparse-zero select --config run.yaml --from-scores one-percent.scores.safetensors
+sparse-zero select --config run.yaml --from-scores one-percent.scores.safetensors \\
             --selection.budget.fraction=0.02 --out two-percent.safetensors
 
 and then:
 sparse-zero inspect one-percent.safetensors
 sparse-zero inspect one-percent.safetensors two-percent.safetensors
-sparse-zero train --config run.yaml '--selection.regions=[]' --selection.budget=null
+sparse-zero train --config run.yaml '--selection.regions=[]' --selection.budget=null \\
             --selection.file=two-percent.safetensors
 """,
     )

@@ -164,8 +164,9 @@ def settings_table(settings: Sequence[Setting], gpu: Gpu, ranks: int) -> Table:
         "The order is a rough estimate: 150 TFLOP/s, 25 GB/s between GPUs, 12 GB/s to the host."
         + (f" {more} more are in --json." if more > 0 else ""),
     )
-    right = ("needs", "host", "wire/step", "passes", "s/step")
-    _columns(table, "stage", "placement", "checkpoint", "on the host", *right, right=right)
+    # Whether activations are checkpointed says how many passes there are, which --json tells, too.
+    right = ("needs", "host\nneeds", "wire\n/step", "s/step")
+    _columns(table, "stage", "placement", "check-\npoint", "on the\nhost", *right, right=right)
     from launcher.plan.settings import offloaded
 
     for each in settings[:_MAX_ROWS]:
@@ -178,8 +179,7 @@ def settings_table(settings: Sequence[Setting], gpu: Gpu, ranks: int) -> Table:
             format_bytes(each.run.needed_bytes),
             format_bytes(each.run.host_bytes) if each.run.host_bytes else ABSENT,
             format_bytes(each.wire_bytes),
-            str(each.passes),
-            f"{each.seconds:.3g}",
+            f"{each.seconds:#.3g}",
         )
     return table
 

@@ -52,7 +52,7 @@ def check(folder, process, output, cluster, expected, *, world_size, started_by)
     assert [row["loss"] for row in rows(folder / "run")] == pytest.approx(expected, rel=1e-5)
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (world_size, STEPS)
-    assert f"{world_size} ranks on cpu, started by {started_by}" in output
+    assert f"{world_size} rank{'s' * (world_size > 1)} on cpu, started by {started_by}" in output
 
 
 @pytest.mark.parametrize(
