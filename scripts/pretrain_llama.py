@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ def pretrain(given: argparse.Namespace, shape: Shape, schedule: Schedule) -> int
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from launcher.progress import DEFAULT_LINE_SECONDS
     from launcher.stopping import stop_requests
     from scripts.pretraining import loop, text
     from scripts.pretraining.state import STATE_NAME, load_state, save_state
@@ -139,14 +141,24 @@ def pretrain(given: argparse.Namespace, shape: Shape, schedule: Schedule) -> int
         save_state(given.out, model, optimizer, done, what)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with stop_requests() as request, Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True, highlight=False)
+    told_at = -math.inf
+    with stop_requests() as request, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("pre-training", total=done.num_steps, completed=done.step)
 
         def tell(progress: Done, loss: float) -> None:
+            nonlocal told_at
             losses = f"loss {loss:.3f}" + (
                 f", validation {progress.validation[-1][1]:.3f}" if progress.validation else ""
             )
             bar.update(task, completed=progress.step, total=progress.num_steps, description=losses)
+            # A file would hold the last state of the bar only.
+            is_due = time.monotonic() - told_at >= DEFAULT_LINE_SECONDS or progress.step == progress.num_steps
+            if is_due and not console.is_terminal:
+                console.print(
+                    f"step {progress.step} of {progress.num_steps or 'as many as there is time for'}: {losses}"
+                )
+                told_at = time.monotonic()
 
         is_done = loop.train(
             model,

@@ -144,13 +144,17 @@ def test_the_rate_rises_and_falls_and_the_time_gives_the_steps() -> None:
     assert loop.rate_of(schedule, 3, None) == rates[3]
 
 
-def test_minutes_give_the_number_of_steps(tmp_path: Path) -> None:
+def test_minutes_give_the_number_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, quick = tmp_path / "timed", [*SMALL, "--characters", "20000", "--batch", "1", "--length", "8"]
     assert pretrain_llama.main(["--out", str(out), *quick, "--minutes", "0.02"]) == 0
     told = json.loads((out / "pretraining.json").read_text())
     # At least the warm-up; how many more depends on the machine.
     assert told["steps"] >= told["schedule"]["warmup_steps"] == 50
     assert Progress().num_steps is None
+    # A log tells how far it is, too.
+    told_lines = capsys.readouterr().err
+    assert "step 1 of as many as there is time for: loss" in told_lines
+    assert f"step {told['steps']} of {told['steps']}: loss" in told_lines
 
 
 @pytest.mark.parametrize(
