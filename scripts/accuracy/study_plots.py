@@ -98,9 +98,10 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _is_far(value: float, others: Sequence[float]) -> bool:
-    """Whether a value lies further from all others than these lie apart."""
+    """Whether a value lies so far from all others that these would have two fifths of the axis or less."""
     low, high = (min(others), max(others)) if others else (value, value)
-    return len(others) > 2 and not low - (high - low) <= value <= high + (high - low)
+    reach = 1.5 * (high - low)
+    return len(others) > 2 and not low - reach <= value <= high + reach
 
 
 def _near(values: Sequence[float], best: Sequence[float], *, less_is_better: bool) -> tuple[float, float]:

@@ -99,7 +99,7 @@ def train_tokenizer(documents: Sequence[str], vocab: int) -> PreTrainedTokenizer
         tokenizer.save_pretrained(again)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(again)
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    # A special token's name in a text (WikiText has <unk> for rare words) is that token, and SentencePiece spells it out.
+    # A special token's name in a text (WikiText has <unk> for rare words) is that token; SentencePiece spells it out.
     probe = re.sub("|".join(map(re.escape, loaded.all_special_tokens)), "", documents[0])[:1000]
     if loaded(probe)["input_ids"] != [BEGIN, *reference.encode(probe)]:
         raise InputError("transformers reads the tokenizer of this text otherwise than SentencePiece: give other text")
