@@ -10,6 +10,7 @@ from launcher.config import RunConfig
 from launcher.deepspeed_config import deepspeed_config
 from launcher.exporting import labels_of, load_merged_shards, load_with_adapter
 from launcher.run_folder import RunFolder, check_out_file
+from launcher.same_input import check_same_problems
 from launcher.world import World, join_world
 from models.classified_data import Labels
 from models.classified_evaluation import evaluate_classify
@@ -150,6 +151,8 @@ def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, ou
             labels = labels_of(config, config.model, adapter=adapter)
         if not sharded:
             model, tokenizer = load_with_adapter(config, adapter)
+    if world.world_size > 1:
+        check_same_problems(records)
     if sharded:
         model, tokenizer = load_merged_shards(config, adapter, world.world_size)
     model.to(world.device)

@@ -340,9 +340,9 @@ def prepare(
     if world.world_size > 1:
         samples = {
             "data.train": train, "data.validation": validation, "data.calibration": calibration,
-            "data.forgetting": forgetting, "data.test": classified,
+            "data.forgetting": forgetting,
         }  # fmt: skip
-        check_same_input(config, source, samples)
+        check_same_input(config, source, samples, test)
     with failing_together():
         model = None if sharded else load_model(source, head_seed=config.training.seed)
     if sharded:

@@ -5,7 +5,7 @@ compared here; the weights themselves are when the engine is made (:mod:`sparse_
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.config import RunConfig
@@ -15,6 +15,7 @@ from models.loading import ModelConfig, model_folder
 from models.weight_files import weight_files
 from sparse_zero.collectives import failing_together
 from sparse_zero.errors import InputError
+from sparse_zero.files import to_json
 from sparse_zero.selection.selection import Selection
 
 
@@ -35,13 +36,24 @@ def samples_digest(samples: SampleSet) -> str:
     return digest.hexdigest()
 
 
-def check_same_input(config: RunConfig, source: ModelConfig, samples: Mapping[str, SampleSet | None]) -> None:
+def records_digest(records: Sequence[Mapping[str, str]]) -> str:
+    """Hash of all fields of test problems: the ranks answer a part of them each."""
+    return hashlib.sha256(to_json([dict(each) for each in records]).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_same_input(
+    config: RunConfig,
+    source: ModelConfig,
+    samples: Mapping[str, SampleSet | None],
+    problems: Sequence[Mapping[str, str]] = (),
+) -> None:
     """Raise on all ranks unless all read the same. Collective.
 
     Args:
         config: of the run.
         source: what is loaded as the base.
         samples: by name of the field, such as ``data.train``; None where there are none.
+        problems: of ``data.test``.
 
     Raises:
         InputError: names the field and the ranks, or a file that cannot be read.
@@ -51,7 +63,21 @@ def check_same_input(config: RunConfig, source: ModelConfig, samples: Mapping[st
         mine["model.name_or_path"] = base_outline(source)
         for field, found in samples.items():
             mine[field] = None if found is None else samples_digest(found)
+        mine["data.test"] = records_digest(problems)
         mine["selection.file"] = config.selection.file and Selection.load(config.selection.file).digest()
+    _check_same(mine)
+
+
+def check_same_problems(records: Sequence[Mapping[str, str]]) -> None:
+    """Raise on all ranks unless all have the same test problems. Collective.
+
+    Raises:
+        InputError: names the ranks.
+    """
+    _check_same({"data.test": records_digest(records)})
+
+
+def _check_same(mine: Mapping[str, str | None]) -> None:
     everyone = gather_json(mine)
     for field, value in everyone[0].items():
         others = [str(rank) for rank, each in enumerate(everyone) if each[field] != value]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import sparse_zero as sz
 from launcher.config import parse_config
 from launcher.run_folder import RunFolder
-from launcher.same_input import check_same_input
+from launcher.same_input import check_same_input, check_same_problems
 from launcher.shared_folder import find_folders, share_newest
 from launcher.world import World
 from models.data import SampleSet, TokenizedSample
@@ -62,14 +62,18 @@ def share(folder: str) -> dict[str, Any]:
     report["kept"] = gather_json(_said(lambda: find_folders(_config(node / "run", False, **full), world)))
 
     report["input"] = []
-    for different in ("nothing", "data.train", "model.name_or_path"):
+    for different in ("nothing", "data.train", "model.name_or_path", "data.test"):
         source = ModelConfig(
             name_or_path=str(root / ("other" if different.startswith("model") and rank == 2 else "model"))
         )
         token = 5 if different == "data.train" and rank == 2 else 4
         sample = SampleSet([TokenizedSample([3, token], [-100, 4])], 0, 0)
         told = {"data.train": sample, "data.validation": None}
-        report["input"].append(gather_json(_said(lambda: check_same_input(_config(node, True), source, told))))  # noqa: B023
+        problems = [{"instruction": "1 + 1?", "output": "3" if different == "data.test" and rank == 2 else "2"}]
+        said = _said(lambda: check_same_input(_config(node, True), source, told, problems))  # noqa: B023
+        report["input"].append(gather_json(said))
+
+    report["problems"] = gather_json(_said(lambda: check_same_problems([{"output": str(rank // 2)}])))
 
     model = make_model()
     sz.sparsify(model, mixed_selection(model))

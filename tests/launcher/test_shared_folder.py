@@ -23,7 +23,11 @@ def test_ranks_that_see_one_folder_have_one_keeper_and_the_newest_checkpoint_tra
     for said in report["kept"]:
         assert "keep_weights_in" in said
     assert report["input"][0] == [""] * 3
-    for field, said in zip(["data.train", "model.name_or_path"], report["input"][1:], strict=True):
+    for field, said in zip(
+        ["data.train", "model.name_or_path", "data.test", "data.test"],
+        [*report["input"][1:], report["problems"]],
+        strict=True,
+    ):
         assert len(set(said)) == 1
         assert f"{field} is not the same for ranks 2 as for rank 0" in said[0]
     # The damaged one is left to the start, which names it.

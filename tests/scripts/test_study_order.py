@@ -90,7 +90,7 @@ def test_the_mean_over_the_tuning_seeds_chooses(tmp_path: Path, started: Counter
     for point in study.tuning_points:
         # With the first seed the highest rate is best, with both the middle one; one seed of the lowest has no number.
         best = {(7, 1e-2): 0.9, (8, 1e-2): 0.1, (7, 3e-3): 0.7, (8, 3e-3): 0.6, (7, 1e-3): 1.0, (8, 1e-3): None}
-        finish(study.folder, point, best[point.seed, point.rate])  # type: ignore[index]
+        finish(study.folder, point, best[point.seed, point.rate])
     for tuned in study.found().values():
         assert tuned is not None
         assert tuned.rate == 3e-3
