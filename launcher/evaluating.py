@@ -147,12 +147,14 @@ def _evaluate_in_world(config: RunConfig, world: World, adapter: Path | None, ou
     labels: Labels | None = None
     with failing_together():
         records = load_records(config.data, "test")
+    if world.world_size > 1:
+        # Before weights are loaded.
+        check_same_problems(records[: config.data.evaluation.limit])
+    with failing_together():
         if config.model.classifies:
             labels = labels_of(config, config.model, adapter=adapter)
         if not sharded:
             model, tokenizer = load_with_adapter(config, adapter)
-    if world.world_size > 1:
-        check_same_problems(records)
     if sharded:
         model, tokenizer = load_merged_shards(config, adapter, world.world_size)
     model.to(world.device)

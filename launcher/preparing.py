@@ -331,18 +331,18 @@ def prepare(
         identity = begin_base_identity(base_folder, source.gguf_file, head=head) if world.is_main else None
         train, validation, calibration, labels = _load_data(config, source, tokenizer, is_selected=is_selected)
         test = load_records(config.data, "test") if config.data.test and config.output.evaluate else []
+        problems = test[: config.data.evaluation.limit]
         # Not kept: what is wrong with them is said before anything is trained.
-        texts = test[: config.data.evaluation.limit] if labels is not None else []
-        classified = load_classified(config.data, tokenizer, "test", labels, texts) if labels and texts else None
+        classified = load_classified(config.data, tokenizer, "test", labels, problems) if labels and problems else None
         # Measured by a run, and not where only a selection is made.
         asked = continues and config.data.forgetting is not None
         forgetting = load_samples(config.data, tokenizer, "forgetting") if asked else None
     if world.world_size > 1:
-        samples = {
+        read = {
             "data.train": train, "data.validation": validation, "data.calibration": calibration,
-            "data.forgetting": forgetting,
+            "data.forgetting": forgetting, "data.test": problems if classified is None else classified,
         }  # fmt: skip
-        check_same_input(config, source, samples, test)
+        check_same_input(config, source, read)
     with failing_together():
         model = None if sharded else load_model(source, head_seed=config.training.seed)
     if sharded:

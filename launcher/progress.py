@@ -63,6 +63,21 @@ class SilentProgress:
         """Nothing to end."""
 
 
+class LineClock:
+    """When a plain line is due where there is no terminal: the first time, then after ``seconds``, and at the end."""
+
+    def __init__(self, seconds: float = DEFAULT_LINE_SECONDS) -> None:
+        self._seconds = seconds
+        self._shown: float | None = None
+
+    def is_due(self, now: float, *, is_last: bool) -> bool:
+        """Whether a line is to be shown, which counts as shown then; ``now`` in seconds from any origin."""
+        if self._shown is not None and now - self._shown < self._seconds and not is_last:
+            return False
+        self._shown = now
+        return True
+
+
 class LineProgress:
     """A plain line at the first step, then at most every ``line_seconds``, and at the last step."""
 
@@ -78,17 +93,15 @@ class LineProgress:
         self._num_steps = num_steps
         self._first_step = first_step
         self._console = console
-        self._line_seconds = line_seconds
+        self._lines = LineClock(line_seconds)
         self._clock = clock
         self._started = clock()
-        self._shown: float | None = None
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Print the step's line when its time has come."""
         now, step = self._clock(), int(row["step"])
-        if self._shown is not None and now - self._shown < self._line_seconds and step < self._num_steps:
+        if not self._lines.is_due(now, is_last=step >= self._num_steps):
             return
-        self._shown = now
         done = step - self._first_step
         left = (now - self._started) / done * (self._num_steps - step) if done > 0 else None
         self.message(f"step {step}/{self._num_steps}  {describe_step(row)}  ETA {format_duration(left)}")

@@ -42,18 +42,15 @@ def records_digest(records: Sequence[Mapping[str, str]]) -> str:
 
 
 def check_same_input(
-    config: RunConfig,
-    source: ModelConfig,
-    samples: Mapping[str, SampleSet | None],
-    problems: Sequence[Mapping[str, str]] = (),
+    config: RunConfig, source: ModelConfig, read: Mapping[str, SampleSet | Sequence[Mapping[str, str]] | None]
 ) -> None:
     """Raise on all ranks unless all read the same. Collective.
 
     Args:
         config: of the run.
         source: what is loaded as the base.
-        samples: by name of the field, such as ``data.train``; None where there are none.
-        problems: of ``data.test``.
+        read: by name of the field, such as ``data.train``: samples, or the problems that are asked; None where there
+            are none.
 
     Raises:
         InputError: names the field and the ranks, or a file that cannot be read.
@@ -61,9 +58,8 @@ def check_same_input(
     mine: dict[str, str | None] = {}
     with failing_together():
         mine["model.name_or_path"] = base_outline(source)
-        for field, found in samples.items():
-            mine[field] = None if found is None else samples_digest(found)
-        mine["data.test"] = records_digest(problems)
+        for field, found in read.items():
+            mine[field] = None if found is None else _digest(found)
         mine["selection.file"] = config.selection.file and Selection.load(config.selection.file).digest()
     _check_same(mine)
 
@@ -75,6 +71,10 @@ def check_same_problems(records: Sequence[Mapping[str, str]]) -> None:
         InputError: names the ranks.
     """
     _check_same({"data.test": records_digest(records)})
+
+
+def _digest(found: SampleSet | Sequence[Mapping[str, str]]) -> str:
+    return samples_digest(found) if isinstance(found, SampleSet) else records_digest(found)
 
 
 def _check_same(mine: Mapping[str, str | None]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -106,7 +105,7 @@ def pretrain(given: argparse.Namespace, shape: Shape, schedule: Schedule) -> int
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from launcher.progress import DEFAULT_LINE_SECONDS
+    from launcher.progress import LineClock
     from launcher.stopping import stop_requests
     from scripts.pretraining import loop, text
     from scripts.pretraining.state import STATE_NAME, load_state, save_state
@@ -142,23 +141,20 @@ def pretrain(given: argparse.Namespace, shape: Shape, schedule: Schedule) -> int
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, highlight=False)
-    told_at = -math.inf
+    lines = LineClock()
     with stop_requests() as request, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("pre-training", total=done.num_steps, completed=done.step)
 
         def tell(progress: Done, loss: float) -> None:
-            nonlocal told_at
             losses = f"loss {loss:.3f}" + (
                 f", validation {progress.validation[-1][1]:.3f}" if progress.validation else ""
             )
             bar.update(task, completed=progress.step, total=progress.num_steps, description=losses)
             # A file would hold the last state of the bar only.
-            is_due = time.monotonic() - told_at >= DEFAULT_LINE_SECONDS or progress.step == progress.num_steps
-            if is_due and not console.is_terminal:
-                console.print(
-                    f"step {progress.step} of {progress.num_steps or 'as many as there is time for'}: {losses}"
-                )
-                told_at = time.monotonic()
+            is_last = progress.step == progress.num_steps
+            if not console.is_terminal and lines.is_due(time.monotonic(), is_last=is_last):
+                all_steps = progress.num_steps or "as many as there is time for"
+                console.print(f"step {progress.step} of {all_steps}: {losses}")
 
         is_done = loop.train(
             model,

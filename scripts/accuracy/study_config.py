@@ -15,7 +15,6 @@ from sparse_zero.errors import InputError
 
 # Of every mean: fewer tell nothing of the spread.
 MIN_SEEDS = 3
-_SEEDS = "3 or more different whole numbers from 0 on, such as [1, 2, 3]"
 # Keys of a method, and of a task, that are the study's own; the others are those of a choice of a sweep.
 _METHOD_KEYS = ("rates", "budgets", "budget_keys", "at", "label")
 _TASK_KEYS = ("head", "development", "label")
@@ -47,8 +46,9 @@ class StudySection:
         for name in ("folder", "question"):
             if not getattr(self, name).strip():
                 raise InputError(f"study.{name} is empty: say it")
-        if len(self.seeds) < MIN_SEEDS or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"study.seeds is {list(self.seeds)}: give {_SEEDS}")
+        _check_seeds(
+            "study.seeds", self.seeds, MIN_SEEDS, "3 or more different whole numbers from 0 on, such as [1, 2, 3]"
+        )
 
     @property
     def path(self) -> Path:
@@ -77,10 +77,7 @@ class TuningSection:
 
     def __post_init__(self) -> None:
         check_rates("tuning.rates", self.rates)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(
-                f"tuning.seeds is {list(self.seeds)}: give one or more different whole numbers from 0 on, such as [100]"
-            )
+        _check_seeds("tuning.seeds", self.seeds, 1, "one or more different whole numbers from 0 on, such as [100]")
         for name, minimum in (("steps", 1), ("records", 1), ("extend", 0)):
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -176,6 +173,11 @@ def check_rates(place: str, rates: Sequence[float]) -> None:
     numbers = all(isinstance(rate, int | float) and math.isfinite(rate) and rate > 0 for rate in rates)
     if not numbers or list(rates) != sorted(set(rates)):
         raise InputError(f"{place} is {list(rates)}: give different positive numbers in rising order")
+
+
+def _check_seeds(place: str, seeds: Sequence[int], at_least: int, wanted: str) -> None:
+    if len(seeds) < at_least or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"{place} is {list(seeds)}: give {wanted}")
 
 
 def _strings(place: str, value: Any) -> tuple[str, ...]:

@@ -184,10 +184,8 @@ def protocol_text(results: Results) -> str:
 
 
 def _tuning_seeds(protocol: Mapping[str, Any]) -> str:
-    seeds = protocol["tuning_seeds"]
-    if len(seeds) == 1:
-        return f"seed {seeds[0]}"
-    return f"the mean of the seeds {' and '.join((', '.join(map(str, seeds[:-1])), str(seeds[-1])))}"
+    *others, last = map(str, protocol["tuning_seeds"])
+    return f"the mean of the seeds {', '.join(others)} and {last}" if others else f"seed {last}"
 
 
 def _others_of_interval(results: Results) -> str:

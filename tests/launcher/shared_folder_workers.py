@@ -68,10 +68,9 @@ def share(folder: str) -> dict[str, Any]:
         )
         token = 5 if different == "data.train" and rank == 2 else 4
         sample = SampleSet([TokenizedSample([3, token], [-100, 4])], 0, 0)
-        told = {"data.train": sample, "data.validation": None}
         problems = [{"instruction": "1 + 1?", "output": "3" if different == "data.test" and rank == 2 else "2"}]
-        said = _said(lambda: check_same_input(_config(node, True), source, told, problems))  # noqa: B023
-        report["input"].append(gather_json(said))
+        told = {"data.train": sample, "data.validation": None, "data.test": problems}
+        report["input"].append(gather_json(_said(lambda: check_same_input(_config(node, True), source, told))))  # noqa: B023
 
     report["problems"] = gather_json(_said(lambda: check_same_problems([{"output": str(rank // 2)}])))
 
