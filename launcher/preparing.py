@@ -73,7 +73,7 @@ from sparse_zero.selection.select import check_selection, choose_regions, entire
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.engine import initialize
 from sparse_zero.zero.inference import sharded_forward
-from sparse_zero.zero.optimizers import build_optimizer, check_available, check_kinds
+from sparse_zero.zero.optimizers import build_optimizer, check_available, check_kinds, check_modules
 from sparse_zero.zero.unsupported import offload_device
 
 
@@ -273,6 +273,7 @@ def check_can_select(
         InputError: what does not fit.
     """
     check_not_fused(model, tuple(pattern for region in config.selection.regions for pattern in region.modules))
+    check_modules(config.training.optimizer_config(), [name for name, _ in model.named_parameters()])
     if checkpoint is not None:
         check_fits(model, checkpoint.selection, retired=checkpoint.retired, sharded=sharded)
     elif config.selection.file is not None:

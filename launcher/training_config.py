@@ -7,7 +7,7 @@ from typing import Literal
 
 from sparse_zero.errors import InputError
 from sparse_zero.prefix.config import PrefixCacheConfig
-from sparse_zero.zero.optimizers import OptimizerConfig, OptimizerName, PerKindConfig
+from sparse_zero.zero.optimizers import ModuleOptimizerConfig, OptimizerConfig, OptimizerName, PerKindConfig
 
 # What models and weights call the precision of a run.
 DTYPE_OF_PRECISION: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -60,6 +60,8 @@ class TrainingConfig:
     optimizer: OptimizerName = "adamw"
     # Learning rate (or factor) and weight decay of single kinds of region.
     per_kind: PerKindConfig = field(default_factory=PerKindConfig)
+    # The same of single modules, before what their kinds have; peers may have it, too.
+    per_module: tuple[ModuleOptimizerConfig, ...] = ()
     # Decoupled decay of trained entries only: towards zero inplace, towards the base under delta.
     weight_decay: float = 0.0
     # Decay of the running mean of the gradient.
@@ -132,6 +134,7 @@ class TrainingConfig:
             eps=self.epsilon,
             weight_decay=self.weight_decay,
             per_kind=self.per_kind,
+            per_module=self.per_module,
         )
 
 

@@ -72,7 +72,10 @@ def _sections(places: tuple[str, ...], kind: type[Any], *, is_list: bool) -> Ite
 
 def settings_of(kind: type[Any], place: str) -> Iterator[Setting]:
     """The fields of one dataclass, which stands at ``place`` of a config; '' is the top."""
-    hints, meanings = get_type_hints(kind), comments(kind)
+    hints, meanings = get_type_hints(kind), {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            meanings.update(comments(base))
     for field in dataclasses.fields(kind):
         default = field.default if field.default_factory is REQUIRED else field.default_factory()
         section, is_list = _section(hints[field.name])

@@ -106,6 +106,7 @@ def job_of(config: RunConfig, world_size: int, **changes: Any) -> MemoryJob:
         "quantization": config.model.quantization,
         "double_quantization": config.model.double_quantization,
         "optimizer": training.optimizer,
+        "per_module": tuple(entry.modules for entry in training.per_module),
         "offload_optimizer": offload_device(settings, "offload_optimizer") or "none",
         "offload_base": offload_device(settings, "offload_param") or "none",
         "zero_options": {name: value for name, value in section.items() if name not in _OWN_FIELDS},

@@ -31,6 +31,7 @@ from sparse_zero.memory.simulation.peers import peer_engine
 from sparse_zero.module_map import ModuleMap
 from sparse_zero.optional import require
 from sparse_zero.zero.communication import step_communication
+from sparse_zero.zero.optimizers import check_modules
 from sparse_zero.zero.unsupported import offload_device
 
 # Trained parameters that are in no file of PEFT.
@@ -72,6 +73,7 @@ class PeerTraining:
         if self._config.method in ADAPTERS:
             require("peft", extra="peft", purpose=f"train adapters ({self._config.method})")
         self._plan = plan_peer(self._config, model, family)
+        check_modules(config.training.optimizer_config(), [name for name, _ in model.named_parameters()])
 
     def choose(self, prepared: Prepared, world: World, memory: RunMemory, notes: MemoryNotes | None) -> int:
         """Freeze the rest, and add the adapters; the trained parameters, the head's among them."""

@@ -32,10 +32,11 @@ DEFAULTS: Mapping[str, Any] = {
     },
     "memory": {"measure": False, "simulate": False},
 }  # fmt: skip
-# In which the methods of a task may differ, besides what they train: how a run computes, and per kind of region.
+# In which the methods of a task may differ, besides what they train: how a run computes, and what kinds of
+# region and modules have of their own.
 _FREE_TRAINING = (
-    "learning_rate", "per_kind", "weight_decay", "optimizer", "micro_batch_size", "gradient_checkpointing",
-    "loss_chunk", "kernels", "prefix_cache",
+    "learning_rate", "per_kind", "per_module", "weight_decay", "optimizer", "micro_batch_size",
+    "gradient_checkpointing", "loss_chunk", "kernels", "prefix_cache",
 )  # fmt: skip
 # What is trained may be chosen by other data than it is trained on.
 _FREE_DATA = ("calibration", "calibration_split")

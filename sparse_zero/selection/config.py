@@ -28,7 +28,7 @@ def _check_whole_numbers(section: str, config: object, *names: str) -> None:
             raise InputError(f"{section}.{name} is {value!r}: it must be a whole number")
 
 
-def _check_patterns(field: str, patterns: object) -> None:
+def check_patterns(field: str, patterns: object) -> None:
     """Raise unless there are several patterns, or one in a tuple: a text alone would be read letter by letter."""
     if isinstance(patterns, str) or not isinstance(patterns, Sequence):
         raise InputError(f"{field} is {patterns!r}: give a tuple of patterns, such as ('*.q_proj',)")
@@ -69,7 +69,7 @@ class RegionConfig:
     pick: Pick = "max"
 
     def __post_init__(self) -> None:
-        _check_patterns("selection.regions.modules", self.modules)
+        check_patterns("selection.regions.modules", self.modules)
         _check_whole_numbers(
             "selection.regions", self, "block_size", "blocks_per_side", "min_layer", "max_layer", "per_matrix"
         )
@@ -117,7 +117,7 @@ class BudgetGroupConfig:
     share: float
 
     def __post_init__(self) -> None:
-        _check_patterns("selection.budget.groups.modules", self.modules)
+        check_patterns("selection.budget.groups.modules", self.modules)
         if not 0.0 < self.share <= 1.0:
             raise InputError(
                 f"selection.budget.groups.share is {self.share} for {', '.join(self.modules)}: it must lie in (0, 1]"

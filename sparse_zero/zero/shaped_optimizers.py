@@ -19,6 +19,12 @@ from sparse_zero.collectives import collective_device
 from sparse_zero.errors import InputError
 from sparse_zero.zero import compat
 from sparse_zero.zero.optimizer_state import fill_missing_gradients
+from sparse_zero.zero.optimizers import PER_MODULE
+
+
+def _key(group: Mapping[str, Any]) -> tuple[str, int | None]:
+    """What tells one group from another: ZeRO replaces their tensors, and may show them one by one."""
+    return group["kind"], group.get(PER_MODULE)
 
 
 class _OverValues(torch.optim.Optimizer, ABC):
@@ -31,13 +37,13 @@ class _OverValues(torch.optim.Optimizer, ABC):
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__([dict(group) for group in groups], defaults)
-        kinds = [group["kind"] for group in groups]
-        if len(set(kinds)) < len(kinds):
-            raise InputError(
-                f"{type(self).__name__} got several groups of one kind ({', '.join(kinds)}): give each kind one group"
-            )
         # Not in the groups: these are what state_dict saves.
-        self._values: dict[str, list[nn.Parameter]] = {group["kind"]: list(group["params"]) for group in groups}
+        self._values = {_key(group): list(group["params"]) for group in groups}
+        if len(self._values) < len(groups):
+            kinds = ", ".join(group["kind"] for group in groups)
+            raise InputError(
+                f"{type(self).__name__} got several groups of one kind ({kinds}): give each kind one group"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -55,7 +61,7 @@ class _OverValues(torch.optim.Optimizer, ABC):
             for tensor in tensors:
                 state = self.state[tensor]
                 state["step"] = state.get("step", 0) + 1
-            self._step_group(group, tensors, self._values[group["kind"]])
+            self._step_group(group, tensors, self._values[_key(group)])
         return loss
 
     @abstractmethod

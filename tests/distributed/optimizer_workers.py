@@ -25,6 +25,7 @@ from sparse_zero.zero.engine import step_was_applied
 from sparse_zero.zero.optimizer_state import LOSS_SCALE, algorithm, optimizer_step_count, read_loss_scale
 from sparse_zero.zero.optimizers import (
     KindOptimizerConfig,
+    ModuleOptimizerConfig,
     OptimizerConfig,
     OptimizerName,
     PerKindConfig,
@@ -42,6 +43,11 @@ PER_KIND = PerKindConfig(
     row=KindOptimizerConfig(learning_rate_factor=0.5),
     column=KindOptimizerConfig(learning_rate=4e-3, weight_decay=0.0),
 )
+# One decay of a kind is left as it is.
+PER_MODULE = (
+    ModuleOptimizerConfig(modules=("layers.2.self_attn.{q,v}_proj",), learning_rate_factor=0.25),
+    ModuleOptimizerConfig(modules=("layers.2",), weight_decay=0.3),
+)
 RATES: dict[str, float] = {"lion": 1e-3, "adafactor": 3e-2}
 # Stage and placement of each engine, and where its checkpoint is continued.
 PLACES: tuple[tuple[int, Placement], ...] = ((0, "inplace"), (1, "delta"), (2, "inplace"), (3, "delta"))
@@ -49,19 +55,27 @@ ELSEWHERE = {0: 2, 1: 3, 2: 0, 3: 1}
 
 
 def config_of(name: OptimizerName) -> OptimizerConfig:
-    """Settings with a decay, and of some kinds their own."""
+    """Settings with a decay, and of some kinds and modules their own."""
     return OptimizerConfig(
-        name=name, learning_rate=RATES.get(name, 1e-2), betas=(0.9, 0.99), weight_decay=0.1, per_kind=PER_KIND
+        name=name,
+        learning_rate=RATES.get(name, 1e-2),
+        betas=(0.9, 0.99),
+        weight_decay=0.1,
+        per_kind=PER_KIND,
+        per_module=PER_MODULE,
     )
 
 
-def settings_of(kind: str, config: OptimizerConfig) -> tuple[float, float]:
-    """Learning rate and decay of a kind, by hand."""
-    return {
+def settings_of(weight: str, kind: str, config: OptimizerConfig) -> tuple[float, float]:
+    """Learning rate and decay of a weight's values of one kind, by hand."""
+    rate, decay = {
         "block": (config.learning_rate, 0.1),
         "row": (config.learning_rate * 0.5, 0.1),
         "column": (4e-3, 0.0),
     }[kind]
+    if weight in ("layers.2.self_attn.q_proj.weight", "layers.2.self_attn.v_proj.weight"):
+        return config.learning_rate * 0.25, decay
+    return (rate, 0.3) if weight.startswith("layers.2.") else (rate, decay)
 
 
 def make_engine(
@@ -136,11 +150,13 @@ def muon_reference(blocks: list[list[nn.Parameter]], rate: float, decay: float) 
     return step
 
 
-def steps_of(name: OptimizerName, trained: dict[str, list[Any]], config: OptimizerConfig) -> list[Callable[[], None]]:
-    """One function for each kind, which lets a reference take its step."""
+def steps_of(
+    name: OptimizerName, trained: dict[tuple[str, str], list[Any]], config: OptimizerConfig
+) -> list[Callable[[], None]]:
+    """One function for each weight and kind, which lets a reference take its step."""
     found: list[Callable[[], None]] = []
-    for kind, values in trained.items():
-        rate, decay = settings_of(kind, config)
+    for (weight, kind), values in trained.items():
+        rate, decay = settings_of(weight, kind, config)
         if name == "lion":
             found.append(lion_reference(values, rate, decay))
         elif name == "adafactor":
@@ -176,15 +192,15 @@ def reference(name: OptimizerName, placement: Placement, steps: int) -> tuple[li
         key: nn.Parameter(torch.zeros_like(entries) if placement == "delta" else entries.clone())
         for key, entries in base.items()
     }
-    trained: dict[str, list[Any]] = {}
+    trained: dict[tuple[str, str], list[Any]] = {}
     for weight, kind, number, _ in places:
+        own = trained.setdefault((weight, kind), [])
         if name == "muon" and kind == "block":
-            trained.setdefault(kind, [])
             if number == 0:
-                trained[kind].append([])
-            trained[kind][-1].append(values[weight, kind, number])
+                own.append([])
+            own[-1].append(values[weight, kind, number])
         else:
-            trained.setdefault(kind, []).append(values[weight, kind, number])
+            own.append(values[weight, kind, number])
     take_step = steps_of(name, trained, config)
     losses = []
     for tokens in make_batches(steps):

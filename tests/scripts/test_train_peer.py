@@ -76,9 +76,11 @@ def test_full_fine_tuning_of_some_modules_is_a_run_that_selects_all_of_them(base
     ours = write_config(
         base, tmp_path / "ours" / "run.yaml", selection={"regions": [every_row], "budget": {"fraction": 1.0}}
     )
-    start_run("train", ours)
+    # Modules with a rate of their own are the same for both.
+    own_rate = "--training.per_module=[{modules: ['model.layers.1'], learning_rate: 6.0e-3}]"
+    start_run("train", ours, own_rate)
     theirs = peer_config(base, tmp_path / "theirs" / "run.yaml", method="full", modules=MODULES)
-    summary = train(theirs)
+    summary = train(theirs, own_rate)
     assert summary["parameters"] == {"total": 110912, "trained": ALL_OF_MODULES, "retired": 0, "head": 0}
     assert summary["adapter_bytes"] == 4 * ALL_OF_MODULES
     assert summary.keys() == json.loads((tmp_path / "ours" / "run" / "summary.json").read_text()).keys()

@@ -28,7 +28,7 @@ from sparse_zero.memory.simulation.quantized_bases import constants_of
 from sparse_zero.selection.config import Kind
 from sparse_zero.selection.selection import Selection
 from sparse_zero.zero.defaults import with_defaults
-from sparse_zero.zero.optimizers import OptimizerConfig, OptimizerName, build_optimizer
+from sparse_zero.zero.optimizers import ModuleOptimizerConfig, OptimizerConfig, OptimizerName, build_optimizer
 from tests.distributed.spawn import preloaded_context
 from tests.models.tiny import tiny_llama
 from tests.sparse_zero.helpers import mixed_selection
@@ -92,11 +92,15 @@ def simulate(out: str, **changes: Any) -> None:
     }
     settings["zero_optimization"] = with_defaults(model, {"stage": job.stage})
 
+    optimizer = OptimizerConfig(
+        per_module=tuple(ModuleOptimizerConfig(modules=each, weight_decay=0.5) for each in job.per_module)
+    )
+
     def make_engine(fake: nn.Module) -> Any:
         if job.method != "selection":
-            return peer_engine(fake, settings, OptimizerConfig())
+            return peer_engine(fake, settings, optimizer)
         return sz.initialize(
-            model=fake, config=settings, optimizer=lambda groups: build_optimizer(groups, OptimizerConfig())
+            model=fake, config=settings, optimizer=lambda groups: build_optimizer(groups, optimizer, model=fake)
         )[0]
 
     def make_batch() -> dict[str, torch.Tensor]:
@@ -125,6 +129,7 @@ def simulate(out: str, **changes: Any) -> None:
 CASES = [
     {"stage": 1, "precision": "bf16", "world_size": 8, "accumulation": 2},
     {"stage": 2, "world_size": 2, "method": "lora"},
+    {"stage": 2, "world_size": 64, "per_module": (("*.v_proj",), ("*.layers.0", "*.layers.2"))},
     {"stage": 3, "precision": "bf16", "world_size": 4},
 ]
 MORE_CASES = [

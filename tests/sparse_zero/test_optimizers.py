@@ -1,5 +1,6 @@
 """Optimizers by configuration: groups, refusals, and what decay means, without a process group."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,11 +13,13 @@ from sparse_zero.integrations.loop_state import PlainEngine
 from sparse_zero.zero.optimizers import (
     RATE_FACTOR,
     KindOptimizerConfig,
+    ModuleOptimizerConfig,
     OptimizerConfig,
     PerKindConfig,
     block_shapes,
     build_optimizer,
     check_kinds,
+    check_modules,
     configured_groups,
 )
 from sparse_zero.zero.shaped_optimizers import Adafactor, BlockMuon, orthogonalize
@@ -48,9 +51,65 @@ def test_groups_get_the_rate_and_decay_of_their_kind():
     }
 
 
+def of_modules(*patterns, **settings):
+    return ModuleOptimizerConfig(modules=patterns, **settings)
+
+
+def test_modules_have_groups_of_their_own_with_what_they_set_and_else_what_their_kind_has():
+    config = dataclasses.replace(
+        config_with(row=KindOptimizerConfig(learning_rate_factor=0.5, weight_decay=0.2)),
+        per_module=(
+            of_modules("*.q_proj", "layers.9", learning_rate=2e-3),
+            of_modules("layers.1", weight_decay=0.0),
+            of_modules("lm_head", weight_decay=0.5),
+        ),
+    )
+    model = sparse_model()
+    groups = configured_groups(sz.parameter_groups(model), config, model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in groups:
+        for values in group["params"]:
+            found[names[id(values)]] = group["lr"], group["weight_decay"]
+    assert found.keys() == sz.trainable_parameters(model).keys()
+    for name, (rate, decay) in found.items():
+        is_row, is_query, is_first = ".values_row" in name, ".q_proj." in name, name.startswith("layers.1.")
+        assert rate == pytest.approx(2e-3 if is_query else 5e-4 if is_row else 1e-3), name
+        # The first entry that matches is followed alone.
+        assert decay == (0.0 if is_first and not is_query else 0.2 if is_row else 0.1), name
+    # A head that trains nothing has no group.
+    assert len(groups) == len({(group["kind"], group.get("per_module")) for group in groups})
+    assert {group.get("per_module") for group in groups} == {None, 0, 1}
+    plain = configured_groups(sz.parameter_groups(model), config_with())
+    assert [group["kind"] for group in plain] == ["block", "row", "column"]
+
+
+@pytest.mark.parametrize("pattern", ["layers.1", "*.v_proj", "*.v_proj.weight", "{lm_head,embed_tokens}", "*"])
+def test_patterns_of_modules_name_parameters_or_what_is_around_them(pattern):
+    names = [name for name, _ in TinyModel().named_parameters()]
+    check_modules(OptimizerConfig(per_module=(of_modules(pattern, weight_decay=0.0),)), names)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_its_place():
+    names = [name for name, _ in TinyModel().named_parameters()]
+    entries = (of_modules("*.q_proj", weight_decay=0.0), of_modules("*.v_porj", weight_decay=0.0))
+    with pytest.raises(sz.InputError, match=r"per_module.1.modules pattern '\*.v_porj' .*did you mean '\*.v_proj'"):
+        check_modules(OptimizerConfig(per_module=entries), names)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: of_modules("*.q_proj"), r"per_module of \*.q_proj sets nothing: give it a learning_rate"),
+        (lambda: of_modules(learning_rate=1.0), "per_module modules is empty"),
+        (lambda: of_modules("q", learning_rate=-1.0), "per_module learning_rate is -1.0"),
+        (
+            lambda: build_optimizer(
+                sz.parameter_groups(sparse_model()),
+                OptimizerConfig(per_module=(of_modules("*.q_proj", learning_rate=1.0),)),
+            ),
+            "per_module needs the model",
+        ),
         (
             lambda: OptimizerConfig(name="sgd"),  # type: ignore[arg-type]
             "optimizer name is 'sgd': choose one of adamw",

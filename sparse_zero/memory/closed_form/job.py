@@ -78,6 +78,8 @@ class MemoryJob:
     quantization: Quantization = "none"
     double_quantization: bool = True
     optimizer: OptimizerName = "adamw"
+    # Patterns of each entry of the optimizer's per_module: what they match is a group of its own.
+    per_module: tuple[tuple[str, ...], ...] = ()
     offload_optimizer: Offload = "none"
     offload_base: Offload = "none"
     method: Method = "selection"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_zero.errors import InputError
 from sparse_zero.layers.sparsify import keeps_input
@@ -13,6 +14,7 @@ from sparse_zero.memory.closed_form.job import MemoryJob
 from sparse_zero.selection.config import KINDS, Kind
 from sparse_zero.selection.regions import WeightSelection
 from sparse_zero.selection.selection import Selection
+from sparse_zero.zero.optimizers import module_entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,12 @@ def _layer_of(shape: DecoderShape, name: str) -> int:
     return -1 if "emb" in name else shape.num_layers
 
 
-def _of_selection(shape: DecoderShape, selection: Selection, shared_inputs: Sequence[Sequence[str]]) -> Trained:
+def _of_selection(
+    shape: DecoderShape,
+    selection: Selection,
+    shared_inputs: Sequence[Sequence[str]],
+    per_module: Sequence[Sequence[str]],
+) -> Trained:
     names = {
         f"{shape.layers_name}.{index}.{linear.name}" for index in range(shape.num_layers) for linear in shape.linears
     }
@@ -116,8 +123,11 @@ def _of_selection(shape: DecoderShape, selection: Selection, shared_inputs: Sequ
     counts = {name: chosen.num_parameters_by_kind() for name, chosen in weights.items()}
     kept = keeps_input(inside, shared_inputs)
     linears = {name: _of(chosen, counts[name], kept[name]) for name, chosen in inside.items()}
-    tensors: dict[Kind, list[TrainedTensor]] = {}
-    for name, chosen in weights.items():
+    # By kind, and by the entry of per_module that they follow.
+    tensors: dict[tuple[Kind, int], list[TrainedTensor]] = {}
+    for full_name, chosen in selection.weights.items():
+        name = full_name.removesuffix(".weight")
+        entry = module_entry(per_module, full_name.partition("[")[0]) if per_module else None
         for kind, num_entries in counts[name].items():
             if not num_entries:
                 continue
@@ -130,14 +140,14 @@ def _of_selection(shape: DecoderShape, selection: Selection, shared_inputs: Sequ
                 indices = _index_entries(chosen, kind, num_entries, strips) if is_head else num_entries
             # The matrices of a stack are parts of one parameter.
             module = name.partition("[")[0]
-            made = tensors.setdefault(kind, [])
+            made = tensors.setdefault((kind, -1 if entry is None else entry), [])
             if made and made[-1].module == module:
                 numel, indices = made[-1].numel + num_entries, made[-1].index_entries + indices
                 made.pop()
             else:
                 numel = num_entries
             made.append(TrainedTensor(module=module, numel=numel, layer=_layer_of(shape, name), index_entries=indices))
-    kinds = tuple(kind for kind in KINDS if kind in tensors)
+    keys = sorted(tensors, key=lambda key: (KINDS.index(key[0]), key[1]))
     numbers = {linear.name: number for number, linear in enumerate(shape.linears)}
 
     def order(tensor: TrainedTensor) -> tuple[int, int]:
@@ -149,8 +159,8 @@ def _of_selection(shape: DecoderShape, selection: Selection, shared_inputs: Sequ
         linears=linears,
         num_parameters=sum(each.numel for group in tensors.values() for each in group),
         others={name: sum(counts[name].values()) for name in weights if name not in names},
-        groups=tuple(tuple(sorted(tensors[kind], key=order)) for kind in kinds),
-        kinds=kinds,
+        groups=tuple(tuple(sorted(tensors[key], key=order)) for key in keys),
+        kinds=tuple(kind for kind, _ in keys),
     )
 
 
@@ -227,8 +237,8 @@ def base_tensors(shape: DecoderShape) -> Iterator[tuple[str, int, int, bool]]:
 
 
 # What was found of each selection that is still there, by its identity, for which no digest of its indices is needed;
-# and by the shape and the linears that share inputs.
-_KNOWN: dict[int, dict[tuple[DecoderShape, tuple[tuple[str, ...], ...]], Trained]] = {}
+# and by the shape, the linears that share inputs, and the modules with rates of their own.
+_KNOWN: dict[int, dict[tuple[Any, ...], Trained]] = {}
 
 
 def trained_of(
@@ -249,11 +259,11 @@ def trained_of(
         return found
     if selection is None:
         raise InputError("the method 'selection' is forecast for a selection: give one, chosen at random if need be")
-    # Of a selection it follows from nothing else of the job: a search asks for it again and again.
+    # Of a selection it follows from little else of the job: a search asks for it again and again.
     if id(selection) not in _KNOWN:
         _KNOWN[id(selection)] = {}
         weakref.finalize(selection, _KNOWN.pop, id(selection), None)
-    known, key = _KNOWN[id(selection)], (shape, tuple(tuple(names) for names in shared_inputs))
+    known, key = _KNOWN[id(selection)], (shape, tuple(tuple(names) for names in shared_inputs), job.per_module)
     if key not in known:
-        known[key] = _of_selection(shape, selection, shared_inputs)
+        known[key] = _of_selection(shape, selection, shared_inputs, job.per_module)
     return known[key]

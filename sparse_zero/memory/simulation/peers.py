@@ -22,7 +22,7 @@ def peer_engine(
     Args:
         model: without values.
         settings: DeepSpeed's config.
-        optimizer: over all that is trained, in one group.
+        optimizer: over all that is trained, in one group beside those of ``per_module``.
         offloaded: whether ZeRO keeps the states in the host's memory.
     """
     import deepspeed
@@ -30,6 +30,8 @@ def peer_engine(
     settings = {**settings, "zero_optimization": with_defaults(model, settings.get("zero_optimization") or {})}
     group = {"kind": "whole", "params": [parameter for parameter in model.parameters() if parameter.requires_grad]}
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer([group], optimizer, offloaded=offloaded), config=settings
+        model=model,
+        optimizer=build_optimizer([group], optimizer, model=model, offloaded=offloaded),
+        config=settings,
     )
     return engine
