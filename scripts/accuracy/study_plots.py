@@ -97,11 +97,12 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["score"] is not None]
 
 
-def _is_far(value: float, others: Sequence[float]) -> bool:
-    """Whether a value lies so far from all others that these would have two fifths of the axis or less."""
-    low, high = (min(others), max(others)) if others else (value, value)
-    reach = 1.5 * (high - low)
-    return len(others) > 2 and not low - reach <= value <= high + reach
+def _is_far(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether values reach so far from all others that these would have two fifths of the axis or less."""
+    if len(others) < 3:
+        return False
+    whole = max(*values, *others) - min(*values, *others)
+    return max(others) - min(others) < 0.4 * whole
 
 
 def _near(values: Sequence[float], best: Sequence[float], *, less_is_better: bool) -> tuple[float, float]:
@@ -139,7 +140,7 @@ def share_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
             continue
         for row in own:
             mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
-            if _is_far(mean, drawn):
+            if _is_far([mean], drawn):
                 # It would press the others together: it is told, and not drawn.
                 axes.plot([], [], " ", label=f"{row['label']}: {mean:.2f}")
                 continue
@@ -163,16 +164,15 @@ def methods_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
     _axes(axes, theme)
     axes.grid(False, axis="y")
     labels = []
-    means = [scale * row["score"]["mean"] for row in rows]
-    for at, row in enumerate(reversed(rows)):
+    seeds = [[scale * value for value in row["scores"].values() if value is not None] for row in rows]
+    for at, (row, values) in enumerate(zip(reversed(rows), reversed(seeds), strict=True)):
         mean, deviation = scale * row["score"]["mean"], scale * (row["score"]["deviation"] or 0.0)
-        values = [scale * value for value in row["scores"].values() if value is not None]
         is_full = row["method"] == results["protocol"]["full"]
         # What was trained, which is not always the budget.
         share = share_of_row(row)
         labels.append(row["label"] + (f"  {100 * share:.3g} %" if share else ""))
-        others = [each for number, each in enumerate(reversed(means)) if number != at]
-        if _is_far(mean, others):
+        others = [value for each in seeds if each is not values for value in each]
+        if _is_far([mean, *values], others):
             # It would press the others together: it is told, at the side where it lies.
             is_right = mean > max(others)
             told = f"{mean:.4g} ± {deviation:.2g}" if deviation else f"{mean:.4g}"

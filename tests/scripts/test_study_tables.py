@@ -270,6 +270,13 @@ def test_a_method_far_from_the_others_is_told_and_does_not_press_them() -> None:
     texts, (low, high) = drawn()
     assert "← 20 ± 5" in texts
     assert low > 70
+    # Seeds that lie further apart than the means have room for it.
+    for row in results["rows"]:
+        row |= {"score": {"mean": 0.8, "deviation": 0.02, "count": 3}, "scores": {"1": 0.78, "2": 0.8, "3": 0.82}}
+    more[0] |= {"score": {"mean": 0.83, "deviation": 0.01, "count": 3}, "scores": {"1": 0.83}}
+    texts, (low, high) = drawn()
+    assert not any("→" in text for text in texts)
+    assert high > 83
 
 
 def test_rates_that_diverged_are_told_and_do_not_press_the_others() -> None:
