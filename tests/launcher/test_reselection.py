@@ -29,6 +29,8 @@ def write_run(base: Path, folder: Path, **changes: Any) -> Path:
             "training__steps": STEPS,
             "training__validation_every": None,
             "selection__reselect": {"every": EVERY, "calibration_batches": 2},
+            # Whose groups gain and lose values, and may come and go.
+            "training__per_module": [{"modules": ["*.layers.1.*.{q,k}_proj"], "learning_rate_factor": 0.5}],
             "checkpoint": {"every": 2, "keep": 10},
             "output__evaluate": False,
             **changes,
