@@ -43,7 +43,13 @@ if TYPE_CHECKING:
     from sparse_zero.selection.selection import Selection
     from sparse_zero.zero.config import ZeroConfig
     from sparse_zero.zero.engine import attach, initialize
-    from sparse_zero.zero.optimizers import KindOptimizerConfig, OptimizerConfig, PerKindConfig, build_optimizer
+    from sparse_zero.zero.optimizers import (
+        KindOptimizerConfig,
+        ModuleOptimizerConfig,
+        OptimizerConfig,
+        PerKindConfig,
+        build_optimizer,
+    )
 
 __version__ = "0.1.0"
 
@@ -60,6 +66,7 @@ __all__ = [
     "MemoryJob",
     "MergeUndo",
     "ModuleMap",
+    "ModuleOptimizerConfig",
     "OptimizerConfig",
     "PerKindConfig",
     "RegionConfig",
@@ -140,7 +147,13 @@ _HOMES = {
     "selection.selection": ("Selection",),
     "zero.config": ("ZeroConfig",),
     "zero.engine": ("attach", "initialize"),
-    "zero.optimizers": ("KindOptimizerConfig", "OptimizerConfig", "PerKindConfig", "build_optimizer"),
+    "zero.optimizers": (
+        "KindOptimizerConfig",
+        "ModuleOptimizerConfig",
+        "OptimizerConfig",
+        "PerKindConfig",
+        "build_optimizer",
+    ),
 }
 
 

@@ -115,6 +115,7 @@ class OptimizerConfig:
     # Decoupled; towards zero inplace, towards the base under delta.
     weight_decay: float = 0.0
     per_kind: PerKindConfig = field(default_factory=PerKindConfig)
+    # Of single modules, before what their kinds have; the first entry that matches is followed.
     per_module: tuple[ModuleOptimizerConfig, ...] = ()
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from sparse_zero.zero.optimizers import (
     OptimizerName,
     PerKindConfig,
     build_optimizer,
+    configured_groups,
 )
 from sparse_zero.zero.rounding import key_of, round_stochastic
 from sparse_zero.zero.shards import read_entries, whole_values
@@ -523,6 +524,7 @@ def private_names() -> dict[str, Any]:
         engine = sparse_engine(stage, "inplace", config_of("adamw"), bf16=bf16)
         values = sz.trainable_parameters(engine.module)
         groups = compat.stepped(engine)
+        given = configured_groups(sz.parameter_groups(engine.module), config_of("adamw"), engine.module)
         entries = torch.zeros(1)
         for each in groups:
             pieces, _, _ = compat.pieces(each.values, each.tensors)
@@ -533,7 +535,9 @@ def private_names() -> dict[str, Any]:
         weights = {name: each.float() for name, each in standing(engine).items()}
         found[f"{stage} {'bf16' if bf16 else 'fp32'}"] = {
             "values": sum(len(each.values) for each in groups) == len(values),
-            "groups": sorted({each.group for each in groups}) == [0, 1, 2],
+            "groups": {(each.group, id(one)) for each in groups for one in each.values}
+            == {(number, id(one)) for number, group in enumerate(given) for one in group["params"]},
+            "num_groups": len(given),
             "entries": int(entries) == sum(len(master) for master in masters.values()),
             "masters": all(torch.equal(masters[name], weights[name]) for name in masters),
             "steps": optimizer_step_count(engine),

@@ -39,6 +39,8 @@ def test_values_are_found_in_what_optimizers_step():
     for stage, entry in found.items():
         assert entry["values"], f"stage {stage}: compat.stepped does not find every value"
         assert entry["groups"], f"stage {stage}: compat.stepped finds other groups"
+        # Three kinds, cut by two entries of per_module.
+        assert entry["num_groups"] == 9
         assert entry["entries"], f"stage {stage}: compat.pieces does not find every entry once"
         assert entry["masters"], f"stage {stage}: the masters are not the values at the start"
         assert entry["steps"] == 0, f"stage {stage}: a step is counted before the first one; see compat.undo_first_step"
